@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all their own set-up in .venv; a second run only does what changed.
+PYTHON ?= python3
+VENV := .venv
+TPAD := $(VENV)/bin/tpad
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test slow clean
+
+demo: $(VENV)/.installed
+	$(TPAD) distill
+	$(TPAD) export-embeddings
+	$(TPAD) train-sbr
+	$(TPAD) recommend
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+slow: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m slow
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[faiss-cpu]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable ".[faiss-cpu,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) artifacts/shop

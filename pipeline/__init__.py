@@ -1,0 +1,1 @@
+"""Items and sessions in, item embeddings out."""

@@ -1,0 +1,458 @@
+"""The contract between the halves: published folders that are whole or absent, verified before use. No torch here.
+
+A published artifact is `<root>/v000N/` with its files and a `manifest.json` that lists each of them with size and
+sha256; `<root>/current` names the version and the sha256 of its manifest. Readers follow `current` only, take no
+lock, and refuse whatever differs by one bit. Writers hold `<root>/.lock`, work in `<root>/.staging` on the same file
+system, and make a version visible by one rename. Manifests hold no clock, host or absolute path, so equal inputs
+give equal bytes. POSIX only (flock, atomic rename). Sizes and checksums guard against damage, not against forgery.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+
+from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1
+ROW_GROUP = 1024  # rows: fixed, so that the same rows always give the same bytes
+
+CURRENT, MANIFEST, LOCK, STAGING, STAGED_FOR = "current", "manifest.json", ".lock", ".staging", ".staging.json"
+VERSION_NAME = re.compile(r"v\d{4,}")
+OWN_KEYS = {"format_version", "kind", "files"}  # of a manifest: filled in by `publish`
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+LOCK_ERRORS = {errno.ENOTDIR, errno.EMFILE, errno.ENOLCK, errno.EOPNOTSUPP}
+READ_ATTEMPTS = 100  # a version may be replaced and pruned while it is read; each attempt follows a newer `current`
+
+
+# ---------------------------------------------------------------- files
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(obj: Any) -> bytes:
+    """The one byte form of `obj`; NaN and infinity are refused (ValueError)."""
+    return (json.dumps(obj, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def fsync_path(path: Path) -> None:
+    """Forces a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`: fsynced and renamed onto it at the end, removed when the body fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        remove(temporary)
+        raise
+    fsync_path(path.parent)
+
+
+def write_json(path: Path, obj: Any) -> None:
+    data = canonical_json(obj)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, link or folder, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):  # asked first: a read-only disk refuses to unlink even what is not there
+        path.unlink()
+
+
+def environment_error(error: BaseException, where: Path) -> UserError | None:
+    """A full disk, a read-only or forbidden folder as one line (5); None for what is no fault of the environment."""
+    number, name = None, where
+    if isinstance(error, OSError):
+        number = error.errno
+        name = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else where
+    elif isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number is None or number not in DISK_ERRORS | LOCK_ERRORS:
+        return None
+    return UserError(f"{os.strerror(number).lower()} ({name}); free or unlock it, or use another --run, and start again", ENVIRONMENT)
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Version:
+    path: Path
+    manifest: dict[str, Any]
+    name: str  # "v0001"
+    manifest_sha256: str
+
+
+class Staging:
+    """A folder to write in; `publish` turns it into the next version. Made by `stage`."""
+
+    def __init__(self, root: Path, kind: str) -> None:
+        self.root = root
+        self.kind = kind
+        self.path = root / STAGING
+        self.published = False
+
+    def publish(self, manifest: dict[str, Any], keep: int = 2) -> Version:
+        """Makes everything in `path` the current version and prunes old ones to `keep`."""
+        if self.published or OWN_KEYS & manifest.keys() or keep < 1:
+            raise ValueError(f"published twice, or a manifest with one of {sorted(OWN_KEYS)}, or keep < 1")
+        remove(self.path / MANIFEST)
+        names, folders = _walk(self.path)
+        files = [{"name": n, "bytes": (self.path / n).stat().st_size, "sha256": sha256_file(self.path / n)} for n in names]
+        full = manifest | {"format_version": FORMAT_VERSION, "kind": self.kind, "files": files}
+        for name in [*names, *reversed(folders)]:
+            fsync_path(self.path / name)
+        write_json(self.path / MANIFEST, full)
+        digest = sha256_file(self.path / MANIFEST)
+        fsync_path(self.path)
+        before, numbers = _current_number(self.root), _numbers(self.root)
+        name = f"v{max(numbers, default=0) + 1:04d}"
+        os.rename(self.path, self.root / name)
+        self.published = True
+        fsync_path(self.root)
+        write_json(self.root / CURRENT, {"version": name, "manifest_sha256": digest})
+        _prune(self.root, [n for n in numbers if before is None or n <= before][: keep - 1] + [int(name[1:])])
+        return Version(self.root / name, json.loads(canonical_json(full)), name, digest)
+
+
+@contextmanager
+def stage(root: Path, kind: str, fingerprint: str | None = None) -> Iterator[Staging]:
+    """The only way to write an artifact: one writer at a time, in a folder nobody reads.
+
+    With a fingerprint, what an interrupted run of the same fingerprint has staged is still there (temporary files and
+    manifest removed), and a failing body leaves it there. Without one it starts empty and leaves nothing.
+    """
+    with _environment(root), _locked(root):
+        staging = Staging(root, kind)
+        _prepare(staging, fingerprint)
+        try:
+            yield staging
+        finally:
+            if fingerprint is None or staging.published:
+                remove(staging.path)
+                remove(root / STAGED_FOR)
+
+
+@contextmanager
+def _environment(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if (line := environment_error(error, root)) is None:
+            raise
+        raise line from error
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"a file stands where a folder is needed ({root}); move it, or use another --run", ENVIRONMENT) from None
+    with open(root / LOCK, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another tpad is writing here ({root}); wait until it ends, or use another --run", ARTIFACT) from None
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # said, not left to close: a forked worker may hold the file open
+
+
+def _prepare(staging: Staging, fingerprint: str | None) -> None:
+    tag = staging.root / STAGED_FOR
+    wanted = {"kind": staging.kind, "fingerprint": fingerprint}
+    ours = tag.is_file() and tag.read_bytes() == canonical_json(wanted) and staging.path.is_dir() and not staging.path.is_symlink()
+    if fingerprint is None or not ours:
+        remove(staging.path)
+        fsync_path(staging.root)  # the old files are gone for good before the new name stands on them
+        write_json(tag, wanted)
+    for leftover in [*staging.root.glob(".*.tmp"), *staging.path.rglob(".*.tmp")]:
+        remove(leftover)
+    for leftover in staging.root.glob(".pruned-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging.path.mkdir(exist_ok=True)
+    remove(staging.path / MANIFEST)
+
+
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of all files and of all folders below `folder`, sorted; a link or a device is an error."""
+    names: list[str] = []
+    folders: list[str] = []
+    for at, below, here in os.walk(folder, onerror=_raise):
+        for name in below + here:
+            path = Path(at, name)
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise UserError(f"neither a file nor a folder ({path}); remove it", ARTIFACT)
+            (folders if path.is_dir() else names).append(path.relative_to(folder).as_posix())
+    return sorted(names), sorted(folders)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _numbers(root: Path) -> list[int]:
+    """Numbers of the version folders, newest first."""
+    return sorted((int(p.name[1:]) for p in root.iterdir() if VERSION_NAME.fullmatch(p.name)), reverse=True)
+
+
+def _current_number(root: Path) -> int | None:
+    try:
+        return int(_pointer((root / CURRENT).read_bytes())[0][1:])
+    except (OSError, ValueError):
+        return None
+
+
+def _prune(root: Path, kept: list[int]) -> None:
+    """Each old version leaves its name in one step, so that no half of one is ever seen under it."""
+    for number in _numbers(root):
+        if number not in kept:
+            gone = root / f".pruned-{number}"
+            os.rename(root / f"v{number:04d}", gone)
+            shutil.rmtree(gone, ignore_errors=True)  # the new version stands; the next writer tries again
+
+
+# ---------------------------------------------------------------- reading
+
+
+def open_verified(root: Path, kind: str, hint: str) -> Version:
+    """The current version of an artifact, after every byte of it was compared with what was published.
+
+    `hint` says what makes the artifact, e.g. "run `tpad train-sbr` first". Raises `UserError` (4).
+    """
+    return _following(root, kind, hint, lambda version: version)
+
+
+def published(root: Path, kind: str) -> Version | None:
+    """The current version, or None where there is none that could be used: what a step asks before it does its work again."""
+    try:
+        return open_verified(root, kind, "")
+    except UserError:
+        return None
+
+
+def _following(root: Path, kind: str, hint: str, read: Callable[[Version], T]) -> T:
+    """`read(version)` of the current version; again when a newer one was published in the meantime."""
+    for _ in range(READ_ATTEMPTS):
+        pointer = _read_pointer(root, kind, hint)
+        try:
+            return read(_verify(root, pointer, kind, hint))
+        except (UserError, OSError) as error:
+            failure = error
+        if _read_pointer(root, kind, hint) == pointer:
+            break
+    if isinstance(failure, UserError):
+        raise failure
+    raise environment_error(failure, root) or _damaged("cannot be read", Path(failure.filename or root), hint) from failure
+
+
+def _read_pointer(root: Path, kind: str, hint: str) -> bytes:
+    try:
+        return (root / CURRENT).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{kind} not found ({root}); {hint}", ARTIFACT) from None
+    except OSError as error:
+        raise environment_error(error, root) or _damaged("cannot be read", root / CURRENT, hint) from None
+
+
+def _pointer(data: bytes) -> tuple[str, str]:
+    """(version, manifest_sha256) of a `current` file; ValueError unless it is byte for byte what `publish` writes."""
+    entry = json.loads(data)
+    if not isinstance(entry, dict) or entry.keys() != {"version", "manifest_sha256"} or canonical_json(entry) != data:
+        raise ValueError("not as written")
+    name, digest = entry["version"], entry["manifest_sha256"]
+    if not isinstance(name, str) or not VERSION_NAME.fullmatch(name) or not isinstance(digest, str):
+        raise ValueError("not as written")
+    return name, digest
+
+
+def _verify(root: Path, pointer: bytes, kind: str, hint: str) -> Version:
+    try:
+        name, digest = _pointer(pointer)
+    except (ValueError, RecursionError):
+        raise _damaged("damaged pointer", root / CURRENT, hint) from None
+    folder = root / name
+    if folder.is_symlink() or not folder.is_dir():
+        raise _damaged("published version is missing", folder, hint)
+    try:
+        data = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise _damaged("file is missing", folder / MANIFEST, hint) from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise _damaged("file differs from what was published", folder / MANIFEST, hint)
+    manifest = _manifest(data, folder / MANIFEST, kind, hint)
+    _verify_files(folder, manifest["files"], hint)
+    return Version(folder, manifest, name, digest)
+
+
+def _manifest(data: bytes, path: Path, kind: str, hint: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data)
+        version, made, files = manifest["format_version"], manifest["kind"], manifest["files"]
+        well_formed = all(set(f) == {"name", "bytes", "sha256"} and _is_inside(f["name"]) for f in files)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise _damaged("damaged manifest", path, hint) from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"format {version}, but this tpad reads format {FORMAT_VERSION} ({path}); {_again(hint)}", ARTIFACT)
+    if made != kind:
+        raise UserError(f"holds {made!r}, not {kind!r} ({path}); {_again(hint)}", ARTIFACT)
+    if not well_formed:
+        raise _damaged("manifest names a file outside its folder", path, hint)
+    return dict(manifest)
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and "/".join(parts) == name and not name.startswith("/") and ".." not in parts and "\0" not in name
+
+
+def _verify_files(folder: Path, files: list[dict[str, Any]], hint: str) -> None:
+    found, _ = _walk(folder)
+    listed = [f["name"] for f in files]
+    for name in sorted(set(listed) - set(found)):
+        raise _damaged("file is missing", folder / name, hint)
+    for name in sorted(set(found) - set(listed) - {MANIFEST}):
+        raise UserError(f"unknown file in a published version ({folder / name}); remove it", ARTIFACT)
+    for file in files:
+        path = folder / file["name"]
+        if path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
+            raise _damaged("file differs from what was published", path, hint)
+
+
+def _damaged(what: str, path: Path, hint: str) -> UserError:
+    return UserError(f"{what} ({path}); restore it, or {_again(hint)}", ARTIFACT)
+
+
+def _again(hint: str) -> str:
+    return f"{hint.removesuffix(' first')} again"
+
+
+# ---------------------------------------------------------------- item embeddings
+
+
+def embeddings_schema(dim: int, dtype: Literal["float32", "float16"]) -> pa.Schema:
+    """Columns of an embeddings part, in this order; D = `dim` is the length of each half."""
+    vector = pa.list_(pa.field("element", {"float32": pa.float32(), "float16": pa.float16()}[dtype], nullable=False), dim)
+    columns = {
+        "item_id": pa.string(),
+        "knowledge": vector,
+        "transition": vector,
+        "has_image": pa.bool_(),
+        "has_text": pa.bool_(),
+        "n_tokens": pa.int32(),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+def write_part(path: Path, table: pa.Table) -> None:
+    """Writes a Parquet file whose bytes depend on nothing but the rows (and the version of pyarrow); whole or absent."""
+    plain = table.replace_schema_metadata(None).combine_chunks()
+    with replacing(path) as temporary:
+        pq.write_table(
+            plain,
+            temporary,
+            row_group_size=ROW_GROUP,
+            compression="zstd",
+            use_dictionary=False,  # ids are unique and vectors do not repeat
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    item_ids: list[str]
+    knowledge: np.ndarray  # (N, D) float32, whatever the files hold
+    transition: np.ndarray  # (N, D) float32
+    has_image: np.ndarray  # (N,) bool
+    has_text: np.ndarray  # (N,) bool
+    version: Version
+
+
+def read_embeddings(root: Path) -> Embeddings:
+    """The current embeddings, in catalogue order. Their manifest has `dim`, `dtype`, `rows` (N) and `parts`: [{name, rows}]."""
+    hint = "run `tpad export-embeddings` first"
+    return _following(root, "embeddings", hint, lambda version: _embeddings(version, hint))
+
+
+def _embeddings(version: Version, hint: str) -> Embeddings:
+    try:
+        dim, dtype, rows = (version.manifest[k] for k in ("dim", "dtype", "rows"))
+        parts = [(p["name"], p["rows"]) for p in version.manifest["parts"]]
+        schema = embeddings_schema(dim, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(f"manifest lacks or has a wrong {error}", version.path / MANIFEST, hint) from None
+    if not parts or rows != sum(n for _, n in parts):
+        raise _damaged(f"{rows} rows promised, {sum(n for _, n in parts)} in the parts", version.path / MANIFEST, hint)
+    vectors = {half: np.empty((rows, dim), np.float32) for half in ("knowledge", "transition")}
+    flags = {flag: np.empty(rows, bool) for flag in ("has_image", "has_text")}
+    item_ids: list[str] = []
+    for name, count in parts:
+        table = _read_part(version.path / name, schema, count, hint)
+        span = slice(len(item_ids), len(item_ids) + count)
+        for half, filled in vectors.items():
+            filled[span] = _vectors(table[half], dim)
+            if not np.isfinite(filled[span]).all():
+                raise _damaged(f"{half} vectors that are not finite", version.path / name, hint)
+        for flag, values in flags.items():
+            values[span] = table[flag].to_numpy()
+        item_ids += table["item_id"].to_pylist()
+    if len(set(item_ids)) != rows:
+        raise _damaged("an item_id stands twice", version.path, hint)
+    return Embeddings(item_ids, vectors["knowledge"], vectors["transition"], flags["has_image"], flags["has_text"], version)
+
+
+def _read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+    except FileNotFoundError:
+        raise _damaged("file is missing", path, hint) from None
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(f"not a readable Parquet file: {error}", path, hint) from None
+    if not table.schema.equals(schema):
+        raise _damaged("columns are not those of the manifest", path, hint)
+    if table.num_rows != rows:
+        raise _damaged(f"{rows} rows promised, {table.num_rows} found", path, hint)
+    if any(column.null_count for column in table.columns):
+        raise _damaged("empty values", path, hint)
+    return table
+
+
+def _vectors(column: pa.ChunkedArray, dim: int) -> np.ndarray:
+    """(N, D) in the type of the file."""
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate(values).reshape(-1, dim) if values else np.empty((0, dim), np.float32)

@@ -1,0 +1,231 @@
+"""Training state on disk: whole or absent, newest valid one wins.
+
+A checkpoint is a folder `step-000100/` with `tensors.safetensors` and, written last, `state.json`, which holds the
+sha256 of the tensors and of itself. No pickle. The file is the same on one device or many: the main process saves,
+every process may load.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.artifact import canonical_json, environment_error, fsync_path, remove, sha256_file
+from pipeline.errors import ARTIFACT, UserError
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+STEP_NAME = re.compile(r"step-(\d{6,})")
+
+
+class Damaged(Exception):
+    """A checkpoint that does not hold what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one training run in `folder`. `fingerprint` stands for the settings and data they belong to."""
+
+    def __init__(self, folder: Path, fingerprint: str, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError("keep < 1")
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.keep = keep
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Adds a checkpoint and prunes to `keep`; those of later steps, which the run has gone back behind, go too.
+
+        `state` must come back from JSON as it is: string keys, lists instead of tuples, no NaN.
+        """
+        if json.loads(canonical_json(state)) != state:
+            raise TypeError("the state of a checkpoint must be plain JSON: string keys, lists instead of tuples")
+        temporary, target = self.folder / f".step-{step:06d}.tmp", self.folder / f"step-{step:06d}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".step-*.tmp"):
+                remove(leftover)
+            temporary.mkdir()
+            self._write(temporary, step, tensors, state)
+            remove(target)  # a damaged one, or one of a run that was started over
+            os.rename(temporary, target)
+            fsync_path(self.folder)
+            earlier = [n for n in self._steps() if n <= step][: self.keep]
+            for number in set(self._steps()) - set(earlier):
+                remove(self.folder / f"step-{number:06d}")
+        except (OSError, SafetensorError) as error:
+            if (line := environment_error(error, self.folder)) is None:
+                raise
+            raise line from error
+        finally:
+            remove(temporary)
+
+    def newest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(step, tensors on the CPU, state) of the newest valid checkpoint; None when there is none."""
+        for step in self._steps():
+            path = self.folder / f"step-{step:06d}"
+            try:
+                entry = _read_state(path, step)
+                tensors = _read_tensors(path, entry)
+                if entry["fingerprint"] != self.fingerprint:
+                    raise UserError(
+                        f"checkpoint belongs to other settings or data ({path}); start over with --fresh, or use another --run", ARTIFACT
+                    )
+                return step, tensors, entry["state"]
+            except Damaged as reason:
+                print(f"warning: checkpoint is damaged and left out: {reason} ({path})", file=sys.stderr)
+        return None
+
+    def clear(self) -> None:
+        """Forgets every checkpoint, of whatever settings."""
+        for step in self._steps():
+            remove(self.folder / f"step-{step:06d}")
+
+    def _steps(self) -> list[int]:
+        """Newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((int(m[1]) for p in self.folder.iterdir() if (m := STEP_NAME.fullmatch(p.name))), reverse=True)
+
+    def _write(self, folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        save_file(_separate(tensors), folder / TENSORS)
+        fsync_path(folder / TENSORS)
+        entry = {"step": step, "fingerprint": self.fingerprint, "tensors_sha256": sha256_file(folder / TENSORS), "state": state}
+        digest = hashlib.sha256(canonical_json(entry)).hexdigest()
+        (folder / STATE).write_bytes(canonical_json({"entry": entry, "sha256": digest}))
+        fsync_path(folder / STATE)
+        fsync_path(folder)
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors; those that share memory (tied weights) are copied, as safetensors wants each on its own."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        separate[name] = plain.clone() if memory in seen else plain
+        seen.add(memory)
+    return separate
+
+
+def _read_state(path: Path, step: int) -> dict[str, Any]:
+    try:
+        data = (path / STATE).read_bytes()
+        outer = json.loads(data)
+        entry = outer["entry"]
+        whole = canonical_json(outer) == data and outer["sha256"] == hashlib.sha256(canonical_json(entry)).hexdigest()
+    except FileNotFoundError:
+        raise Damaged(f"{STATE} is missing") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise Damaged(f"{STATE} is not as written") from None
+    if not whole or entry["step"] != step:
+        raise Damaged(f"{STATE} is not as written")
+    return dict(entry)
+
+
+def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    try:
+        if sha256_file(path / TENSORS) != entry["tensors_sha256"]:
+            raise Damaged(f"{TENSORS} is not as written")
+        return load_file(path / TENSORS)
+    except FileNotFoundError:
+        raise Damaged(f"{TENSORS} is missing") from None
+
+
+# ---------------------------------------------------------------- optimizers
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's state as flat named tensors and JSON. `names` are those of its parameters, in its order.
+
+    For optimizers whose state is tensors and numbers per parameter (AdamW, SGD, ...).
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in _named(optimizer, names):
+        values[name] = {}
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{name}/{slot}"] = value
+                values[name][slot] = {"tensor": f"optimizer/{name}/{slot}"}
+            else:
+                values[name][slot] = {"value": value}
+    groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return tensors, {"groups": groups, "values": values}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Puts what `pack_optimizer` gave back into an optimizer over the same parameters, bit for bit."""
+    named = _named(optimizer, names)
+    if set(state["values"]) != set(names) or len(state["groups"]) != len(optimizer.param_groups):
+        raise ValueError("the packed optimizer has other parameters or groups")
+    slots: dict[int, dict[str, Any]] = {}
+    for index, (name, _) in enumerate(named):
+        saved = state["values"][name]
+        if saved:
+            slots[index] = {s: tensors[v["tensor"]].clone() if "tensor" in v else v["value"] for s, v in saved.items()}
+    groups, first = [], 0
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        settings = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()}
+        groups.append(settings | {"params": list(range(first, first + len(group["params"])))})
+        first += len(group["params"])
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    for index, (_, parameter) in enumerate(named):  # load_state_dict casts to the parameter's type
+        for slot, value in slots.get(index, {}).items():
+            loaded = optimizer.state[parameter][slot]
+            if isinstance(value, torch.Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[parameter][slot] = value.to(loaded.device)
+
+
+def _named(optimizer: torch.optim.Optimizer, names: list[str]) -> list[tuple[str, torch.Tensor]]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(set(names)) != len(parameters) or len(names) != len(parameters):
+        raise ValueError(f"{len(names)} names, some equal perhaps, for {len(parameters)} parameters")
+    return list(zip(names, parameters, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# ---------------------------------------------------------------- signals
+
+
+class Interrupt:
+    """`with Interrupt() as interrupt`: Ctrl-C and SIGTERM ask for a stop after the step in hand; a second one does not wait."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, self._before[number])
+
+    def agreed(self, accelerator: Any) -> bool:
+        """Whether any process was asked to stop: all must stop at the same step."""
+        if accelerator.num_processes == 1:
+            return self.signal != 0
+        asked = torch.tensor(self.signal, device=accelerator.device)
+        self.signal = int(accelerator.gather(asked).max())
+        return self.signal != 0
+
+    def exit(self) -> SystemExit:
+        """130 or 143, as a shell expects of an interrupted program."""
+        return SystemExit(128 + self.signal)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,343 @@
+"""YAML in, typed settings out: one file, one model per section, strict; nothing else in the project reads YAML.
+
+An unknown key, a wrong type or an out-of-range value is an error that names the file, the line and the nearest
+known key. All errors of a file are reported together. The defaults below are `configs/shop.yaml`: the sample shop
+with the tiny backbone on a CPU.
+
+YAML is read more strictly than PyYAML reads it: a key twice, anchors and merge keys are refused, `1e-3` is a
+number, `no` is a string.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import USAGE, UserError
+
+MAX_BYTES = 256 * 1024  # no honest settings file is larger
+MAX_DEPTH = 20  # nor deeper
+
+Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what numpy and torch both take, with room to count up from
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    valid: Share = 0.1  # share of the sessions, by start time, held out for validation: those before the test ones
+    test: Share = 0.1  # share of the sessions, by start time, held out for the test: the last ones
+    max_prefix: Positive = 20  # a session is cut to its last so many events before it is used as a prefix
+    text: list[str] = ["title", "description"]  # item columns shown to the MLLM, in this order
+    attributes: list[str] | None = None  # item columns it learns to write; null: every other text column
+    on_bad_image: Literal["error", "text_only"] = "error"  # an image that cannot be decoded stops the run, or counts as none
+
+
+class ShopConfig(Section):
+    items: Positive = 1200
+    sessions: Positive = 13500
+    image_size: Positive = 48  # pixels a side
+    seed: Seed = 0
+
+
+class TinyConfig(Section):
+    """The built-in Idefics3, trained from nothing on the catalogue: for CPUs, tests and first looks."""
+
+    vocab: Positive = 768  # entries of the byte-level BPE trained on the catalogue's texts
+    image_size: Positive = 48  # pixels a side
+    patch: Positive = 12  # pixels a side of a vision patch
+    merge: Positive = 2  # pixel shuffle: merge x merge patches become one image token
+    vision_dim: Positive = 64
+    vision_layers: Positive = 3
+    dim: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 4
+
+
+class LoraSettings(Section):
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Share = 0.05
+
+
+class BackboneConfig(Section):
+    name: str = "tiny"  # "tiny", or a Hugging Face image-text-to-text model by name or local folder
+    revision: str | None = None  # commit of the model, for a name on the hub
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraSettings | None = None  # null trains every weight, as the tiny model needs
+    max_text_tokens: Positive = 96  # the text of one item is cut to so many tokens
+    max_pixels: Positive | None = None  # images are scaled down to so many pixels; null: the processor's default
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+    tiny: TinyConfig = TinyConfig()
+
+
+class PhaseConfig(Section):
+    steps: Count
+    batch: Positive  # items (knowledge, align) or sessions (transfer) a step, over all processes together
+    lr: Rate = 1e-3
+    warmup: Share = 0.05  # share of the steps over which the learning rate rises; cosine decay follows
+    weight_decay: Weight = 0.01
+    clip: Rate = 1.0  # gradient norm
+
+
+class KnowledgeConfig(PhaseConfig):
+    """Stage 1, Knowledge Acquisition."""
+
+    steps: Count = 200
+    batch: Positive = 64
+    generation: Weight = 1.0  # weight of L_gen
+    view: Weight = 0.5  # weight of L_view
+    temperature: Rate = 0.1  # of L_view
+
+
+class TransferConfig(PhaseConfig):
+    """Stage 2, first half: the Transfer-MLLM on session instructions."""
+
+    steps: Count = 300
+    batch: Positive = 64
+    items: Positive = 4  # the last so many items of a session are shown
+    retrieval: Weight = 1.0  # weight of the next-item InfoNCE
+    temperature: Rate = 0.07
+    generation: Weight = 0.2  # weight of writing the next item's title
+    disentangle: Weight = 0.01  # weight of vCLUB-S between t(v) and c(v)
+    tie: Weight = 0.2  # weight of InfoNCE between c(v) and k(v)
+
+
+class AlignConfig(PhaseConfig):
+    """Stage 2, second half: transitional pattern alignment, which turns K into the unified MLLM."""
+
+    steps: Count = 200
+    batch: Positive = 128
+    align: Weight = 1.0  # weight of the lower bound of I(p; t)
+    temperature: Rate = 0.07
+    relation: Weight = 1.0  # weight of the item-item relation loss
+    generation: Weight = 0.2  # weight of L_gen
+    keep: Weight = 1.0  # weight of staying where stage 1 put k(v)
+    disentangle: Weight = 0.01  # weight of vCLUB-S between p(v) and k(v)
+
+
+class CriticConfig(Section):
+    """The variational networks of the CLUB bounds: trained on detached features, with an optimiser of their own."""
+
+    hidden: Positive = 128
+    lr: Rate = 2e-3
+    inner_steps: Positive = 2  # critic steps a training step
+    warmup: Count = 30  # training steps before the bound enters the loss
+
+
+class DistillConfig(Section):
+    dim: Positive = 64  # D: length of k(v), and of p(v)
+    checkpoint_every: Positive = 100  # steps
+    workers: Count = 0  # processes that decode and tokenise ahead; 0: in line
+    log_with: list[str] = []  # accelerate trackers beside metrics.jsonl, e.g. [tensorboard]
+    knowledge: KnowledgeConfig = KnowledgeConfig()
+    transfer: TransferConfig = TransferConfig()
+    align: AlignConfig = AlignConfig()
+    critic: CriticConfig = CriticConfig()
+
+
+class ExportConfig(Section):
+    dtype: Literal["float32", "float16"] = "float32"
+    shard_rows: Positive = 1024  # items a part: the unit of resume, and of work for a process
+    token_budget: Positive = 16384  # padded tokens a batch
+    keep: Positive = 2  # published versions kept
+
+
+class SbrConfig(Section):
+    """The session model. Every baseline is trained beside it, on the same data, with the same settings."""
+
+    dim: Positive = 64
+    epochs: Positive = 20
+    batch: Positive = 256  # sessions a step, over all processes together
+    lr: Rate = 3e-3
+    weight_decay: Weight = 1e-4
+    patience: Positive = 3  # epochs without a better validation MRR@20 before it stops
+    seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published
+
+
+class Config(Section):
+    seed: Seed = 0
+    data: DataConfig = DataConfig()
+    shop: ShopConfig = ShopConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    distill: DistillConfig = DistillConfig()
+    export: ExportConfig = ExportConfig()
+    sbr: SbrConfig = SbrConfig()
+
+
+def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
+    """The settings of `path` (None: the defaults) with `a.b=value` overrides on top.
+
+    Raises `UserError` (2) that lists every mistake of the file and the overrides.
+    """
+    tree: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], int] = {}
+    if path is not None:
+        tree, lines = _read(path)
+    where = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides or []:
+        key, sign, text = override.partition("=")
+        keys = tuple(key.strip().split("."))
+        if not sign or not all(keys):
+            raise UserError(f"--set {override!r} is not of the form a.b=value (command line); write e.g. sbr.epochs=5", USAGE)
+        _put(tree, keys, _parse(text, f"--set {override}"), override)
+        above = {keys[:n]: f"--set {override}" for n in range(1, len(keys))}  # for a section that only the override names
+        where = above | {k: w for k, w in where.items() if k[: len(keys)] != keys} | {keys: f"--set {override}"}
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(error, where, str(path or "settings"))), USAGE) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads numbers and words as people write them."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in ("bool", "float", "int", "timestamp", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(*_FLOAT)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the texts which the loader above would read as numbers."""
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            spot = f"{name}:{event.start_mark.line + 1}" if event.start_mark else name
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise UserError(f"anchors and aliases are not supported ({spot}); write the value out", USAGE)
+            if getattr(event, "tag", None):
+                raise UserError(f"tags are not supported ({spot}); write the plain value", USAGE)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"nested too deep ({spot}); settings have three levels", USAGE)
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        spot = f"{name}:{mark.line + 1}" if mark else name
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error} ({spot}); mend the file", USAGE) from None
+
+
+def _parse(text: str, name: str) -> Any:
+    node = _compose(text, name)
+    if node is None:
+        return None
+    _lines(node, name)
+    return _build(node, name)
+
+
+def _build(node: yaml.Node, name: str) -> Any:
+    loader = _Loader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"not valid YAML: {getattr(error, 'problem', error)} ({name}:{node.start_mark.line + 1}); mend the file", USAGE
+        ) from None
+    except ValueError:
+        raise UserError(f"a number of too many digits ({name}:{node.start_mark.line + 1}); mend the value", USAGE) from None
+    finally:
+        loader.dispose()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"settings file is larger than {MAX_BYTES // 1024} KB ({path}); is it the right file?", USAGE)
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read settings: {error.strerror or error} ({path}); give an existing YAML file", USAGE) from None
+    except UnicodeDecodeError:
+        raise UserError(f"settings file is not UTF-8 text ({path}); give a YAML file", USAGE) from None
+    node = _compose(text, str(path))
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"settings must be `key: value` pairs ({path}:1); see configs/shop.yaml", USAGE)
+    lines = _lines(node, str(path))
+    return _build(node, str(path)), lines
+
+
+def _lines(node: yaml.Node, name: str) -> dict[tuple[str, ...], int]:
+    """The line of every key; an error when one stands twice."""
+    lines: dict[tuple[str, ...], int] = {}
+    for key, line in _keys(node, (), name):
+        if key in lines:
+            raise UserError(f"key `{'.'.join(key)}` stands twice ({name}:{line}); keep one", USAGE)
+        lines[key] = line
+    return lines
+
+
+def _keys(node: yaml.Node, above: tuple[str, ...], name: str) -> Iterator[tuple[tuple[str, ...], int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                raise UserError(f"only plain keys are supported ({name}:{key.start_mark.line + 1}); write the value out", USAGE)
+            yield (*above, key.value), key.start_mark.line + 1
+            yield from _keys(value, (*above, key.value), name)
+
+
+def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise UserError(f"`{key}` holds a value, not a section (--set {override}); set it whole", USAGE)
+    tree[keys[-1]] = value
+
+
+def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: str) -> Iterator[str]:
+    for problem in error.errors():
+        loc = tuple(str(part) for part in problem["loc"])
+        spot = next((where[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in where), name)
+        key = ".".join(loc)
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(loc[-1], _fields(loc[:-1]), n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(loc[:-1]))}"
+            yield f"unknown key `{key}` ({spot}); {hint}"
+        else:
+            yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); mend the value"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fields(loc: tuple[str, ...]) -> list[str]:
+    model: Any = Config
+    for part in loc:
+        annotation = model.model_fields[part].annotation
+        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

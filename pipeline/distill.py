@@ -1,0 +1,478 @@
+"""The two stages of TPAD (arXiv 2504.10538) as three phases: their objectives side by side, and one loop.
+
+    knowledge  K learns what items are: it writes their texts, and its views of an item agree  -> table of k(v)
+    transfer   T learns what follows what: next-item retrieval, split into t(v) and c(v)       -> table of t(v)
+    align      K gains a second head p(v) that takes over t(v): the unified MLLM               -> published
+
+The paper's public text gives this structure; losses and prompts are this project's own choices. Only training
+sessions are ever read. Every random choice is a function of (seed, phase, step): a run that was killed and resumed, or
+spread over processes, is the same run. Every process computes the loss of the whole global batch from gathered
+features; a gradient flows only where a feature was made, so the loss times the number of processes undoes the
+averaging of distributed data parallel.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pipeline import prompts
+from pipeline.artifact import canonical_json, published, stage
+from pipeline.catalog import SessionLog, load_catalog, load_sessions, split_by_time
+from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
+from pipeline.config import Config, PhaseConfig
+from pipeline.errors import USAGE, UserError
+from pipeline.mllm import Backbone, Encoded, Encoder, Mllm, build_backbone, embed, load_trainable, save_mllm, trainable_state
+from pipeline.mutual_information import ClubSample, info_nce
+from pipeline.progress import Steps
+from pipeline.prompts import FULL, Prompts, View
+
+Tensors = dict[str, Tensor]
+TABLE_ROWS = 4096  # items embedded at a time for a table
+
+
+class Group:
+    """The processes of a run: gathering that keeps the gradient of what was made here."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.rank, self.world = accelerator, accelerator.process_index, accelerator.num_processes
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(b, ...) of every process -> (B, ...), in order of the processes."""
+        if self.world == 1:
+            return x
+        parts = list(self.accelerator.gather(x.detach()).split(len(x)))
+        parts[self.rank] = x
+        return torch.cat(parts)
+
+    def total(self, x: Tensor) -> Tensor:
+        if self.world == 1:
+            return x
+        summed: Tensor = self.accelerator.reduce(x.detach().clone(), "sum")
+        return summed + x - x.detach()
+
+    def share(self, of: np.ndarray) -> np.ndarray:
+        """This process's contiguous share of a global batch."""
+        return np.array_split(of, self.world)[self.rank]
+
+
+def drawn(count: int, batch: int, step: int, *key: int) -> np.ndarray:
+    """The indices below `count` of a step: shuffled epochs one after the other, cut into batches."""
+    at = np.arange(step * batch, (step + 1) * batch)
+    orders = {int(e): np.random.default_rng([*key, int(e)]).permutation(count) for e in np.unique(at // count)}
+    return np.array([orders[int(place // count)][place % count] for place in at])
+
+
+@dataclass
+class Phase:
+    """What a phase works on. Each kind below says which sequences make a step, and what is to be minimised."""
+
+    config: Config
+    prompts: Prompts
+    encoder: Encoder
+    train: SessionLog
+    group: Group
+    tables: Tensors  # what earlier phases found: "knowledge" k(v) and "transition" t(v), each (N, D)
+
+    name: ClassVar[str]
+    number: ClassVar[int]
+    heads: ClassVar[dict[str, tuple[str, ...]]]  # by name of the sequences
+    disentangled: ClassVar[bool] = False
+
+    @property
+    def settings(self) -> PhaseConfig:
+        settings: PhaseConfig = getattr(self.config.distill, self.name)
+        return settings
+
+    def rng(self, step: int, *more: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, self.number, step, *more])
+
+    def drawn(self, count: int, step: int) -> np.ndarray:
+        return drawn(count, self.settings.batch, step, self.config.seed, self.number)
+
+    def __len__(self) -> int:
+        return self.settings.steps
+
+    def __getitem__(self, step: int) -> tuple[dict[str, Tensors], Tensors]:
+        """This process's tensors of a step, and facts about its whole global batch."""
+        sequences, facts = self.work(step)
+        return {name: self.encoder.collate(of) for name, of in sequences.items()}, facts
+
+    def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
+        raise NotImplementedError
+
+    def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
+        raise NotImplementedError
+
+
+class Knowledge(Phase):
+    """Stage 1. L_gen over the items' texts, and L_view between two views of an item."""
+
+    name, number = "knowledge", 0
+    heads = {"items": ("knowledge",)}
+
+    def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
+        rows = self.drawn(len(self.prompts), step)
+        pairs = [self.prompts.pair(int(row), self.rng(step, n)) for n, row in enumerate(rows)]
+        sequences = [
+            self.encoder.encode(self.prompts.knowledge(int(rows[n]), pairs[n][side], self.rng(step, int(n), side)))
+            for side in (0, 1)
+            for n in self.group.share(np.arange(len(rows)))
+        ]
+        return {"items": sequences}, {"paired": torch.tensor([a != b for a, b in pairs])}
+
+    def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
+        cfg = self.config.distill.knowledge
+        one, other = (self.group.gather(side)[facts["paired"]] for side in out["items.knowledge"].chunk(2))
+        view = (info_nce(one, other, cfg.temperature) + info_nce(other, one, cfg.temperature)) / 2 if len(one) else one.sum()
+        return {"generation": cfg.generation * out["items.nll"], "view": cfg.view * view}
+
+
+class Transfer(Phase):
+    """Stage 2, first half. Next-item retrieval and generation over training sessions; t(v) kept apart from c(v)."""
+
+    name, number = "transfer", 1
+    heads = {"sessions": ("session",), "items": ("transition", "content")}
+    disentangled = True
+
+    @cached_property
+    def target_share(self) -> np.ndarray:
+        """(N,) how often an item is the next one in the training sessions, as a share."""
+        follows = np.ones(len(self.train.rows), bool)
+        follows[self.train.offsets[:-1]] = False
+        counts = np.bincount(self.train.rows[follows], minlength=len(self.prompts))
+        share: np.ndarray = counts / counts.sum()
+        return share
+
+    def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
+        cfg = self.config.distill.transfer
+        windows = [self._window(int(s), self.rng(step, n)) for n, s in enumerate(self.drawn(len(self.train), step))]
+        target = np.full((cfg.batch, cfg.items), -1)
+        for b, window in enumerate(windows):
+            target[b, : len(window) - 1] = window[1:]
+        # every item stands once among the candidates, so no negative is false
+        candidates, place = np.unique(target[target >= 0], return_inverse=True)
+        target[target >= 0] = place
+        even = np.resize(candidates, math.ceil(len(candidates) / self.group.world) * self.group.world)
+        sequences = {
+            "sessions": [self.encoder.encode(self.prompts.session(windows[b])) for b in self.group.share(np.arange(cfg.batch))],
+            "items": [self.encoder.encode(self.prompts.item(int(row))) for row in self.group.share(even)],
+        }
+        came = 1 - (1 - self.target_share[candidates]) ** len(place)  # probability to be a candidate of this batch
+        facts = {"target": torch.from_numpy(target), "candidates": torch.from_numpy(candidates), "log_q": torch.from_numpy(np.log(came)).float()}
+        return sequences, facts
+
+    def _window(self, session: int, rng: np.random.Generator) -> np.ndarray:
+        rows, length = self.train.session(session), self.config.distill.transfer.items + 1
+        first = rng.integers(max(0, len(rows) - length) + 1)
+        return rows[first : first + length]
+
+    def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
+        cfg = self.config.distill.transfer
+        asked = facts["target"] >= 0  # (B, n)
+        local = out["sessions.session"].new_zeros(len(asked) // self.group.world, cfg.items, self.config.distill.dim)
+        local[asked.chunk(self.group.world)[self.group.rank]] = out["sessions.session"]
+        session = self.group.gather(local)[asked]
+        transition, content = (self.group.gather(out[f"items.{head}"])[: len(facts["candidates"])] for head in ("transition", "content"))
+        known = self.tables["knowledge"][facts["candidates"]]
+        return {
+            "retrieval": cfg.retrieval * info_nce(session, transition, cfg.temperature, facts["log_q"], facts["target"][asked]),
+            "generation": cfg.generation * out["sessions.nll"],
+            "tie": cfg.tie * info_nce(content, known, cfg.temperature),
+            "disentangle": cfg.disentangle * critic.bound(transition, content),
+        }
+
+
+class Align(Phase):
+    """Stage 2, second half: transitional pattern alignment. K, still writing texts, takes over t(v) in a head of its own."""
+
+    name, number = "align", 2
+    heads = {"items": ("knowledge", "transition")}
+    disentangled = True
+
+    def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
+        rows = self.drawn(len(self.prompts), step)
+        sequences = []
+        for n in self.group.share(np.arange(len(rows))):
+            rng = self.rng(step, int(n))
+            view = (FULL, View(True, False), View(False, True))[rng.choice(3, p=(0.7, 0.15, 0.15))]
+            if not (self.prompts.has_image(int(rows[n])) and self.prompts.text(int(rows[n]))):
+                view = FULL
+            sequences.append(self.encoder.encode(self.prompts.knowledge(int(rows[n]), view, rng)))
+        return {"items": sequences}, {"rows": torch.from_numpy(rows)}
+
+    def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
+        cfg = self.config.distill.align
+        knowledge, pattern = self.group.gather(out["items.knowledge"]), self.group.gather(out["items.transition"])
+        known, transition = self.tables["knowledge"][facts["rows"]], self.tables["transition"][facts["rows"]]
+        return {
+            "align": cfg.align * info_nce(pattern, transition, cfg.temperature),
+            "relation": cfg.relation * relation_loss(pattern, transition, cfg.temperature),
+            "generation": cfg.generation * out["items.nll"],
+            "keep": cfg.keep * (1 - (knowledge * known).sum(-1)).mean(),
+            "disentangle": cfg.disentangle * critic.bound(pattern, knowledge),
+        }
+
+
+PHASES: tuple[type[Phase], ...] = (Knowledge, Transfer, Align)
+
+
+def relation_loss(x: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """KL between the batch's similarity structures: how y (N, D) sees each item's neighbours, reproduced under x (N, D).
+
+    The item-item form of relational distillation (RDist of LLaVA-KD, arXiv 2410.16236, is its token-level kin).
+    """
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    ours, theirs = ((z @ z.T / temperature).masked_fill(itself, -1e4).log_softmax(-1) for z in (x, y))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+class Critic:
+    """The variational network of a phase's CLUB bound, with its own optimiser; the same on every process."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.step = config.distill.critic, 0
+        self.scale = math.sqrt(config.distill.dim)  # brings unit vectors to unit variance
+        self.net = ClubSample(config.distill.dim, config.distill.dim, self.config.hidden).to(device)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), self.config.lr)
+        self.value = 0.0
+
+    def bound(self, x: Tensor, y: Tensor) -> Tensor:
+        """Trains the network on the detached (N, D) features, then gives the CLUB bound, which is 0 during the warm-up."""
+        x, y = x * self.scale, y * self.scale
+        for _ in range(self.config.inner_steps):
+            self.optimizer.zero_grad()
+            self.net.learning_loss(x, y).backward()
+            self.optimizer.step()
+        shift = 1 + self.step % (len(x) - 1)
+        self.step += 1
+        bound = self.net.estimate(x, y, shift)
+        self.value = float(bound.detach())
+        # a negative bound only says that the network lags behind: nothing to gain by lowering it further
+        return bound.clamp(min=0) if self.step > self.config.warmup else bound.detach() * 0
+
+
+# --- the loop
+
+
+def learning_rate(settings: PhaseConfig, step: int) -> float:
+    """Linear warm-up, then cosine decay to zero."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+
+def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: "Metrics") -> None:
+    """Trains `mllm` in place, from the newest checkpoint if there is one, to the phase's last step."""
+    settings, every, group = phase.settings, phase.config.distill.checkpoint_every, phase.group
+    named = list(trainable_state(mllm).items())
+    decay = [(n, p) for n, p in named if p.ndim > 1]
+    plain = [(n, p) for n, p in named if p.ndim <= 1]
+    groups = [{"params": [p for _, p in decay], "weight_decay": settings.weight_decay}, {"params": [p for _, p in plain], "weight_decay": 0.0}]
+    names = [n for n, _ in decay + plain]
+    model, optimizer = accelerator.prepare(mllm, torch.optim.AdamW(groups, settings.lr))
+    critic = Critic(phase.config, accelerator.device)
+    critic_names = [n for n, _ in critic.net.named_parameters()]
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            moments, state = pack_optimizer(optimizer.optimizer, names)
+            critic_moments, critic_state = pack_optimizer(critic.optimizer, critic_names)
+            tensors = trainable_state(mllm) | moments | _prefixed("critic/", dict(critic.net.named_parameters()) | critic_moments)
+            checkpoints.save(step, tensors, {"optimizer": state, "critic": critic_state, "critic_step": critic.step})
+        accelerator.wait_for_everyone()
+
+    start = 0
+    if (found := checkpoints.newest()) is not None:
+        start, tensors, state = found
+        load_trainable(mllm, {n: tensors[n] for n, _ in named}, str(checkpoints.folder))
+        unpack_optimizer(optimizer.optimizer, names, tensors, state["optimizer"])
+        kept = {name.removeprefix("critic/"): t for name, t in tensors.items() if name.startswith("critic/")}
+        critic.net.load_state_dict({n: kept[n] for n in critic_names})
+        unpack_optimizer(critic.optimizer, critic_names, kept, state["critic"])
+        critic.step = state["critic_step"]
+    metrics.resume(phase.name, start)
+    loader = DataLoader(phase, sampler=range(start, settings.steps), batch_size=None, num_workers=phase.config.distill.workers)  # type: ignore[arg-type, var-annotated]
+    with Interrupt() as interrupt, Steps(phase.name, settings.steps, start, accelerator.is_main_process) as progress:
+        model.train()
+        for step, (batches, facts) in zip(range(start, settings.steps), loader, strict=True):
+            torch.manual_seed(int(phase.rng(step, group.rank).integers(2**62)))  # dropout
+            for group_ in optimizer.param_groups:
+                group_["lr"] = learning_rate(settings, step)
+            batches, facts = _to(batches, accelerator.device), _to(facts, accelerator.device)
+            out = model(batches, phase.heads)
+            for name, batch in batches.items():
+                if f"{name}.nll" in out:  # mean over the answer tokens of all processes
+                    out[f"{name}.nll"] = group.total(out[f"{name}.nll"]) / group.total(torch.tensor(len(batch["answers"]), device=accelerator.device))
+            losses = phase.losses(out, facts, critic)
+            loss = torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(loss):
+                raise UserError(f"the loss is not finite ({phase.name}, step {step}); lower distill.{phase.name}.lr", USAGE)
+            optimizer.zero_grad()
+            accelerator.backward(loss * group.world)
+            accelerator.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            metrics.log(phase.name, step, {name: value.detach() for name, value in ({"loss": loss} | losses).items()} | ({"club_bound": critic.value} if phase.disentangled else {}))
+            progress.advance(f"loss {float(loss.detach()):.3f}")
+            stop = interrupt.agreed(accelerator)
+            if stop or (step + 1) % every == 0 or step + 1 == settings.steps:
+                save(step + 1)
+            if stop:
+                raise interrupt.exit()
+    mllm.eval()
+
+
+def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _to(tensors: Any, device: torch.device) -> Any:
+    return {name: _to(t, device) if isinstance(t, dict) else t.to(device, non_blocking=True) for name, t in tensors.items()}
+
+
+class Metrics:
+    """`metrics.jsonl`, one line a step, and any accelerate tracker. Written by the main process."""
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
+
+    def resume(self, phase: str, start: int) -> None:
+        """Forgets the steps of `phase` from `start` on: they are about to be done again."""
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if not ((entry := _entry(line)) is None or (entry["phase"] == phase and entry["step"] >= start))]
+            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
+        plain = {name: round(float(value), 6) for name, value in values.items()}
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"phase": phase, "step": step} | plain) + "\n")
+        self.accelerator.log({f"{phase}/{name}": value for name, value in plain.items()}, step=step)
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None  # the line a kill cut short
+
+
+# --- the stages
+
+
+def distill(config: Config, run: Path, data: Path, fresh: bool = False) -> bool:
+    """Both stages, from a data folder to `run/mllm`. False if the published MLLM was already made from the same inputs."""
+    catalog = load_catalog(data)
+    split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
+    prints = _fingerprints(config, catalog.sha256, split.train.ids_sha256())
+    version = published(run / "mllm", "mllm")
+    if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
+        return False
+    accelerator = Accelerator(
+        log_with=config.distill.log_with or None,
+        project_dir=run / "distill",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    group = Group(accelerator)
+    _check_batches(config, group.world)
+    folder = run / "distill"
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("tpad", config.model_dump(mode="json"))
+    metrics = Metrics(folder / "metrics.jsonl", accelerator)
+    views = Prompts(catalog, config.data)
+    backbone = build_backbone(config.backbone, views, config.seed)
+    encoder = Encoder(config.backbone, backbone, catalog)
+    tables: Tensors = {}
+    weights: dict[str, Tensors] = {}
+    base = {name: weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
+    for kind, fingerprint in zip(PHASES, prints, strict=True):
+        phase = kind(config, views, encoder, split.train, group, tables)
+        torch.manual_seed(config.seed)
+        heads = [head for of in kind.heads.values() for head in of]
+        mllm = Mllm(backbone.model, heads, config.distill.dim)
+        begin = _prefixed("backbone.", base) | (weights["knowledge"] if kind is Align else {})
+        load_trainable(mllm, trainable_state(mllm) | {n: w for n, w in begin.items() if n in trainable_state(mllm)}, kind.name)
+        checkpoints = Checkpoints(folder / kind.name, fingerprint)
+        if fresh and accelerator.is_main_process:
+            checkpoints.clear()
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+        train_phase(phase, mllm, accelerator, checkpoints, metrics)
+        weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
+        if kind is not Align:
+            head = heads[0] if kind is Knowledge else "transition"
+            tables[head] = feature_table(mllm, phase, head, config.export.token_budget)
+    if accelerator.is_main_process:
+        publish(run, config, mllm, backbone, catalog.sha256, split.train.ids_sha256(), prints[-1])
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return True
+
+
+def _fingerprints(config: Config, catalogue: str, sessions: str) -> list[str]:
+    """Of each phase: everything its weights depend on. How often it is saved, or by how many processes, is not part of it."""
+    chain: dict[str, Any] = {
+        "prompts": prompts.VERSION,
+        "seed": config.seed,
+        "data": config.data.model_dump(exclude={"valid", "test", "max_prefix"}),
+        "backbone": config.backbone.model_dump(),
+        "dim": config.distill.dim,
+        "critic": config.distill.critic.model_dump(),
+        "catalogue": catalogue,
+        "sessions": sessions,
+    }
+    found = []
+    for kind in PHASES:
+        chain[kind.name] = getattr(config.distill, kind.name).model_dump()
+        found.append(hashlib.sha256(canonical_json(chain)).hexdigest())
+    return found
+
+
+def _check_batches(config: Config, world: int) -> None:
+    for kind in PHASES:
+        batch = getattr(config.distill, kind.name).batch
+        if batch % world:
+            raise UserError(f"distill.{kind.name}.batch = {batch} does not divide by {world} processes (config); make it a multiple", USAGE)
+
+
+def feature_table(mllm: Mllm, phase: Phase, head: str, token_budget: int) -> Tensor:
+    """(N, D): one feature an item, each process embedding its share; the same tensor everywhere."""
+    group, device, count = phase.group, phase.group.accelerator.device, len(phase.prompts)
+    parts = []
+    with Steps(f"{head} table", count, show=group.rank == 0) as progress:
+        for first in range(0, count, TABLE_ROWS):
+            rows = np.arange(first, min(first + TABLE_ROWS, count))
+            even = np.resize(rows, math.ceil(len(rows) / group.world) * group.world)
+            sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in group.share(even)]
+            features = embed(mllm, phase.encoder, sequences, (head,), token_budget, device)[head]
+            parts.append(group.gather(torch.from_numpy(features).to(device))[: len(rows)])
+            progress.advance(by=len(rows))
+    return torch.cat(parts)
+
+
+def publish(run: Path, config: Config, mllm: Mllm, backbone: Backbone, catalogue: str, sessions: str, fingerprint: str) -> None:
+    """The unified MLLM as a version of `run/mllm`."""
+    settings = {
+        "backbone": config.backbone.model_dump(),
+        "data": config.data.model_dump(),
+        "dim": config.distill.dim,
+        "heads": list(mllm.heads),
+        "prompts": prompts.VERSION,
+    }
+    with stage(run / "mllm", "mllm") as staging:
+        save_mllm(staging.path, mllm, backbone, settings)
+        staging.publish({"fingerprint": fingerprint, "catalogue_sha256": catalogue, "sessions_sha256": sessions})

@@ -1,0 +1,18 @@
+"""The one exception the command line turns into one line and an exit code.
+
+Everything a user can cause (a bad file, a bad config, a missing artifact, a missing device) is a `UserError`;
+any other exception is a bug of ours and keeps its traceback.
+"""
+
+USAGE = 2  # command line or config
+DATA = 3  # input data
+ARTIFACT = 4  # an artifact is missing, corrupt or does not match
+ENVIRONMENT = 5  # device, package, disk
+
+
+class UserError(Exception):
+    """`what (where); what to do`, in one line, and the exit code of the contract (2, 3, 4 or 5)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(" ".join(message.split()))
+        self.code = code

@@ -1,0 +1,373 @@
+"""The multimodal LLM: parts in, features out.
+
+`Encoder` turns prompt parts into token ids and image tensors; `Mllm` is the backbone (any Hugging Face
+image-text-to-text model with LoRA, or the built-in tiny Idefics3 trained in full) with named linear heads on the
+last hidden state. Processors with a video part do not load without torchvision, so images and text are encoded
+here by image processor and tokenizer alone.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Idefics3Config,
+    Idefics3ImageProcessorPil,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.artifact import write_json
+from pipeline.catalog import Catalog
+from pipeline.config import BackboneConfig, TinyConfig
+from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
+from pipeline.prompts import Part, Prompts
+
+IMAGE_CACHE_BYTES = 1 << 30  # of encoded images kept, so that an epoch after the first decodes nothing
+SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
+
+
+@dataclass
+class Encoded:
+    """One sequence: token ids, the images in it, the positions features are read at, and which tokens are answers."""
+
+    ids: list[int] = field(default_factory=list)
+    images: list[dict[str, Tensor]] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)  # positions of the tokens to be written
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Encoder:
+    """Parts of one catalogue's items -> `Encoded` -> padded tensors.
+
+    `tokenizer` and `image_processor` are the backbone's own; `model_type` picks how an image becomes tokens.
+    """
+
+    def __init__(self, config: BackboneConfig, backbone: "Backbone", catalog: Catalog, cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
+        self.config, self.catalog = config, catalog
+        self.tokenizer, self.image_processor = backbone.tokenizer, backbone.image_processor
+        self.hf_config = backbone.model.config
+        family: str = self.hf_config.model_type
+        if family not in FAMILIES:
+            raise UserError(f"backbone family `{family}` is not supported (backbone.name); supported: {', '.join(FAMILIES)}", USAGE)
+        self._encode_image, self._join_images = FAMILIES[family]
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        self._text: dict[str, list[int]] = {}
+        self._images: dict[int, tuple[list[int], dict[str, Tensor]]] = {}
+        self._room = cache_bytes
+        self.head, self.tail = self._frame()
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after a prompt: the chat template's user turn, where the tokenizer has one."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return list(self.tokenizer("").input_ids), []
+        mark = "@@prompt@@"
+        turn = [{"role": "user", "content": [{"type": "text", "text": mark}]}]
+        before, _, after = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(mark)
+        return self.tokens(before), self.tokens(after)
+
+    def tokens(self, text: str) -> list[int]:
+        found = self._text.get(text)
+        if found is None:
+            found = self._text[text] = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return found
+
+    def encode(self, parts: Iterable[Part]) -> Encoded:
+        """The sequence of `parts`; an answer ends with the end-of-sequence token."""
+        out = Encoded(list(self.head))
+        for part in parts:
+            if part.kind == "text":
+                out.ids += self.tokens(" " + part.text)[: self.config.max_text_tokens]
+            elif part.kind == "image":
+                ids, tensors = self.image(part.row)
+                out.ids += ids
+                out.images.append(tensors)
+            elif part.kind == "turn":
+                out.ids += self.tail
+            elif part.kind == "read":
+                out.reads.append(len(out.ids) - 1)
+            else:
+                answer = [*self.tokens(" " + part.text)[: self.config.max_text_tokens], self.tokenizer.eos_token_id]
+                out.answers += range(len(out.ids), len(out.ids) + len(answer))
+                out.ids += answer
+        return out
+
+    def image(self, row: int) -> tuple[list[int], dict[str, Tensor]]:
+        """Token ids and tensors of an item's image; kept in memory while there is room."""
+        found = self._images.get(row)
+        if found is None:
+            picture = self.catalog.image(row)
+            assert picture is not None, "the prompt asked for an image the item lacks"
+            found = self._encode_image(self, picture)
+            size = sum(t.nbytes for t in found[1].values())
+            if size <= self._room:
+                self._room -= size
+                self._images[row] = found
+        return found
+
+    def collate(self, sequences: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Right-padded tensors of B sequences of at most L tokens.
+
+        `input_ids`, `attention_mask` (B, L); the image tensors of the family; `read_at` (R,) and `answer_at` (A,), flat
+        positions in (B * L) of the features to read and of the tokens before each answer token; `answers` (A,).
+        """
+        length = max(map(len, sequences))
+        ids = np.full((len(sequences), length), self.pad, np.int64)
+        mask = np.zeros((len(sequences), length), np.int64)
+        reads, before, answers = [], [], []
+        for b, s in enumerate(sequences):
+            ids[b, : len(s)], mask[b, : len(s)] = s.ids, 1
+            reads += [b * length + at for at in s.reads]
+            before += [b * length + at - 1 for at in s.answers]
+            answers += [s.ids[at] for at in s.answers]
+        batch = {"input_ids": ids, "attention_mask": mask, "read_at": reads, "answer_at": before, "answers": answers}
+        tensors = {name: torch.as_tensor(np.asarray(value, np.int64)) for name, value in batch.items()}
+        images = [image for s in sequences for image in s.images]
+        return tensors | self._join_images(self, tensors["input_ids"], images)
+
+
+# How an image becomes tokens, by family: (encode one image -> ids, tensors) and (join the images of a batch).
+
+
+def _idefics3_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
+    pixels = encoder.image_processor(images=[[image]], do_image_splitting=False, return_tensors="pt")["pixel_values"][0]
+    vision = encoder.hf_config.vision_config
+    count = (vision.image_size // vision.patch_size) ** 2 // encoder.hf_config.scale_factor**2
+    fake, whole = encoder.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
+    return [fake, whole, *[encoder.hf_config.image_token_id] * count, fake], {"pixel_values": pixels}
+
+
+def _idefics3_join(encoder: Encoder, ids: Tensor, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    # (1, n, 3, H, W): the model flattens the first two dimensions, and takes the images in the order of their tokens
+    return {"pixel_values": torch.cat([i["pixel_values"] for i in images])[None]} if images else {}
+
+
+def _qwen_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
+    budget = {"max_pixels": encoder.config.max_pixels} if encoder.config.max_pixels else {}
+    out = encoder.image_processor(images=[image], return_tensors="pt", **budget)
+    count = int(out["image_grid_thw"].prod()) // encoder.image_processor.merge_size**2
+    config = encoder.hf_config
+    ids = [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]
+    return ids, {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
+
+
+def _qwen_join(encoder: Encoder, ids: Tensor, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    kinds = (ids == encoder.hf_config.image_token_id).to(torch.int32)  # mandatory: without it the model refuses the batch
+    joined = {name: torch.cat([i[name] for i in images]) for name in ("pixel_values", "image_grid_thw")} if images else {}
+    return joined | {"mm_token_type_ids": kinds}
+
+
+FAMILIES = {
+    "idefics3": (_idefics3_image, _idefics3_join),
+    "smolvlm": (_idefics3_image, _idefics3_join),
+    "qwen2_vl": (_qwen_image, _qwen_join),
+    "qwen2_5_vl": (_qwen_image, _qwen_join),
+    "qwen3_vl": (_qwen_image, _qwen_join),
+}
+
+
+class Mllm(nn.Module):
+    """Backbone with named heads, each a LayerNorm and a linear map d -> D, in fp32.
+
+    One `forward` takes all batches of a training step, so a distributed wrapper sees one forward and one backward.
+    """
+
+    def __init__(self, backbone: Any, heads: Sequence[str], dim: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        width = backbone.config.get_text_config().hidden_size
+        self.heads = nn.ModuleDict({name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) for name in heads})
+
+    def forward(self, batches: dict[str, dict[str, Tensor]], heads: dict[str, Sequence[str]]) -> dict[str, Tensor]:
+        """Per batch b and head h: "b.h" (R, D), fp32, L2-normalised; and "b.nll", the summed token loss of its answers."""
+        out = {}
+        for name, batch in batches.items():
+            states = self.hidden(batch)
+            read = states[batch["read_at"]].float()
+            for head in heads[name]:
+                out[f"{name}.{head}"] = F.normalize(self.heads[head](read), dim=-1)
+            if len(batch["answers"]):
+                logits = self.backbone.get_output_embeddings()(states[batch["answer_at"]])
+                out[f"{name}.nll"] = F.cross_entropy(logits.float(), batch["answers"], reduction="sum")
+        return out
+
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B * L, d): last hidden states of the base model, without the language-model head."""
+        inputs = {name: value for name, value in batch.items() if name not in ("read_at", "answer_at", "answers")}
+        states: Tensor = self.backbone.model(**inputs, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)
+
+
+def embed(mllm: Mllm, encoder: Encoder, sequences: Sequence[Encoded], heads: Sequence[str], token_budget: int, device: Any) -> dict[str, np.ndarray]:
+    """By head, the (n, D) features of n sequences with one read each, in their order.
+
+    Batches are cut from the longest to the shortest, so that little is padding, and hold at most `token_budget` tokens.
+    """
+    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
+    features: dict[str, list[Tensor]] = {head: [] for head in heads}
+    with torch.inference_mode():
+        first = 0
+        while first < len(order):
+            size = max(1, token_budget // len(sequences[order[first]]))
+            batch = encoder.collate([sequences[n] for n in order[first : first + size]])
+            out = mllm({"items": {name: t.to(device) for name, t in batch.items()}}, {"items": heads})
+            for head in heads:
+                features[head].append(out[f"items.{head}"].cpu())
+            first += size
+    place = np.argsort(order)
+    return {head: torch.cat(found).numpy()[place] for head, found in features.items()}
+
+
+def trainable_state(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What training changes: every weight of the tiny model, adapters and heads of a large one."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def load_trainable(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Puts back what `trainable_state` gave; every trainable weight must be there, in its shape."""
+    own = trainable_state(module)
+    odd = sorted(own.keys() ^ tensors.keys()) or [name for name in own if own[name].shape != tensors[name].shape]
+    if odd:
+        raise UserError(f"weights do not fit the model, e.g. `{odd[0]}` ({where}); run `tpad distill` again", ARTIFACT)
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(tensors[name])
+
+
+# --- building, saving, loading
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model with the two halves of its processor."""
+
+    model: Any  # a Hugging Face ...ForConditionalGeneration
+    tokenizer: Any
+    image_processor: Any
+
+
+def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backbone:
+    """The backbone as training starts from it: the tiny one drawn from `seed`, any other from its published weights."""
+    torch.manual_seed(seed)
+    if config.name == "tiny":
+        tokenizer = _train_tokenizer(config.tiny.vocab, prompts.words())
+        backbone = Backbone(_from_config(_tiny_config(config.tiny, tokenizer), config), tokenizer, _tiny_processor(config.tiny))
+    else:
+        backbone = _published(config)
+    return _adapted(backbone, config)
+
+
+def _adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
+    """Only the adapters of the language model train, or, without `lora`, every weight."""
+    if config.lora is not None:
+        decoder = next(name for name, module in backbone.model.named_modules() if module is backbone.model.get_decoder())
+        linear = [n for n, m in backbone.model.named_modules() if isinstance(m, nn.Linear) and n.startswith(decoder + ".")]
+        backbone.model.requires_grad_(False)
+        lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=linear)
+        inject_adapter_in_model(lora, backbone.model)
+    if config.gradient_checkpointing:
+        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return backbone
+
+
+def _published(config: BackboneConfig) -> Backbone:
+    name, revision = config.name, config.revision
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, revision=revision, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        # the PIL variant wherever it runs, so that the same picture gives the same pixels with and without torchvision
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT) from None
+    return Backbone(model, tokenizer, image_processor)
+
+
+def _from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
+    return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+
+
+def _train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=max(vocab, 300), special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator((f" {text}" for text in texts), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=SPECIAL[0], eos_token=SPECIAL[1], extra_special_tokens=SPECIAL[2:])
+
+
+def _tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
+    vision = {
+        "hidden_size": tiny.vision_dim,
+        "intermediate_size": 4 * tiny.vision_dim,
+        "num_hidden_layers": tiny.vision_layers,
+        "num_attention_heads": tiny.heads,
+        "image_size": tiny.image_size,
+        "patch_size": tiny.patch,
+    }
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": tiny.dim,
+        "intermediate_size": 3 * tiny.dim,
+        "num_hidden_layers": tiny.layers,
+        "num_attention_heads": tiny.heads,
+        "num_key_value_heads": tiny.heads,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return Idefics3Config(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=tiny.merge,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+
+
+def _tiny_processor(tiny: TinyConfig) -> Idefics3ImageProcessorPil:
+    side = {"longest_edge": tiny.image_size}
+    return Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
+
+
+def save_mllm(folder: Path, model: Mllm, backbone: Backbone, settings: dict[str, Any]) -> None:
+    """The trained weights, the backbone's config, tokenizer and image processor, and `settings` to build it again."""
+    backbone.model.config.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    backbone.image_processor.save_pretrained(folder)
+    save_file({name: p.detach().cpu().contiguous() for name, p in trainable_state(model).items()}, folder / "weights.safetensors")
+    write_json(folder / "mllm.json", settings)
+
+
+def load_mllm(folder: Path) -> tuple[Mllm, Backbone, dict[str, Any]]:
+    """What `save_mllm` wrote (its files must have been verified): model, backbone, settings."""
+    settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
+    config = BackboneConfig.model_validate(settings["backbone"])
+    if config.name == "tiny":
+        model = _from_config(AutoConfig.from_pretrained(folder), config)
+        backbone = Backbone(model, AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    else:
+        backbone = _published(config)
+    backbone = _adapted(backbone, config)
+    mllm = Mllm(backbone.model, settings["heads"], settings["dim"])
+    load_trainable(mllm, load_file(folder / "weights.safetensors"), str(folder / "weights.safetensors"))
+    return mllm, backbone, settings

@@ -1,0 +1,116 @@
+"""Instruction templates: an item, or a session of items, becomes a list of parts.
+
+A part is text, the image of an item, the end of the user's turn, a place where a feature is read (the last token
+before it), or an answer the model learns to write. Which modality is withheld is said in words, so an item that lacks
+one is no riddle. Wording is this project's own: the paper does not publish its prompts.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from pipeline.catalog import Catalog
+from pipeline.config import DataConfig
+from pipeline.errors import USAGE, UserError
+
+VERSION = "1"  # goes into fingerprints and manifests; raise it with any change of the wording
+
+ITEM = "Item:"
+NO_IMAGE = "no picture."
+NO_TEXT = "no text."
+DESCRIBE = "Describe it:"
+NEXT = "Next:"
+
+
+class Part(NamedTuple):
+    kind: Literal["text", "image", "turn", "read", "answer"]
+    text: str = ""
+    row: int = -1  # of the item whose image it is
+
+
+class View(NamedTuple):
+    """What of an item is shown."""
+
+    image: bool
+    text: bool
+
+
+TURN, READ = Part("turn"), Part("read")
+FULL = View(True, True)
+
+
+class Prompts:
+    """The prompts over one catalogue's items."""
+
+    def __init__(self, catalog: Catalog, config: DataConfig) -> None:
+        self.catalog, self.on_bad_image = catalog, config.on_bad_image
+        unknown = [c for c in config.attributes or [] if c not in catalog.columns]
+        if unknown:
+            raise UserError(f"no column `{unknown[0]}` in items.parquet (data.attributes); columns: {', '.join(catalog.columns)}", USAGE)
+        self.shown = [c for c in config.text if c in catalog.columns]
+        others = [c for c in catalog.columns if c not in self.shown]
+        self.columns = [*self.shown, *(others if config.attributes is None else config.attributes)]
+        self._image: dict[int, bool] = {}
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    def text(self, row: int) -> str:
+        return ". ".join(text for column in self.shown if (text := self.catalog.text(row, column)))
+
+    def has_image(self, row: int) -> bool:
+        """Whether the item has an image to show: one that cannot be decoded counts as none under `text_only`."""
+        found = self._image.get(row)
+        if found is None:
+            found = self.catalog.has_image(row)
+            if found and self.on_bad_image == "text_only":
+                try:
+                    self.catalog.image(row)
+                except UserError as error:
+                    print(f"warning: {error}; shown as text only", file=sys.stderr)
+                    found = False
+            self._image[row] = found
+        return found
+
+    def _block(self, row: int, view: View) -> list[Part]:
+        text = self.text(row) if view.text else ""
+        picture = Part("image", row=row) if view.image and self.has_image(row) else Part("text", NO_IMAGE)
+        return [Part("text", ITEM), picture, Part("text", text or NO_TEXT)]
+
+    def item(self, row: int, view: View = FULL) -> list[Part]:
+        """The prompt at whose last token the item feature h(v) is read."""
+        return [*self._block(row, view), Part("text", DESCRIBE), TURN, READ]
+
+    def knowledge(self, row: int, view: View, rng: np.random.Generator) -> list[Part]:
+        """The item prompt, and then one thing the model learns to write: a column that the view does not show.
+
+        With the text withheld that is the title, half of the time.
+        """
+        hidden = [c for c in self.columns if not (view.text and c in self.shown) and self.catalog.text(row, c)]
+        if not view.text and hidden and rng.random() < 0.5:
+            hidden = hidden[:1]
+        column = hidden[rng.integers(len(hidden))] if hidden else "title"
+        return [*self.item(row, view), Part("text", f"{column}:"), Part("answer", self.catalog.text(row, column))]
+
+    def pair(self, row: int, rng: np.random.Generator) -> tuple[View, View]:
+        """Two views to be pulled together; equal where the item has only an image or only a text."""
+        image, text, full = View(True, False), View(False, True), FULL
+        if not (self.has_image(row) and self.text(row)):
+            return full, full
+        return ((image, text), (image, text), (full, image), (full, text))[rng.integers(4)]
+
+    def session(self, rows: Sequence[int]) -> list[Part]:
+        """The items of a session but the last, whose title is the answer; a feature is read wherever a next item is asked for.
+
+        One pass so trains on every prefix of the session: the model is causal.
+        """
+        parts = [part for row in rows[:-1] for part in (*self._block(row, FULL), Part("text", NEXT), READ)]
+        return [*parts[:-1], TURN, READ, Part("answer", self.text(rows[-1]) or NO_TEXT)]
+
+    def words(self) -> list[str]:
+        """Every text of the catalogue and of the templates, for a tokenizer that is trained on them."""
+        texts = [self.catalog.text(row, column) for row in range(len(self)) for column in self.columns]
+        templates = [ITEM, NO_IMAGE, NO_TEXT, DESCRIBE, NEXT, *(f"{column}:" for column in self.columns)]
+        return texts + templates * (len(texts) // 10 + 10)  # often enough to become one token a word

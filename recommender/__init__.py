@@ -1,0 +1,1 @@
+"""Item embeddings and sessions in, ranked items out."""

@@ -1,0 +1,321 @@
+"""The session model: graph and attention over a session, then a mixture over what each of its items leads to.
+
+Every item has up to two vectors: one projected from its exported, whitened embedding (content) and one learned for its
+id. Each kind is a channel with a session graph, attention and queries of its own; the channels meet only in the score
+
+    score(j) = log sum_c exp(score of component c for j)
+
+over the components: content channel at each position of the prefix, id channel at each position, what followed that
+position's item in training (counts, each session held against the other ones), copy of an item of the prefix,
+popularity. A sum of vectors or of logits lets a weak channel spoil a strong one for every item; in this mixture a
+component that knows nothing about the case has a low weight and does no harm. It is also what a shop does: the next
+item goes with one of the items seen, for one reason.
+
+An item without training events has no id vector: the id channel neither reads nor offers it. ID dropout shows the
+model such items during training. Position t reads only events up to t, so one pass answers every prefix of a session.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recommender.sessions import PAD
+
+NEVER = -1e4  # log-weight of what cannot be: exp gives 0, and float32 still adds to it
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    items: int
+    content_dim: int  # of the whitened vectors; 0: ids only
+    ids: bool  # False: content only
+    dim: int = 64
+    max_prefix: int = 20
+    content_dropout: float = 0.0
+    id_dropout: float = 0.0  # of whole items
+
+
+class Tables(NamedTuple):
+    """What the session is held against: per channel the item vectors and log-weights, and who is known by id."""
+
+    vectors: dict[str, Tensor]  # (N, D) each
+    priors: dict[str, Tensor]  # (N,) each; also "popular"
+    known: Tensor  # (N,) bool
+
+
+class Reading(NamedTuple):
+    """What the session says at each position t: queries, and log-weights of the components at (t, s <= t)."""
+
+    queries: dict[str, Tensor]  # (B, L, D), the channel's scale in them
+    weights: dict[str, Tensor]  # (B, L, L); also "copy"
+    popular: Tensor  # () log-weight
+
+
+class Followers(nn.Module):
+    """Which item followed which in training, and how often: a sparse table of direct transitions."""
+
+    keys: Tensor  # (P,) int64: row * items + follower, ascending
+    counts: Tensor  # (P,)
+    totals: Tensor  # (N,)
+
+    def __init__(self, rows: np.ndarray, offsets: np.ndarray, items: int, max_prefix: int) -> None:
+        super().__init__()
+        inside = np.ones(max(len(rows) - 1, 0), bool)
+        inside[offsets[1:-1] - 1] = False  # pairs that straddle two sessions
+        keys, counts = np.unique(rows[:-1][inside].astype(np.int64) * items + rows[1:][inside], return_counts=True)
+        self.items = items
+        self.register_buffer("keys", torch.as_tensor(keys))
+        self.register_buffer("counts", torch.as_tensor(counts, dtype=torch.float32))
+        self.register_buffer("totals", torch.bincount(self.keys // items, weights=self.counts, minlength=items).float())
+        self.recency = nn.Parameter(torch.zeros(max_prefix))
+        self.evidence = nn.Parameter(torch.tensor([-1.0, 0.3]))  # weight: constant, and per log of the item's transitions
+        with torch.no_grad():
+            self.recency[0] = 2.0
+
+    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) windows -> share of each target among the followers of each position's item, and log-weights, both
+        (B, L, L). The window's own transitions are taken out: a session must not be its own evidence."""
+        same = (rows[:, :, None] == rows[:, None, :]) & (rows != PAD)[:, None, :]  # (s, u)
+        step = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], PAD)], 1)
+        follower = torch.where(targets != PAD, targets, step)  # what follows u; PAD after the end
+        own = (same & (follower != PAD)[:, None, :]).float() @ (follower[:, :, None] == targets[:, None, :]).float()  # (s, t)
+        keys = rows.clamp(min=0).long()[:, None, :] * self.items + targets.clamp(min=0).long()[:, :, None]  # (t, s)
+        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        count = torch.where(self.keys[place] == keys, self.counts[place], 0.0) - own.transpose(1, 2)
+        total = self.totals[rows.clamp(min=0)] - (same & (follower != PAD)[:, None, :]).sum(-1)
+        share = count.clamp(min=0) / total.clamp(min=1)[:, None, :]
+        return share, self.weights(rows, total)
+
+    def weights(self, rows: Tensor, total: Tensor) -> Tensor:
+        """Log-weights (B, L, L) of the positions' items, given how many transitions (B, L) speak for each."""
+        trust = (self.evidence[0] + self.evidence[1] * total.clamp(min=1).log()).masked_fill(total < 1, NEVER)
+        open_ = causal(rows.shape[1], rows.device) & (rows != PAD)[:, None, :]
+        return (trust[:, None, :] + self.recency[steps_back(rows.shape[1], rows.device)]).masked_fill(~open_, NEVER)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """(R,) items -> (R, N) shares of all items among their followers."""
+        table = torch.zeros(len(rows), self.items, device=rows.device)
+        begin = torch.searchsorted(self.keys, rows.long() * self.items)
+        length = torch.searchsorted(self.keys, (rows.long() + 1) * self.items) - begin
+        line = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
+        entry = torch.arange(len(line), device=rows.device) - (length.cumsum(0) - length)[line] + begin[line]
+        table[line, self.keys[entry] % self.items] = self.counts[entry] / self.totals[rows][line]
+        return table
+
+
+class SessionGraph(nn.Module):
+    """One gated step over the transitions inside the session, as far as known at each position."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(dim, dim, bias=False)
+        self.out_of = nn.Linear(dim, dim, bias=False)
+        self.cell = nn.GRUCell(2 * dim, dim)
+        self.gate = nn.Parameter(torch.zeros(()))  # the graph starts silent and is let in as far as it helps
+
+    def forward(self, states: Tensor, rows: Tensor, real: Tensor) -> Tensor:
+        """states (B, L, D), rows (B, L), real (B, L) -> (B, L, D)"""
+        before, after = transitions(rows, real)
+        messages = torch.cat([before @ self.into(states), after @ self.out_of(states)], -1)
+        return states + torch.zeros_like(states).masked_scatter(
+            real[..., None], self.gate * (self.cell(messages[real], states[real]) - states[real])
+        )
+
+
+def transitions(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """rows (B, L) -> (B, L, L) twice, rows summing to 1 or 0: for t, the positions s <= t just before, and just after,
+    an occurrence of t's item."""
+    length = rows.shape[1]
+    same = (rows[:, :, None] == rows[:, None, :]) & causal(length, rows.device) & real[:, None, :]
+    before, after = torch.zeros_like(same), torch.zeros_like(same)
+    before[:, :, :-1] = same[:, :, 1:]
+    after[:, :, 1:] = same[:, :, :-1] & causal(length, rows.device)[:, 1:] & real[:, None, 1:]
+    return share(before), share(after)
+
+
+def causal(length: int, device: torch.device) -> Tensor:
+    """(L, L) bool: at t, which s are past or present."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def share(neighbours: Tensor) -> Tensor:
+    return neighbours / neighbours.sum(-1, keepdim=True).clamp(min=1)
+
+
+def steps_back(length: int, device: torch.device) -> Tensor:
+    """(L, L): t - s, 0 where s is later."""
+    position = torch.arange(length, device=device)
+    return (position[:, None] - position[None, :]).clamp(min=0)
+
+
+class Channel(nn.Module):
+    """Item vectors of one kind -> at each position a query, and how much each earlier query still counts."""
+
+    def __init__(self, dim: int, max_prefix: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.graph = SessionGraph(dim)
+        self.ask = nn.Linear(dim, dim)
+        self.answer = nn.Linear(dim, dim, bias=False)
+        self.recency = nn.Parameter(torch.zeros(max_prefix))
+        self.last = nn.Linear(dim, dim, bias=False)
+        self.attended = nn.Linear(dim, dim, bias=False)
+        self.weigh = nn.Linear(dim, dim)
+        self.weighed = nn.Linear(dim, dim, bias=False)
+        self.merit = nn.Linear(dim, 1)  # how telling an item is, whatever came after it
+        self.weight_recency = nn.Parameter(torch.zeros(max_prefix))
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.popularity = nn.Parameter(torch.tensor(0.5))  # exponent of an item's count in its prior
+        nn.init.eye_(self.last.weight)
+        for layer in (self.attended, self.weigh, self.merit):
+            nn.init.zeros_(layer.weight)
+        for layer in (self.weigh, self.merit):
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.weight_recency[0] = 2.0
+
+    def forward(self, states: Tensor, rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """states (B, L, D) -> queries (B, L, D), log-weights (B, L, L)"""
+        states = self.graph(states, rows, real)
+        back = steps_back(rows.shape[1], rows.device)
+        open_ = causal(rows.shape[1], rows.device) & real[:, None, :]
+        attention = self.ask(states) @ self.answer(states).transpose(1, 2) / self.dim**0.5 + self.recency[back]
+        read = attention.masked_fill(~open_, NEVER).softmax(-1) @ states
+        queries = F.normalize(self.last(states) + self.attended(read), dim=-1)
+        weights = self.weigh(states) @ self.weighed(states).transpose(1, 2) / self.dim**0.5
+        weights = weights + self.merit(states).transpose(1, 2) + self.weight_recency[back]
+        return self.log_scale.exp() * queries, weights.masked_fill(~open_, NEVER)
+
+
+class SessionModel(nn.Module):
+    """Full, ID-only (content_dim 0) or content-only (ids False) from one class.
+
+    `content` (N, content_dim) is whitened already; `rows` and `offsets` are the training sessions.
+    """
+
+    content: Tensor
+    known: Tensor
+    log_count: Tensor
+
+    def __init__(self, config: ModelConfig, content: np.ndarray | None, rows: np.ndarray, offsets: np.ndarray) -> None:
+        super().__init__()
+        self.config = config
+        counts = np.bincount(rows, minlength=config.items)
+        known = torch.as_tensor(counts > 0)
+        log_count = torch.as_tensor(np.maximum(counts, 1), dtype=torch.float32).log()
+        self.register_buffer("known", known)
+        self.register_buffer("log_count", log_count - log_count[known].mean())
+        self.channels = nn.ModuleDict()
+        if config.content_dim:
+            self.register_buffer("content", torch.as_tensor(content, dtype=torch.float32))
+            self.project = nn.Linear(config.content_dim, config.dim, bias=False)
+            self.channels["content"] = Channel(config.dim, config.max_prefix)
+            self.stranger = nn.Parameter(torch.zeros(2))  # prior of an item without training events: content, popularity
+        if config.ids:
+            self.ids = nn.Embedding(config.items, config.dim)
+            nn.init.normal_(self.ids.weight, std=0.1)
+            self.channels["id"] = Channel(config.dim, config.max_prefix)
+            self.followers = Followers(rows, offsets, config.items, config.max_prefix)
+        self.copy = nn.Parameter(torch.full((config.max_prefix,), -4.0))
+        self.popular = nn.Parameter(torch.tensor(-1.0))
+        self.popularity = nn.Parameter(torch.tensor(0.5))
+
+    def tables(self, known: Tensor | None = None, generator: torch.Generator | None = None) -> Tables:
+        """The item tables. `known` (N,) says whose id may be used (training: a random part); `generator` draws dropout."""
+        known = self.known if known is None else known
+        level = -float(np.log(max(int(self.known.sum()), 1)))  # a channel starts near a distribution, level with the others
+        vectors, priors = {}, {}
+        if "content" in self.channels:
+            content = dropout(self.content, self.config.content_dropout, generator)
+            vectors["content"] = F.normalize(self.project(content), dim=-1)
+            priors["content"] = torch.where(known, self.channels["content"].popularity * self.log_count, self.stranger[0]) + level
+            priors["popular"] = torch.where(known, self.popularity * self.log_count, self.stranger[1])
+        else:
+            priors["popular"] = (self.popularity * self.log_count).masked_fill(~known, NEVER)
+        if "id" in self.channels:
+            vectors["id"] = F.normalize(self.ids.weight, dim=-1) * known[:, None]
+            priors["id"] = (self.channels["id"].popularity * self.log_count + level).masked_fill(~known, NEVER)
+        priors["popular"] = priors["popular"] - priors["popular"][self.known].logsumexp(0)
+        return Tables(vectors, priors, known)
+
+    def read(self, rows: Tensor, tables: Tables) -> Reading:
+        """rows (B, L), padded on the right"""
+        real = rows != PAD
+        item = rows.clamp(min=0)
+        queries, weights = {}, {}
+        for name, channel in self.channels.items():
+            states = tables.vectors[name][item] * real[..., None]
+            queries[name], weights[name] = channel(states, rows, real)
+        if "id" in weights:
+            weights["id"] = weights["id"].masked_fill(~tables.known[item][:, None, :], NEVER)
+        back = steps_back(rows.shape[1], rows.device)
+        open_ = causal(rows.shape[1], rows.device) & real[:, None, :]
+        weights["copy"] = self.copy[back].masked_fill(~open_, NEVER)
+        return Reading(queries, weights, self.popular)
+
+    def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Tensor) -> Tensor:
+        """-log P(target | prefix) of every case of (B, L) windows, among `candidates` (C,): full softmax, (cases,)."""
+        reading = self.read(rows, tables)
+        real = rows != PAD
+        target = targets.clamp(min=0)
+        over, under = [], []  # log of the target's part, log of everybody's part
+        for name, query in reading.queries.items():
+            vectors, prior = tables.vectors[name], tables.priors[name]
+            logits = query[real] @ vectors[candidates].T + prior[candidates]  # (events, C)
+            total = torch.zeros(rows.shape, device=rows.device).masked_scatter(real, logits.logsumexp(-1))
+            over.append(reading.weights[name] + vectors[target] @ query.transpose(1, 2) + prior[target][..., None])
+            under.append(reading.weights[name] + total[:, None, :])
+        over.append(reading.weights["copy"].masked_fill(targets[:, :, None] != rows[:, None, :], NEVER))
+        under.append(reading.weights["copy"])
+        if "id" in self.channels:
+            share, weights = self.followers(rows, targets)
+            allowed = tables.known[target][..., None] & tables.known[rows.clamp(min=0)][:, None, :]
+            over.append((weights + share.clamp(min=1e-30).log()).masked_fill(~allowed | (share == 0), NEVER))
+            under.append(weights.masked_fill(~tables.known[rows.clamp(min=0)][:, None, :], NEVER))
+        popular = tables.priors["popular"] + reading.popular
+        over.append(popular[target][..., None])
+        under.append(popular[candidates].logsumexp(0).expand(*rows.shape, 1))
+        case = targets != PAD
+        return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1)
+
+    def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None) -> Tensor:
+        """Scores (cases, N) of every item, for the positions where `cases` (B, L) holds; None: the last one of each prefix."""
+        if cases is None:
+            length = (rows != PAD).sum(1)
+            cases = torch.arange(rows.shape[1], device=rows.device) == length[:, None] - 1
+        reading = self.read(rows, tables)
+        session, position = cases.nonzero(as_tuple=True)
+        popular = (tables.priors["popular"] + reading.popular).exp()
+        total = popular.expand(len(session), -1).clone()
+        for name, query in reading.queries.items():
+            part = (query @ tables.vectors[name].T + tables.priors[name]).exp()  # (B, L, N)
+            total += (reading.weights[name].exp() @ part)[session, position]
+        if "id" in self.channels:
+            item = rows.clamp(min=0)
+            weights = self.followers.weights(rows, self.followers.totals[item]).exp()
+            total += (weights @ self.followers.spread(item.flatten()).view(*rows.shape, -1))[session, position]
+        events = rows[session]
+        return total.scatter_add(1, events.clamp(min=0), reading.weights["copy"].exp()[session, position] * (events != PAD)).log()
+
+
+def dropout(values: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """Dropout drawn on the CPU from `generator`, the same on every device and process; none without a generator."""
+    if generator is None or rate == 0:
+        return values
+    kept = torch.rand(values.shape, generator=generator) >= rate
+    return values * kept.to(values.device) / (1 - rate)
+
+
+def whiten(vectors: np.ndarray, fitted_on: np.ndarray) -> np.ndarray:
+    """PCA-whitening of (N, D), with mean and covariance of the rows `fitted_on` (N,) bool only; directions that carry
+    next to nothing there are left small and not blown up."""
+    mean = vectors[fitted_on].mean(0, dtype=np.float64)
+    centred = vectors - mean
+    values, axes = np.linalg.eigh(np.atleast_2d(np.cov(centred[fitted_on], rowvar=False)))
+    values = np.maximum(values, 0)
+    whitened = centred @ axes / np.sqrt(values + 0.01 * max(values.mean(), 1e-12))
+    return whitened.astype(np.float32)
