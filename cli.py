@@ -18,6 +18,7 @@ from pipeline.errors import USAGE, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from recommender.recommend import Item, Recommender
 
 RUN = Path("artifacts/shop")
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the one that talks, under `accelerate launch`
@@ -111,6 +112,117 @@ def export_embeddings(config: ConfigFile = None, data: DataFolder = None, run: R
         found = export(settings, run, folder)
         say(f"{found.rows} items x ({found.dim} knowledge + {found.dim} transition): {found.version.path}{'' if found.made else ' (up to date)'}")
         following("train-sbr", run)
+
+
+@app.command()
+def train_sbr(
+    config: ConfigFile = None, data: DataFolder = None, run: RunFolder = RUN, set_: Override = None, fresh: Fresh = False, debug: Debug = False
+) -> None:
+    """Train the session model beside its baselines: embeddings + sessions -> session model, index, table of results."""
+    with errors(debug):
+        settings, folder = open_run(config, data, run, set_)
+        from recommender.train import train_sbr as run_training
+
+        found = run_training(settings, run, folder, fresh)
+        say(f"session model: {found.version.path}{'' if found.made else ' (up to date)'}")
+        following("recommend", run)
+
+
+@app.command()
+def recommend(
+    session: Annotated[str | None, typer.Option(help="item_ids, oldest first: a,b,c. Default: a session of the test split.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the items of the session.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    sessions: Annotated[Path | None, typer.Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
+    run: RunFolder = RUN,
+    debug: Debug = False,
+) -> None:
+    """Answer "what next?" for one session, or for a file of them."""
+    with errors(debug):
+        if (sessions is None) != (out is None) or (sessions is not None and session is not None):
+            raise UserError("--sessions FILE goes with --out FILE, and without --session (command line)", USAGE)
+        from recommender.recommend import Recommender
+
+        recommender = Recommender.load(run)
+        if sessions is not None and out is not None:
+            from recommender.batch import recommend_file
+
+            done = recommend_file(recommender, sessions, out, k, exclude_seen)
+            say(f"{done.sessions} sessions, {done.rows} rows: {out}")
+            if done.popular or done.unknown_events:
+                say(f"{done.unknown_events} events of items unknown here left out; {done.popular} sessions without any other got the popular items")
+            return
+        if session is None:
+            items = recommender.samples[0]
+            say("a session of the test split:")
+        else:
+            items = [item for part in session.split(",") if (item := part.strip())]
+        if not items:
+            raise UserError("--session names no item (command line); give item_ids, e.g. --session a,b,c", USAGE)
+        answer = recommender.recommend(items, k, exclude_seen)
+        if as_json:
+            ranked = [item._asdict() for item in answer.items]
+            typer.echo(json.dumps({"session": items, "items": ranked, "unknown": answer.unknown, "fallback": answer.fallback}, ensure_ascii=False))
+            return
+        for item in items:
+            known = recommender.row.get(item)
+            say(f"  {item}  {'unknown here, ignored' if known is None else recommender.titles[known]}")
+        if answer.fallback:
+            say("nothing of this session is known here: these are the popular items")
+        print_items(answer.items)
+        if session is None:
+            results_line(recommender)
+
+
+@app.command()
+def prepare(
+    items: Annotated[Path, typer.Option(help="Catalogue: CSV, TSV, JSONL or Parquet.")],
+    sessions: Annotated[Path, typer.Option(help="Log of events: session (or user) and item, with a time or a position.")],
+    out: Annotated[Path, typer.Option(help="Folder to write items.parquet and sessions.parquet to.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures named item_id.jpg (.png, .webp), or that the image column's paths start from.")] = None,
+    column: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column under another name, e.g. item_id=movieId; repeatable.")] = None,
+    session_gap: Annotated[float, typer.Option(help="Minutes of pause that begin a session, where only users are named.")] = 30.0,
+    min_item_count: Annotated[int, typer.Option(help="Drop the events of items with fewer events.")] = 1,
+    max_session_length: Annotated[int, typer.Option(help="Keep the last so many events of a session; 0: all.")] = 0,
+    on_bad_image: Annotated[str, typer.Option(metavar="error|text_only", help="A picture that cannot be decoded stops the run, or is left out.")] = "error",
+    debug: Debug = False,
+) -> None:
+    """Turn your own tables and pictures into a data folder, and say what was read, dropped and why."""
+    with errors(debug):
+        columns = dict(part.partition("=")[::2] for part in column or [])
+        from pipeline.importers import PrepareOptions
+        from pipeline.importers import prepare as run_import
+
+        options = PrepareOptions(items, sessions, out, images, session_gap, min_item_count, max_session_length, on_bad_image, columns)  # type: ignore[arg-type]
+        for line in run_import(options).lines():
+            typer.echo(line)
+        say(f"next: tpad distill --data {out} --run artifacts/{out.name}")
+
+
+def print_items(items: "list[Item]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("item_id")
+    table.add_column("title")
+    table.add_column("score", justify="right")
+    for item in items:
+        table.add_row(str(item.rank), escape(item.item_id), escape(item.title), f"{item.score:.4f}")
+    Console(highlight=False).print(table)
+
+
+def results_line(recommender: "Recommender") -> None:
+    """One line of the table that `tpad train-sbr` printed."""
+    results = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))["results"]
+    names = {"full": "session model", "popularity": "popularity", "ID-only": "ID-only", "ceiling": "ceiling"}
+    shown = [f"{name} {results[key]['mean']['all']['HR@10']:.3f}" for key, name in names.items() if key in results]
+    typer.echo(f"HR@10 on the test sessions: {', '.join(shown)}")
 
 
 def main() -> None:

@@ -106,12 +106,13 @@ class TransferConfig(PhaseConfig):
 
     steps: Count = 300
     batch: Positive = 64
+    start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
     items: Positive = 4  # the last so many items of a session are shown
-    retrieval: Weight = 1.0  # weight of the next-item InfoNCE
-    temperature: Rate = 0.07
+    retrieval: Weight = 1.0  # weight of the next-item InfoNCE, whose temperature is learned
     generation: Weight = 0.2  # weight of writing the next item's title
-    disentangle: Weight = 0.01  # weight of vCLUB-S between t(v) and c(v)
+    disentangle: Weight = 0.05  # weight of vCLUB-S between t(v) and c(v), a dimension
     tie: Weight = 0.2  # weight of InfoNCE between c(v) and k(v)
+    temperature: Rate = 0.1  # of that InfoNCE
 
 
 class AlignConfig(PhaseConfig):
@@ -124,7 +125,7 @@ class AlignConfig(PhaseConfig):
     relation: Weight = 1.0  # weight of the item-item relation loss
     generation: Weight = 0.2  # weight of L_gen
     keep: Weight = 1.0  # weight of staying where stage 1 put k(v)
-    disentangle: Weight = 0.01  # weight of vCLUB-S between p(v) and k(v)
+    disentangle: Weight = 0.05  # weight of vCLUB-S between p(v) and k(v), a dimension
 
 
 class CriticConfig(Section):
@@ -158,10 +159,12 @@ class SbrConfig(Section):
     """The session model. Every baseline is trained beside it, on the same data, with the same settings."""
 
     dim: Positive = 64
-    epochs: Positive = 20
-    batch: Positive = 256  # sessions a step, over all processes together
+    epochs: Positive = 6  # at most; the learning rate falls to zero over them
+    batch: Positive = 128  # sessions a step, over all processes together
     lr: Rate = 3e-3
     weight_decay: Weight = 1e-4
+    id_dropout: Share = 0.2  # share of the items whose id is hidden in a training step, as a new item's is
+    content_dropout: Share = 0.0  # of the numbers of the whitened embeddings
     patience: Positive = 3  # epochs without a better validation MRR@20 before it stops
     seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published
 

@@ -41,6 +41,9 @@ from pipeline.prompts import FULL, Prompts, View
 
 Tensors = dict[str, Tensor]
 TABLE_ROWS = 4096  # items embedded at a time for a table
+# Of the critics' networks, for features of unit variance. Where one feature nearly determines the other, a network free to
+# be certain gives the bound a gradient that collapses the features before anything else is learned.
+LEAST_LOG_VARIANCE = -2.0
 
 
 class Group:
@@ -89,6 +92,7 @@ class Phase:
     name: ClassVar[str]
     number: ClassVar[int]
     heads: ClassVar[dict[str, tuple[str, ...]]]  # by name of the sequences
+    new: ClassVar[tuple[str, ...]]  # heads that no earlier phase has trained
     disentangled: ClassVar[bool] = False
 
     @property
@@ -122,6 +126,7 @@ class Knowledge(Phase):
 
     name, number = "knowledge", 0
     heads = {"items": ("knowledge",)}
+    new = ("knowledge",)
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
         rows = self.drawn(len(self.prompts), step)
@@ -145,6 +150,7 @@ class Transfer(Phase):
 
     name, number = "transfer", 1
     heads = {"sessions": ("session",), "items": ("transition", "content")}
+    new = ("session", "transition", "content")
     disentangled = True
 
     @cached_property
@@ -188,10 +194,11 @@ class Transfer(Phase):
         transition, content = (self.group.gather(out[f"items.{head}"])[: len(facts["candidates"])] for head in ("transition", "content"))
         known = self.tables["knowledge"][facts["candidates"]]
         return {
-            "retrieval": cfg.retrieval * info_nce(session, transition, cfg.temperature, facts["log_q"], facts["target"][asked]),
+            "retrieval": cfg.retrieval * info_nce(session, transition, 1.0, facts["log_q"], facts["target"][asked]),
             "generation": cfg.generation * out["sessions.nll"],
             "tie": cfg.tie * info_nce(content, known, cfg.temperature),
-            "disentangle": cfg.disentangle * critic.bound(transition, content),
+            # only c(v) gives way: pulled at from both sides, t(v) would rather collapse
+            "disentangle": cfg.disentangle * critic.bound(transition.detach(), content),
         }
 
 
@@ -200,6 +207,7 @@ class Align(Phase):
 
     name, number = "align", 2
     heads = {"items": ("knowledge", "transition")}
+    new = ("transition",)
     disentangled = True
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
@@ -222,7 +230,8 @@ class Align(Phase):
             "relation": cfg.relation * relation_loss(pattern, transition, cfg.temperature),
             "generation": cfg.generation * out["items.nll"],
             "keep": cfg.keep * (1 - (knowledge * known).sum(-1)).mean(),
-            "disentangle": cfg.disentangle * critic.bound(pattern, knowledge),
+            # only k(v) gives way, against `keep`: p(v) has t(v) to follow
+            "disentangle": cfg.disentangle * critic.bound(pattern.detach(), knowledge),
         }
 
 
@@ -245,12 +254,13 @@ class Critic:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.step = config.distill.critic, 0
         self.scale = math.sqrt(config.distill.dim)  # brings unit vectors to unit variance
-        self.net = ClubSample(config.distill.dim, config.distill.dim, self.config.hidden).to(device)
+        self.dim = config.distill.dim
+        self.net = ClubSample(self.dim, self.dim, self.config.hidden, LEAST_LOG_VARIANCE).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), self.config.lr)
         self.value = 0.0
 
     def bound(self, x: Tensor, y: Tensor) -> Tensor:
-        """Trains the network on the detached (N, D) features, then gives the CLUB bound, which is 0 during the warm-up."""
+        """Trains the network on the detached (N, D) features, then gives the CLUB bound a dimension: 0 during the warm-up."""
         x, y = x * self.scale, y * self.scale
         for _ in range(self.config.inner_steps):
             self.optimizer.zero_grad()
@@ -258,7 +268,7 @@ class Critic:
             self.optimizer.step()
         shift = 1 + self.step % (len(x) - 1)
         self.step += 1
-        bound = self.net.estimate(x, y, shift)
+        bound = self.net.estimate(x, y, shift) / self.dim
         self.value = float(bound.detach())
         # a negative bound only says that the network lags behind: nothing to gain by lowering it further
         return bound.clamp(min=0) if self.step > self.config.warmup else bound.detach() * 0
@@ -278,11 +288,9 @@ def learning_rate(settings: PhaseConfig, step: int) -> float:
 def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: "Metrics") -> None:
     """Trains `mllm` in place, from the newest checkpoint if there is one, to the phase's last step."""
     settings, every, group = phase.settings, phase.config.distill.checkpoint_every, phase.group
-    named = list(trainable_state(mllm).items())
-    decay = [(n, p) for n, p in named if p.ndim > 1]
-    plain = [(n, p) for n, p in named if p.ndim <= 1]
-    groups = [{"params": [p for _, p in decay], "weight_decay": settings.weight_decay}, {"params": [p for _, p in plain], "weight_decay": 0.0}]
-    names = [n for n, _ in decay + plain]
+    groups = parameter_groups(mllm, settings)
+    named = trainable_state(mllm)
+    names = [name for group_ in groups for name in group_.pop("names")]
     model, optimizer = accelerator.prepare(mllm, torch.optim.AdamW(groups, settings.lr))
     critic = Critic(phase.config, accelerator.device)
     critic_names = [n for n, _ in critic.net.named_parameters()]
@@ -298,12 +306,14 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
     start = 0
     if (found := checkpoints.newest()) is not None:
         start, tensors, state = found
-        load_trainable(mllm, {n: tensors[n] for n, _ in named}, str(checkpoints.folder))
+        load_trainable(mllm, {name: tensors[name] for name in named}, str(checkpoints.folder))
         unpack_optimizer(optimizer.optimizer, names, tensors, state["optimizer"])
         kept = {name.removeprefix("critic/"): t for name, t in tensors.items() if name.startswith("critic/")}
         critic.net.load_state_dict({n: kept[n] for n in critic_names})
         unpack_optimizer(critic.optimizer, critic_names, kept, state["critic"])
         critic.step = state["critic_step"]
+    else:
+        centre_heads(phase, mllm)
     metrics.resume(phase.name, start)
     loader = DataLoader(phase, sampler=range(start, settings.steps), batch_size=None, num_workers=phase.config.distill.workers)  # type: ignore[arg-type, var-annotated]
     with Interrupt() as interrupt, Steps(phase.name, settings.steps, start, accelerator.is_main_process) as progress:
@@ -311,7 +321,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
         for step, (batches, facts) in zip(range(start, settings.steps), loader, strict=True):
             torch.manual_seed(int(phase.rng(step, group.rank).integers(2**62)))  # dropout
             for group_ in optimizer.param_groups:
-                group_["lr"] = learning_rate(settings, step)
+                group_["lr"] = learning_rate(settings, step) * group_["factor"]
             batches, facts = _to(batches, accelerator.device), _to(facts, accelerator.device)
             out = model(batches, phase.heads)
             for name, batch in batches.items():
@@ -333,6 +343,36 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
             if stop:
                 raise interrupt.exit()
     mllm.eval()
+
+
+def parameter_groups(mllm: Mllm, settings: PhaseConfig) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not, and the one scale, on which a few steps must tell, learns ten times as fast."""
+    groups: dict[str, dict[str, Any]] = {
+        "matrices": {"weight_decay": settings.weight_decay, "factor": 1.0},
+        "vectors": {"weight_decay": 0.0, "factor": 1.0},
+        "scale": {"weight_decay": 0.0, "factor": 10.0},
+    }
+    for group in groups.values():
+        group |= {"params": [], "names": []}
+    for name, parameter in trainable_state(mllm).items():
+        group = groups["scale" if name == "log_scale" else "matrices" if parameter.ndim > 1 else "vectors"]
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [group for group in groups.values() if group["params"]]
+
+
+def centre_heads(phase: Phase, mllm: Mllm) -> None:
+    """Centres the new heads on the features of the first step."""
+    device = phase.group.accelerator.device
+    batches, _ = phase[0]
+    with torch.no_grad():
+        for name, batch in batches.items():
+            batch = _to(batch, device)
+            read = mllm.hidden(batch)[batch["read_at"]].float()
+            for head in set(phase.heads[name]) & set(phase.new):
+                raw = mllm.heads[head](read)
+                count = torch.tensor(float(len(raw)), device=device)
+                mllm.centre(head, phase.group.total(raw.sum(0)) / phase.group.total(count))
 
 
 def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
@@ -404,8 +444,7 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False) -> bool:
         torch.manual_seed(config.seed)
         heads = [head for of in kind.heads.values() for head in of]
         mllm = Mllm(backbone.model, heads, config.distill.dim)
-        begin = _prefixed("backbone.", base) | (weights["knowledge"] if kind is Align else {})
-        load_trainable(mllm, trainable_state(mllm) | {n: w for n, w in begin.items() if n in trainable_state(mllm)}, kind.name)
+        begin(mllm, kind, _prefixed("backbone.", base), weights, config.distill.transfer.start)
         checkpoints = Checkpoints(folder / kind.name, fingerprint)
         if fresh and accelerator.is_main_process:
             checkpoints.clear()
@@ -421,6 +460,17 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False) -> bool:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return True
+
+
+def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tensors], transfer_start: str) -> None:
+    """The weights a phase starts from: the base model's or K's; a new head starts as a copy of K's head."""
+    state: Tensors = dict(base)
+    if kind is Align or (kind is Transfer and transfer_start == "knowledge"):
+        known = weights["knowledge"]
+        head = {name.removeprefix("heads.knowledge."): w for name, w in known.items() if name.startswith("heads.knowledge.")}
+        state |= known | {f"heads.{new}.{name}": w for new in kind.new for name, w in head.items()}
+    own = trainable_state(mllm)
+    load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, kind.name)
 
 
 def _fingerprints(config: Config, catalogue: str, sessions: str) -> list[str]:

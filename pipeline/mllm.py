@@ -7,6 +7,7 @@ here by image processor and tokenizer alone.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
 from pipeline.prompts import Part, Prompts
 
 IMAGE_CACHE_BYTES = 1 << 30  # of encoded images kept, so that an epoch after the first decodes nothing
+FIRST_SCALE, MAX_SCALE = 4.0, 100.0  # of the session head's logits: soft at first, while the features still say little
 SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 
 
@@ -187,6 +189,7 @@ class Mllm(nn.Module):
     """Backbone with named heads, each a LayerNorm and a linear map d -> D, in fp32.
 
     One `forward` takes all batches of a training step, so a distributed wrapper sees one forward and one backward.
+    The head "session" asks for an item, and carries a learned scale (one over the temperature).
     """
 
     def __init__(self, backbone: Any, heads: Sequence[str], dim: int) -> None:
@@ -194,19 +197,32 @@ class Mllm(nn.Module):
         self.backbone = backbone
         width = backbone.config.get_text_config().hidden_size
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) for name in heads})
+        if "session" in heads:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
 
     def forward(self, batches: dict[str, dict[str, Tensor]], heads: dict[str, Sequence[str]]) -> dict[str, Tensor]:
-        """Per batch b and head h: "b.h" (R, D), fp32, L2-normalised; and "b.nll", the summed token loss of its answers."""
+        """Per batch b and head h: "b.h" (R, D), fp32, L2-normalised (times the scale: "session"); and "b.nll", the summed token loss of its answers."""
         out = {}
         for name, batch in batches.items():
             states = self.hidden(batch)
             read = states[batch["read_at"]].float()
             for head in heads[name]:
                 out[f"{name}.{head}"] = F.normalize(self.heads[head](read), dim=-1)
+                if head == "session":
+                    out[f"{name}.{head}"] = out[f"{name}.{head}"] * self.log_scale.exp().clamp(max=MAX_SCALE)
             if len(batch["answers"]):
                 logits = self.backbone.get_output_embeddings()(states[batch["answer_at"]])
                 out[f"{name}.nll"] = F.cross_entropy(logits.float(), batch["answers"], reduction="sum")
         return out
+
+    def centre(self, head: str, mean: Tensor) -> None:
+        """Shifts a new head so that `mean` (D,), the mean of its raw outputs, becomes zero.
+
+        Last hidden states share one large direction: without this every item begins with nearly the same feature, and
+        contrastive losses spend their first hundreds of steps on that.
+        """
+        with torch.no_grad():
+            self.heads[head][1].bias -= mean
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """(B * L, d): last hidden states of the base model, without the language-model head."""
@@ -323,6 +339,7 @@ def _tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefic
         "num_attention_heads": tiny.heads,
         "image_size": tiny.image_size,
         "patch_size": tiny.patch,
+        "initializer_range": tiny.vision_dim**-0.5,
     }
     text = {
         "model_type": "llama",
@@ -333,10 +350,13 @@ def _tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefic
         "num_attention_heads": tiny.heads,
         "num_key_value_heads": tiny.heads,
         "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": tiny.dim**-0.5,
     }
     return Idefics3Config(
         vision_config=vision,
         text_config=text,
+        # the usual 0.02 suits widths of 2,500: at ours it starves attention, and the last token hardly sees the item
+        initializer_range=tiny.dim**-0.5,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=tiny.merge,
         pad_token_id=tokenizer.pad_token_id,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOG_VARIANCE = 10.0  # clamped, not squashed: a tanh caps the bound
+LOG_VARIANCE = 10.0  # largest log-variance of q, and, unless a caller says otherwise, minus the smallest
 
 
 def info_nce(x: Tensor, y: Tensor, temperature: float, log_q: Tensor | None = None, target: Tensor | None = None) -> Tensor:
@@ -36,14 +36,15 @@ class ClubSample(nn.Module):
     D * rho^2 / (1 - rho^2), well above I. Negative values say that q lags behind.
     """
 
-    def __init__(self, x_dim: int, y_dim: int, hidden: int) -> None:
+    def __init__(self, x_dim: int, y_dim: int, hidden: int, least_log_variance: float = -LOG_VARIANCE) -> None:
         super().__init__()
+        self.least_log_variance = least_log_variance  # clamped, not squashed: a tanh caps the bound
         self.mean = nn.Sequential(nn.Linear(x_dim, hidden), nn.ReLU(), nn.Linear(hidden, y_dim))
         self.log_variance = nn.Sequential(nn.Linear(x_dim, hidden), nn.ReLU(), nn.Linear(hidden, y_dim))
 
     def _log_q(self, x: Tensor, y: Tensor) -> Tensor:
         """(N,) log q(y_i | x_i), without the constant."""
-        mean, log_variance = self.mean(x), self.log_variance(x).clamp(-LOG_VARIANCE, LOG_VARIANCE)
+        mean, log_variance = self.mean(x), self.log_variance(x).clamp(self.least_log_variance, LOG_VARIANCE)
         return -0.5 * ((y - mean) ** 2 / log_variance.exp() + log_variance).sum(-1)
 
     def learning_loss(self, x: Tensor, y: Tensor) -> Tensor:

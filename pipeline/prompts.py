@@ -99,7 +99,7 @@ class Prompts:
         image, text, full = View(True, False), View(False, True), FULL
         if not (self.has_image(row) and self.text(row)):
             return full, full
-        return ((image, text), (image, text), (full, image), (full, text))[rng.integers(4)]
+        return ((full, image), (full, image), (full, text), (full, text), (image, text))[rng.integers(5)]
 
     def session(self, rows: Sequence[int]) -> list[Part]:
         """The items of a session but the last, whose title is the answer; a feature is read wherever a next item is asked for.

@@ -96,15 +96,24 @@ class Followers(nn.Module):
         open_ = causal(rows.shape[1], rows.device) & (rows != PAD)[:, None, :]
         return (trust[:, None, :] + self.recency[steps_back(rows.shape[1], rows.device)]).masked_fill(~open_, NEVER)
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """(R,) items -> (R, N) shares of all items among their followers."""
-        table = torch.zeros(len(rows), self.items, device=rows.device)
+    def resize(self, pairs: int) -> None:
+        """Makes room for so many pairs, to be filled by `load_state_dict`."""
+        self.keys, self.counts = torch.zeros(pairs, dtype=torch.int64), torch.zeros(pairs)
+
+    def entries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,) items -> for each of their entries in the table: (which of the R, which entry)."""
         begin = torch.searchsorted(self.keys, rows.long() * self.items)
         length = torch.searchsorted(self.keys, (rows.long() + 1) * self.items) - begin
         line = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
-        entry = torch.arange(len(line), device=rows.device) - (length.cumsum(0) - length)[line] + begin[line]
-        table[line, self.keys[entry] % self.items] = self.counts[entry] / self.totals[rows][line]
-        return table
+        return line, torch.arange(len(line), device=rows.device) - (length.cumsum(0) - length)[line] + begin[line]
+
+    def add(self, scores: Tensor, events: Tensor, weights: Tensor) -> None:
+        """Adds to scores (M, N) each event's weight, events and weights (M, L), times the shares of its followers."""
+        case, position = (weights > 0).nonzero(as_tuple=True)
+        rows = events[case, position]
+        line, entry = self.entries(rows)
+        value = self.counts[entry] / self.totals[rows][line] * weights[case, position][line]
+        scores.index_put_((case[line], self.keys[entry] % self.items), value, accumulate=True)
 
 
 class SessionGraph(nn.Module):
@@ -224,6 +233,16 @@ class SessionModel(nn.Module):
         self.popular = nn.Parameter(torch.tensor(-1.0))
         self.popularity = nn.Parameter(torch.tensor(0.5))
 
+    @classmethod
+    def restored(cls, config: ModelConfig, tensors: dict[str, Tensor]) -> "SessionModel":
+        """The model whose `state_dict()` is `tensors`."""
+        content = np.zeros((config.items, config.content_dim), np.float32) if config.content_dim else None
+        model = cls(config, content, np.zeros(1, np.int64), np.array([0, 1]))
+        if config.ids:
+            model.followers.resize(len(tensors["followers.keys"]))
+        model.load_state_dict(tensors)
+        return model
+
     def tables(self, known: Tensor | None = None, generator: torch.Generator | None = None) -> Tables:
         """The item tables. `known` (N,) says whose id may be used (training: a random part); `generator` draws dropout."""
         known = self.known if known is None else known
@@ -232,15 +251,30 @@ class SessionModel(nn.Module):
         if "content" in self.channels:
             content = dropout(self.content, self.config.content_dropout, generator)
             vectors["content"] = F.normalize(self.project(content), dim=-1)
-            priors["content"] = torch.where(known, self.channels["content"].popularity * self.log_count, self.stranger[0]) + level
+            priors["content"] = torch.where(known, self.channel("content").popularity * self.log_count, self.stranger[0]) + level
             priors["popular"] = torch.where(known, self.popularity * self.log_count, self.stranger[1])
         else:
             priors["popular"] = (self.popularity * self.log_count).masked_fill(~known, NEVER)
         if "id" in self.channels:
             vectors["id"] = F.normalize(self.ids.weight, dim=-1) * known[:, None]
-            priors["id"] = (self.channels["id"].popularity * self.log_count + level).masked_fill(~known, NEVER)
+            priors["id"] = (self.channel("id").popularity * self.log_count + level).masked_fill(~known, NEVER)
         priors["popular"] = priors["popular"] - priors["popular"][self.known].logsumexp(0)
         return Tables(vectors, priors, known)
+
+    def forward(self, rows: Tensor, targets: Tensor, known: Tensor, generator: torch.Generator) -> Tensor:
+        """The training losses of (B, L) windows among the items of the training sessions, (cases,)."""
+        return self.losses(rows, targets, self.tables(known, generator), self.known.nonzero()[:, 0])
+
+    def channel(self, name: str) -> Channel:
+        found = self.channels[name]
+        assert isinstance(found, Channel)
+        return found
+
+    def draw_known(self, generator: torch.Generator) -> Tensor:
+        """Whose id is shown in a training step: ID dropout of whole items, from a generator on the CPU; (N,) bool."""
+        if self.config.id_dropout == 0 or len(self.channels) == 1:
+            return self.known
+        return self.known & (torch.rand(self.config.items, generator=generator) >= self.config.id_dropout).to(self.known.device)
 
     def read(self, rows: Tensor, tables: Tables) -> Reading:
         """rows (B, L), padded on the right"""
@@ -282,24 +316,34 @@ class SessionModel(nn.Module):
         case = targets != PAD
         return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1)
 
-    def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None) -> Tensor:
-        """Scores (cases, N) of every item, for the positions where `cases` (B, L) holds; None: the last one of each prefix."""
+    def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None) -> Tensor:
+        """Scores (cases, N) for the positions where `cases` (B, L) holds; None: the last one of each prefix, none of them
+        empty. `items` (C,) gives (cases, C) instead."""
         if cases is None:
             length = (rows != PAD).sum(1)
             cases = torch.arange(rows.shape[1], device=rows.device) == length[:, None] - 1
         reading = self.read(rows, tables)
         session, position = cases.nonzero(as_tuple=True)
-        popular = (tables.priors["popular"] + reading.popular).exp()
-        total = popular.expand(len(session), -1).clone()
+        some = slice(None) if items is None else items
+        total = (tables.priors["popular"][some] + reading.popular).exp().expand(len(session), -1).clone()
         for name, query in reading.queries.items():
-            part = (query @ tables.vectors[name].T + tables.priors[name]).exp()  # (B, L, N)
+            part = (query @ tables.vectors[name][some].T + tables.priors[name][some]).exp()  # (B, L, N)
             total += (reading.weights[name].exp() @ part)[session, position]
-        if "id" in self.channels:
-            item = rows.clamp(min=0)
-            weights = self.followers.weights(rows, self.followers.totals[item]).exp()
-            total += (weights @ self.followers.spread(item.flatten()).view(*rows.shape, -1))[session, position]
+        # counts of followers and copies are sparse: per case a few items at a time, added where they belong
+        sparse = torch.zeros(len(session), self.config.items, device=rows.device)
         events = rows[session]
-        return total.scatter_add(1, events.clamp(min=0), reading.weights["copy"].exp()[session, position] * (events != PAD)).log()
+        sparse.scatter_add_(1, events.clamp(min=0), reading.weights["copy"].exp()[session, position] * (events != PAD))
+        if "id" in self.channels:
+            weights = self.followers.weights(rows, self.followers.totals[rows.clamp(min=0)])[session, position].exp()
+            self.followers.add(sparse, events, weights)
+        return (total + sparse[:, some]).log()
+
+    def follower_rows(self, rows: Tensor) -> Tensor:
+        """All items that followed one of `rows` (R,) in training."""
+        if "id" not in self.channels:
+            return rows.new_empty(0)
+        _, entry = self.followers.entries(rows[rows != PAD])
+        return self.followers.keys[entry] % self.config.items
 
 
 def dropout(values: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
@@ -318,4 +362,4 @@ def whiten(vectors: np.ndarray, fitted_on: np.ndarray) -> np.ndarray:
     values, axes = np.linalg.eigh(np.atleast_2d(np.cov(centred[fitted_on], rowvar=False)))
     values = np.maximum(values, 0)
     whitened = centred @ axes / np.sqrt(values + 0.01 * max(values.mean(), 1e-12))
-    return whitened.astype(np.float32)
+    return np.asarray(whitened, np.float32)

@@ -1,0 +1,171 @@
+"""Models and baselines held against the same cases, and the table of what came out.
+
+A case is every position of a test session from the second on; all items of the catalogue are ranked, cold ones too.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.catalog import SessionLog, Split
+from pipeline.config import DataConfig
+from recommender import baselines
+from recommender.baselines import Scorer
+from recommender.metrics import summarise_buckets, target_ranks
+from recommender.model import SessionModel
+from recommender.sessions import PAD, Windows, pack
+
+WIDTH = 140  # of a table that goes to a file or a pipe
+SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
+COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
+ROWS = ("popularity", "last-item repeat", "co-occurrence", "SKNN", "ID-only", "content-only", "full", "ceiling")
+Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
+
+
+def cases_of(log: SessionLog, max_prefix: int) -> Windows:
+    return pack(log.rows, log.offsets, max_prefix)
+
+
+def model_ranks(model: SessionModel, windows: Windows) -> np.ndarray:
+    """The target's rank in every case of the windows, (cases,), in their order."""
+    device = model.known.device
+    model.eval()
+    ranks = []
+    with torch.inference_mode():
+        tables = model.tables()
+        size = max(1, SCORES_AT_ONCE // (model.config.items * windows.inputs.shape[1]))
+        for start in range(0, len(windows), size):
+            part = windows.take(np.arange(start, min(start + size, len(windows))))
+            rows, targets = (torch.as_tensor(a, device=device).long() for a in (part.inputs, part.targets))
+            case = targets != PAD
+            ranks.append(target_ranks(model.scores(rows, tables, case), targets[case]).cpu().numpy())
+    return np.concatenate(ranks) if ranks else np.empty(0)
+
+
+def baseline_ranks(score: Scorer, windows: Windows, items: int) -> np.ndarray:
+    prefixes, targets = prefixes_of(windows)
+    size = max(1, SCORES_AT_ONCE // items)
+    ranks = []
+    for start in range(0, len(targets), size):
+        scores = torch.as_tensor(score(prefixes[start : start + size]))
+        ranks.append(target_ranks(scores, torch.as_tensor(targets[start : start + size]).long()).numpy())
+    return np.concatenate(ranks) if ranks else np.empty(0)
+
+
+def prefixes_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Every case on its own: prefixes (cases, L) padded on the right, targets (cases,)."""
+    window, position = np.nonzero(windows.targets != PAD)
+    shown = np.arange(windows.inputs.shape[1]) <= position[:, None]
+    return np.where(shown, windows.inputs[window], PAD), windows.targets[window, position]
+
+
+def buckets_of(windows: Windows, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Kinds of cases: target seen in training or not, already in the prefix or not, prefix of up to two items or longer."""
+    prefixes, targets = prefixes_of(windows)
+    warm = counts[targets] > 0
+    repeat = (prefixes == targets[:, None]).any(1)
+    short = (prefixes != PAD).sum(1) <= 2
+    return {"warm": warm, "cold": ~warm, "repeat": repeat, "novel": ~repeat, "short": short, "long": ~short}
+
+
+def duplicate_sessions(test: SessionLog, train: SessionLog) -> tuple[int, int]:
+    """How many test sessions have exactly the items of a training session, and of an earlier test session."""
+    known = {train.session(i).tobytes() for i in range(len(train))}
+    own = [test.session(i).tobytes() for i in range(len(test))]
+    return sum(s in known for s in own), len(own) - len(set(own))
+
+
+def average(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
+    """Mean and standard deviation over the seeds of one model."""
+    mean: Metrics = {}
+    spread: Metrics = {}
+    for bucket, metrics in runs[0].items():
+        values = {name: [run[bucket][name] for run in runs] for name in metrics}
+        mean[bucket] = {name: float(np.mean(v)) for name, v in values.items()}
+        spread[bucket] = {name: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()}
+    return mean, spread
+
+
+def read_ceiling(data: Path, settings: DataConfig) -> Metrics | None:
+    """What the true law of the sample shop scores; None without the file, or where it is of another split."""
+    try:
+        ceiling = json.loads((data / "ceiling.json").read_text(encoding="utf-8"))
+        same = all(ceiling[key] == getattr(settings, key) for key in ("valid", "test", "max_prefix"))
+        return dict(ceiling["metrics"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """`results`: name -> {"mean": Metrics, "std": Metrics, "seeds": n}; the rows are in the order of `ROWS`."""
+    first: Metrics = results["popularity"]["mean"]
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for bucket, metric in COLUMNS:
+        name = metric if bucket == "all" else f"{bucket} {metric}"
+        table.add_column(
+            f"{name}\n({int(first[bucket]['cases'])} cases)" if metric in ("HR@10", "HR@20") else name, justify="right", no_wrap=True
+        )
+    for name in sorted(results, key=ROWS.index):
+        table.add_row(name, *(_cell(results[name], bucket, metric) for bucket, metric in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+
+
+def _cell(result: Mapping[str, Any], bucket: str, metric: str) -> str:
+    value = result["mean"].get(bucket, {}).get(metric)
+    if value is None:
+        return "-"
+    spread = f" +- {result['std'][bucket][metric]:.4f}" if result.get("seeds", 1) > 1 else ""
+    return f"{value:.4f}{spread}"
+
+
+def collect_results(
+    split: Split,
+    counts: np.ndarray,
+    test: Windows,
+    buckets: Mapping[str, np.ndarray],
+    runs: Mapping[str, list[Metrics]],
+    ceiling: Metrics | None,
+) -> dict[str, Any]:
+    """Baselines, the trained models' `runs` and the ceiling, as metrics.json holds them. `test` are the windows of split.test."""
+    train, items = split.train, len(counts)
+    scorers = {
+        "popularity": baselines.popularity(train.rows, items),
+        "last-item repeat": baselines.last_item_repeat(train.rows, items),
+        "co-occurrence": baselines.co_occurrence(train.rows, train.offsets, items),
+        "SKNN": baselines.session_knn(train.rows, train.offsets, items),
+    }
+    found = {name: [summarise_buckets(baseline_ranks(score, test, items), buckets)] for name, score in scorers.items()} | dict(runs)
+    results = {name: dict(zip(("mean", "std"), average(each), strict=True)) | {"seeds": len(each)} for name, each in found.items()}
+    if ceiling is not None:
+        results["ceiling"] = {"mean": ceiling, "std": {}, "seeds": 1}
+    in_train, in_test = duplicate_sessions(split.test, train)
+    facts = {
+        "train_sessions": len(train),
+        "valid_sessions": len(split.valid),
+        "test_sessions": len(split.test),
+        "one_event_sessions_dropped": train.dropped,
+        "test_sessions_also_in_training": in_train,
+        "test_sessions_repeated": in_test,
+        "items": items,
+        "cold_items": int((counts == 0).sum()),
+    }
+    return {"facts": facts, "results": results}
+
+
+def print_results(metrics: dict[str, Any]) -> None:
+    facts = metrics["facts"]
+    print(f"{facts['items']} items, {facts['cold_items']} of them in no training session")
+    print(
+        f"sessions: {facts['train_sessions']} training, {facts['valid_sessions']} validation, {facts['test_sessions']} test "
+        f"({facts['test_sessions_also_in_training']} of these also in training, {facts['test_sessions_repeated']} repeated); "
+        f"{facts['one_event_sessions_dropped']} of one event left out"
+    )
+    print_table(metrics["results"], "Next item, every test position, all items ranked")

@@ -1,0 +1,283 @@
+"""Trains the session model and its two halves on published embeddings, beside the baselines, and publishes the best.
+
+ID-only, content-only and full are one class with the same settings; the epoch of each is chosen on validation MRR@20,
+the test sessions are ranked once. Every random draw is a function of (seed, epoch, step), so a run that was killed goes
+on from its last epoch to the same weights, and several processes (accelerate) take the same steps as one.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch import Tensor
+
+from pipeline.artifact import Version, canonical_json, published, remove, stage
+from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
+from pipeline.config import Config, SbrConfig
+from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.progress import Steps
+from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, print_results, read_ceiling
+from recommender.inputs import Inputs, load_inputs
+from recommender.metrics import summarise, summarise_buckets
+from recommender.model import ModelConfig, SessionModel
+from recommender.recommend import write_model
+from recommender.sessions import Windows, batches
+
+MODELS = {"ID-only": (False, True), "content-only": (True, False), "full": (True, True)}  # name -> (content, ids)
+SCALAR_RATE = 3.0  # learning rate of biases and weights of components, over that of the matrices
+
+
+@dataclass(frozen=True)
+class SbrSummary:
+    version: Version
+    made: bool  # False: it was there already, from the same inputs and settings
+    metrics: dict[str, Any]  # as in metrics.json
+
+
+def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> SbrSummary:
+    """From `run/embeddings` and the sessions of `data` to `run/sbr`; prints the table of results."""
+    inputs = load_inputs(config, run, data)
+    current = published(run / "sbr", "sbr")
+    if current is not None and current.manifest["fingerprint"] == inputs.fingerprint and not fresh:
+        metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
+        print_results(metrics)
+        return SbrSummary(current, False, metrics)
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    windows = inputs.windows(config.data.max_prefix)
+    buckets = buckets_of(windows[2], inputs.counts)
+    folder = run / "sbr-train"
+    runs: dict[str, list[Metrics]] = {}
+    best: SessionModel | None = None
+    for name in MODELS:
+        for seed in range(config.seed, config.seed + config.sbr.seeds):
+            model = train_model(name, seed, config, inputs, windows[:2], accelerator, folder, fresh)
+            runs.setdefault(name, []).append(summarise_buckets(gather_ranks(model, windows[2], accelerator), buckets))
+            best = model if name == "full" and best is None else best
+    assert best is not None
+    if accelerator.is_main_process:
+        ceiling = read_ceiling(data, config.data)
+        metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling)
+        version = publish(run, config, inputs, best, metrics)
+        remove(folder / "checkpoints")
+        print_results(metrics)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        version = published(run / "sbr", "sbr") or _missing(run)
+        metrics = json.loads((version.path / "metrics.json").read_text(encoding="utf-8"))
+    return SbrSummary(version, True, metrics)
+
+
+def _missing(run: Path) -> Version:
+    raise UserError(f"session model was not published ({run / 'sbr'}); see the main process", ARTIFACT)
+
+
+# --- training
+
+
+def train_model(
+    name: str,
+    seed: int,
+    config: Config,
+    inputs: Inputs,
+    windows: tuple[Windows, Windows],
+    accelerator: Accelerator,
+    folder: Path,
+    fresh: bool,
+) -> SessionModel:
+    """One model, with the weights of its best epoch on validation."""
+    train, valid = windows
+    settings = config.sbr
+    model = build_model(name, seed, config, inputs)
+    checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}", f"{inputs.fingerprint} {name} {seed}")
+    if fresh and accelerator.is_main_process:
+        checkpoints.clear()
+    accelerator.wait_for_everyone()
+    wrapped = accelerator.prepare(model)
+    optimizer, names = build_optimizer(model, settings)
+    state: dict[str, Any] = {"epoch": 0, "best": -1.0, "best_epoch": -1, "over": False}
+    best = weights_of(model)
+    found = checkpoints.newest()
+    if found is not None:
+        best = restore(model, optimizer, names, found[1], found[2])
+        state = {key: found[2][key] for key in state}
+    steps = math.ceil(len(train) / settings.batch)
+    log = StepLog(folder / "metrics.jsonl", name, seed, state["epoch"] * steps, accelerator.is_main_process)
+    with (
+        Interrupt() as interrupt,
+        Steps(f"{name} (seed {seed})", settings.epochs * steps, state["epoch"] * steps, accelerator.is_main_process) as shown,
+    ):
+        while not state["over"]:
+            epoch = state["epoch"]
+            model.train()
+            for number, which in enumerate(batches(len(train), settings.batch, seed, epoch)):
+                step = epoch * steps + number
+                set_rate(optimizer, settings.lr * schedule(step, steps * settings.epochs))
+                loss = train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator)
+                log.add(step, loss)
+                shown.advance(f"loss {loss:.3f}, validation MRR@20 {max(state['best'], 0):.4f}")
+            score = summarise(gather_ranks(model, valid, accelerator))["MRR@20"]
+            if score > state["best"]:
+                best, state["best"], state["best_epoch"] = weights_of(model), score, epoch
+            state["epoch"] = epoch + 1
+            state["over"] = epoch + 1 == settings.epochs or epoch - state["best_epoch"] >= settings.patience
+            if accelerator.is_main_process:
+                save(checkpoints, epoch + 1, model, best, optimizer, names, state)
+            if interrupt.agreed(accelerator):
+                raise interrupt.exit()
+    model.load_state_dict(best, strict=False)
+    return model
+
+
+def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> SessionModel:
+    content, ids = MODELS[name]
+    torch.manual_seed(seed)
+    settings = config.sbr
+    shape = ModelConfig(
+        items=len(inputs.catalog),
+        content_dim=inputs.content.shape[1] if content else 0,
+        ids=ids,
+        dim=settings.dim,
+        max_prefix=config.data.max_prefix,
+        content_dropout=settings.content_dropout,
+        id_dropout=settings.id_dropout,
+    )
+    return SessionModel(shape, inputs.content if content else None, inputs.split.train.rows, inputs.split.train.offsets)
+
+
+def build_optimizer(model: SessionModel, settings: SbrConfig) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW in two groups: matrices with weight decay, scalars and vectors without and at a higher rate; and the parameters' names."""
+    named = sorted(model.named_parameters(), key=lambda entry: entry[1].ndim < 2)
+    groups = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay, "rate": 1.0},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0, "rate": SCALAR_RATE},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True), [n for n, _ in named]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: a warm-up over 5 % of the steps, then a cosine to zero."""
+    return min(1.0, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train_step(
+    wrapped: torch.nn.Module,
+    model: SessionModel,
+    optimizer: torch.optim.Optimizer,
+    train: Windows,
+    which: np.ndarray,
+    draw: tuple[int, int, int],
+    accelerator: Accelerator,
+) -> float:
+    """One step on the windows `which`, of which each process takes its share; returns the mean loss over all of them."""
+    whole = train.take(which)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    rows, targets = (torch.as_tensor(a[mine], device=accelerator.device).long() for a in (whole.inputs, whole.targets))
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
+    known = model.draw_known(generator)
+    total = wrapped(rows, targets, known, generator).sum() / whole.cases
+    optimizer.zero_grad()
+    accelerator.backward(total * accelerator.num_processes)  # processes average their gradients
+    optimizer.step()
+    loss = float(accelerator.reduce(total.detach(), "sum"))
+    if not math.isfinite(loss):
+        raise UserError(f"loss is {loss} (session model, step {draw[2]} of epoch {draw[1]}); lower sbr.lr", USAGE)
+    return loss
+
+
+def gather_ranks(model: SessionModel, windows: Windows, accelerator: Accelerator) -> np.ndarray:
+    """`model_ranks` of all windows, each process ranking a stretch of them."""
+    bounds = np.linspace(0, len(windows), accelerator.num_processes + 1).astype(int)
+    index = accelerator.process_index
+    own = model_ranks(model, windows.take(np.arange(bounds[index], bounds[index + 1])))
+    return own if accelerator.num_processes == 1 else np.concatenate(gather_object([own]))
+
+
+def weights_of(model: SessionModel) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def save(
+    checkpoints: Checkpoints,
+    step: int,
+    model: SessionModel,
+    best: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    state: dict[str, Any],
+) -> None:
+    moments, packed = pack_optimizer(optimizer, names)
+    tensors = {f"now/{n}": w for n, w in weights_of(model).items()} | {f"best/{n}": w for n, w in best.items()} | moments
+    checkpoints.save(step, tensors, state | {"optimizer": packed})
+
+
+def restore(
+    model: SessionModel, optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor], state: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Puts a checkpoint back; returns the weights of the best epoch so far."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"now/{name}"])
+    unpack_optimizer(optimizer, names, tensors, state["optimizer"])
+    return {name: tensors[f"best/{name}"].to(p.device) for name, p in model.named_parameters()}
+
+
+class StepLog:
+    """metrics.jsonl: one line a step, of the main process; steps that are about to be done again are forgotten."""
+
+    def __init__(self, path: Path, name: str, seed: int, start: int, active: bool) -> None:
+        self.path, self.active = path, active
+        self.entry = {"stage": "sbr", "model": name, "seed": seed}
+        if active:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in _lines(path) if not self._again(line, start)]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def _again(self, line: str, start: int) -> bool:
+        try:
+            entry = json.loads(line)
+            return all(entry[k] == v for k, v in self.entry.items()) and entry["step"] >= start
+        except (ValueError, KeyError, TypeError):
+            return True  # the line a kill cut short
+
+    def add(self, step: int, loss: float) -> None:
+        if self.active:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.entry | {"step": step, "loss": round(loss, 6)}) + "\n")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.exists():
+        yield from path.read_text(encoding="utf-8").splitlines()
+
+
+# --- publishing
+
+
+def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metrics: dict[str, Any]) -> Version:
+    manifest = {
+        "fingerprint": inputs.fingerprint,
+        "embeddings_manifest_sha256": inputs.embeddings.manifest_sha256,
+        "embeddings_version": inputs.embeddings.name,
+        "catalogue_sha256": inputs.catalog.sha256,
+        "sessions_sha256": inputs.split.train.ids_sha256(),
+        "settings": config.sbr.model_dump() | {"seed": config.seed},
+        "model": asdict(model.config),
+    }
+    test = inputs.split.test
+    samples = [[inputs.catalog.item_ids[row] for row in test.session(i)[-config.data.max_prefix :]] for i in range(min(len(test), 20))]
+    with stage(run / "sbr", "sbr") as staging:
+        write_model(staging.path, model, inputs.catalog.item_ids, inputs.catalog.titles, inputs.counts, samples)
+        (staging.path / "metrics.json").write_bytes(canonical_json(metrics))
+        return staging.publish(manifest)

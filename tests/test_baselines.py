@@ -1,0 +1,58 @@
+"""The baselines against plain-Python versions of their definitions."""
+
+from itertools import pairwise
+
+import numpy as np
+
+from recommender import baselines
+from recommender.sessions import PAD, pad_prefixes
+
+ITEMS = 25
+
+
+def sessions(count: int = 60) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, ITEMS - 3, size=rng.integers(2, 9)).tolist() for _ in range(count)]
+
+
+def flat(log: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate(log).astype(np.int32), np.cumsum([0, *map(len, log)])
+
+
+def test_popularity_counts_training_events() -> None:
+    log = sessions()
+    scores = baselines.popularity(flat(log)[0], ITEMS)(pad_prefixes([[1], [2, 3]], 4))
+    assert scores.shape == (2, ITEMS)
+    assert scores[0].tolist() == scores[1].tolist() == [sum(s.count(i) for s in log) for i in range(ITEMS)]
+
+
+def test_co_occurrence_counts_what_directly_followed() -> None:
+    log = sessions()
+    scores = baselines.co_occurrence(*flat(log), ITEMS)(pad_prefixes([[4, 7], [7, 4, 9]], 4))
+    for line, last in zip(scores, (7, 9), strict=True):
+        for item in range(ITEMS):
+            wanted = sum((a, b) == (last, item) for s in log for a, b in pairwise(s))
+            assert np.isclose(line[item], wanted, atol=0.01)
+
+
+def test_last_item_repeat_ranks_the_latest_first() -> None:
+    line = baselines.last_item_repeat(flat(sessions())[0], ITEMS)(pad_prefixes([[5, 6, 5, 8]], 4))[0]
+    assert np.argsort(-line)[:3].tolist() == [8, 5, 6]
+
+
+def test_nearest_sessions_weigh_by_likeness() -> None:
+    log = sessions()
+    prefix = [3, 11, 3]
+    line = baselines.session_knn(*flat(log), ITEMS, neighbours=1000, recent=1000)(np.array([[*prefix, PAD]]))[0]
+    wanted = np.zeros(ITEMS)
+    for session in log:
+        overlap = len(set(session) & set(prefix))
+        wanted[list(set(session))] += overlap / np.sqrt(len(set(prefix)) * len(set(session)))
+    assert np.allclose(line, wanted, atol=0.01)
+
+
+def test_nearest_sessions_prefer_recent_ones() -> None:
+    log = [[0, 1], [0, 2], [0, 3]]
+    line = baselines.session_knn(*flat(log), ITEMS, neighbours=100, recent=1)(np.array([[0]]))[0]
+    assert line[3] > 0.4
+    assert line[1] < 0.01

@@ -1,0 +1,74 @@
+"""The house: which way imports run, what the command line may load, and what no file may do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [ROOT / "cli.py", *sorted((ROOT / "pipeline").glob("*.py")), *sorted((ROOT / "recommender").glob("*.py"))]
+BASE = {f"pipeline.{name}" for name in ("errors", "config", "artifact", "checkpoint", "catalog", "progress")}  # what recommender may use
+HEAVY = {"transformers", "accelerate", "peft", "datasets", "tokenizers"}
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(path: Path) -> set[str]:
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in SOURCES}
+    return imported(path) & modules
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    package = path.parent.name
+    for module in ours(path):
+        assert module != "cli", "nothing imports the command line"
+        if package == "pipeline":
+            assert module.startswith("pipeline."), f"pipeline imports {module}"
+        if package == "recommender":
+            assert module.startswith("recommender.") or module in BASE, f"recommender imports {module}"
+
+
+def test_the_base_files_import_no_model_code() -> None:
+    for name in BASE:
+        path = ROOT / (name.replace(".", "/") + ".py")
+        assert ours(path) <= BASE, path
+        assert not {n.split(".")[0] for n in imported(path)} & HEAVY, path
+
+
+def test_serving_needs_no_training_library() -> None:
+    code = f"import sys, recommender.recommend, recommender.batch; print([m for m in {sorted(HEAVY)!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_help_loads_neither_torch_nor_numpy() -> None:
+    code = "import sys, cli; print([m for m in ('torch', 'numpy', 'pyarrow', 'yaml', 'pydantic') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def called(path: Path) -> set[str]:
+    """Names of what a file calls: `eval`, `torch.load`, ..."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return {ast.unparse(call) for call in calls if isinstance(call, ast.Name | ast.Attribute)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_runs_code_from_data(path: Path) -> None:
+    assert not called(path) & {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "np.load"}
+    assert not {name.split(".")[0] for name in imported(path)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+
+
+def test_only_config_reads_yaml() -> None:
+    assert [p.name for p in SOURCES if "yaml" in imported(p)] == ["config.py"]

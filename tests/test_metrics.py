@@ -1,0 +1,70 @@
+"""Ranks against brute force, ties at chance, NaN refused; windows give every case exactly once."""
+
+import numpy as np
+import pytest
+import torch
+
+from recommender.evaluate import prefixes_of
+from recommender.metrics import CUTOFFS, summarise, target_ranks
+from recommender.sessions import PAD, batches, pack, pad_prefixes
+
+
+def test_ranks_are_those_of_sorting() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 12, size=(40, 30)).astype(np.float32)  # many ties
+    targets = rng.integers(0, 30, size=40)
+    for found, line, target in zip(target_ranks(torch.tensor(scores), torch.tensor(targets)), scores, targets, strict=True):
+        places = [1 + n for n, value in enumerate(sorted(line, reverse=True)) if value == line[target]]
+        assert float(found) == pytest.approx(np.mean(places))
+
+
+def test_metrics_are_those_of_the_definitions() -> None:
+    ranks = np.array([1.0, 2.5, 7.0, 40.0, 20.0])
+    table = summarise(ranks)
+    for cutoff in CUTOFFS:
+        hits = [r for r in ranks if r <= cutoff]
+        assert table[f"HR@{cutoff}"] == pytest.approx(len(hits) / 5)
+        assert table[f"MRR@{cutoff}"] == pytest.approx(sum(1 / r for r in hits) / 5)
+        assert table[f"NDCG@{cutoff}"] == pytest.approx(sum(1 / np.log2(1 + r) for r in hits) / 5)
+
+
+def test_a_model_that_scores_all_items_equally_is_at_chance() -> None:
+    ranks = target_ranks(torch.zeros(50, 200), torch.arange(50)).numpy()
+    assert np.all(ranks == 100.5)
+    assert summarise(ranks)["MRR@20"] == 0
+
+
+def test_nan_scores_are_an_error() -> None:
+    scores = torch.zeros(2, 5)
+    scores[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        target_ranks(scores, torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_windows_hold_every_case_once_with_its_prefix(stride: int) -> None:
+    rng = np.random.default_rng(1)
+    lengths = [2, 3, 7, 8, 20, 31]
+    sessions = [rng.integers(0, 1000, size=n) for n in lengths]
+    windows = pack(np.concatenate(sessions), np.cumsum([0, *lengths]), max_prefix=6, stride=stride)
+    prefixes, targets = prefixes_of(windows)
+    found = sorted((tuple(p[p != PAD]), t) for p, t in zip(prefixes.tolist(), targets.tolist(), strict=False) for p in [np.array(p)])
+    assert len(found) == sum(lengths) - len(lengths) == windows.cases
+    if stride == 1:  # whole prefixes
+        wanted = sorted((tuple(s[max(0, n - 6) : n]), s[n]) for s in sessions for n in range(1, len(s)))
+        assert found == wanted
+    else:  # suffixes of them, of half the length at least
+        assert sorted(t for _, t in found) == sorted(x for s in sessions for x in s[1:])
+        whole = {tuple(s[:n]) for s in sessions for n in range(1, len(s))}
+        assert all(any(w[-len(p) :] == p for w in whole) for p, _ in found)
+
+
+def test_batches_depend_on_seed_and_epoch_alone() -> None:
+    once, again, other = (np.concatenate(list(batches(100, 7, 3, e))) for e in (4, 4, 5))
+    assert np.array_equal(once, again)
+    assert not np.array_equal(once, other)
+    assert sorted(once) == list(range(100))
+
+
+def test_a_prefix_is_cut_to_its_last_events() -> None:
+    assert pad_prefixes([[1, 2, 3, 4], [5], []], 3).tolist() == [[2, 3, 4], [5, PAD, PAD], [PAD, PAD, PAD]]

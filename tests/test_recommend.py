@@ -1,0 +1,203 @@
+"""Recommendations from a published session model: exact, one by one or in a file, and refused when they would be wrong."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from standin_run import publish_embeddings, write_data
+
+from pipeline.config import load_config
+from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
+from recommender import recommend
+from recommender.batch import recommend_file
+from recommender.recommend import Recommender
+from recommender.train import train_sbr
+
+SETTINGS = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    publish_embeddings(folder, folder / "data", write_data(folder / "data"), SETTINGS)
+    train_sbr(SETTINGS, folder, folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recommender(run: Path) -> Recommender:
+    return Recommender.load(run)
+
+
+def ids(found: recommend.Recommendation) -> list[str]:
+    return [item.item_id for item in found.items]
+
+
+def test_a_session_gets_the_best_items_with_titles(recommender: Recommender) -> None:
+    session = recommender.samples[0]
+    found = recommender.recommend(session, k=5)
+    with torch.no_grad():
+        scores = recommender.model.scores(torch.tensor([[recommender.row[i] for i in session]]), recommender.tables)[0]
+    assert [recommender.row[i] for i in ids(found)] == scores.topk(5).indices.tolist()
+    assert [item.rank for item in found.items] == [1, 2, 3, 4, 5]
+    assert all(item.title == f"Title {int(item.item_id[-3:])}" for item in found.items)
+    assert found.unknown == []
+    assert found.fallback is None
+
+
+def test_many_sessions_get_what_each_gets_alone(recommender: Recommender) -> None:
+    rng = np.random.default_rng(0)
+    sessions = [[f"item-{n:03d}" for n in rng.integers(0, 60, size=rng.integers(0, 30))] for _ in range(50)]
+    for session, together in zip(sessions, recommender.recommend_batch(sessions, 7), strict=True):
+        alone = recommender.recommend(session, 7)
+        assert ids(alone) == ids(together)
+        assert np.allclose([i.score for i in alone.items], [i.score for i in together.items], atol=1e-4)
+
+
+def test_a_large_catalogue_goes_through_the_index_to_the_same_items(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = [*recommender.samples, ["item-059"], ["item-003"] * 25]
+    dense = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
+    monkeypatch.setattr(recommend, "DENSE_ITEMS", 0)
+    indexed = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
+    for one, other in zip([*dense[0], *dense[1]], [*indexed[0], *indexed[1]], strict=True):
+        assert np.allclose([i.score for i in one.items], [i.score for i in other.items], atol=1e-4)
+
+
+def test_seen_items_are_left_out_on_request_and_no_place_is_lost(recommender: Recommender) -> None:
+    session = ids(recommender.recommend(recommender.samples[1], 6))
+    assert set(session) & set(ids(recommender.recommend(session, 10)))
+    found = ids(recommender.recommend(session, 10, exclude_seen=True))
+    assert len(found) == 10
+    assert not set(session) & set(found)
+
+
+def test_an_unknown_id_is_named_and_ignored(recommender: Recommender) -> None:
+    found = recommender.recommend(["nonsense", "item-004", "nonsense", "other"], 5)
+    assert found.unknown == ["nonsense", "other"]
+    assert ids(found) == ids(recommender.recommend(["item-004"], 5))
+
+
+@pytest.mark.parametrize("session", [[], ["nonsense"]])
+def test_nothing_known_gives_popular_items_and_says_so(recommender: Recommender, run: Path, session: list[str]) -> None:
+    found = recommender.recommend(session, 4)
+    assert found.fallback == "popular"
+    log = pq.read_table(run / "data" / "sessions.parquet").to_pydict()
+    train = [i for s, i in zip(log["session_id"], log["item_id"], strict=True) if s < "s0320"]
+    top = sorted((train.count(i) for i in set(train)), reverse=True)[:4]
+    assert [train.count(i) for i in ids(found)] == top
+
+
+def test_more_items_than_there_are_gives_all_of_them(recommender: Recommender) -> None:
+    assert len(ids(recommender.recommend(["item-001"], 1000))) == 60
+    assert len(ids(recommender.recommend(["item-001"], 1000, exclude_seen=True))) == 59
+
+
+def test_no_items_asked_for_is_an_error(recommender: Recommender) -> None:
+    with pytest.raises(UserError) as error:
+        recommender.recommend(["item-001"], 0)
+    assert error.value.code == USAGE
+
+
+def events() -> list[tuple[str, str, int]]:
+    """Two sessions interleaved and out of order, one of unknown items."""
+    return [
+        ("7", "item-010", 30),
+        ("a", "item-020", 5),
+        ("7", "item-011", 10),
+        ("x", "gone", 1),
+        ("a", "item-021", 6),
+        ("7", "item-012", 20),
+    ]
+
+
+def write_events(path: Path, clock: bool = True) -> Path:
+    names = ["session_id", "item_id", "timestamp"][: 3 if clock else 2]
+    rows = [event[: len(names)] for event in events()]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(dict(zip(names, zip(*rows, strict=True), strict=True))), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([names, *rows])
+    return path
+
+
+@pytest.mark.parametrize("name", ["s.parquet", "s.csv", "s.tsv", "s.jsonl"])
+def test_a_file_gives_what_single_sessions_give(recommender: Recommender, tmp_path: Path, name: str) -> None:
+    summary = recommend_file(recommender, write_events(tmp_path / name), tmp_path / "out.parquet", k=3)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.column_names == ["session_id", "item_id", "rank", "score"]
+    assert (summary.sessions, summary.popular, summary.unknown_events, summary.rows) == (3, 1, 1, 9)
+    found = table.to_pydict()
+    wanted = {"7": ["item-011", "item-012", "item-010"], "a": ["item-020", "item-021"], "x": []}
+    assert found["session_id"] == [s for s in wanted for _ in range(3)]
+    assert found["rank"] == [1, 2, 3] * 3
+    assert found["item_id"] == [i for session in wanted.values() for i in ids(recommender.recommend(session, 3))]
+
+
+def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommender, tmp_path: Path) -> None:
+    recommend_file(recommender, write_events(tmp_path / "s.csv", clock=False), tmp_path / "out.parquet", k=3)
+    found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"][:3]
+    assert found == ids(recommender.recommend(["item-010", "item-011", "item-012"], 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("s.csv", "session,item_id\na,b\n", "no column session_id"),
+        ("s.csv", "session_id,item_id\na,item-001\nb,\n", "row 1"),
+        ("s.csv", "session_id,item_id\n", "no events"),
+        ("s.csv", "session_id,item_id,timestamp\na,item-001,yesterday\n", "timestamp"),
+        ("s.jsonl", '{"session_id": "a", "item_id"\n', "not readable"),
+        ("s.parquet", "PAR1 not really", "not readable"),
+        ("s.xlsx", "", "unknown kind"),
+        ("missing.csv", None, "not found"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line_and_overwrites_nothing(
+    recommender: Recommender, tmp_path: Path, name: str, content: str | None, said: str
+) -> None:
+    out = tmp_path / "out.parquet"
+    out.write_text("precious")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said) as error:
+        recommend_file(recommender, tmp_path / name, out)
+    assert error.value.code == DATA
+    assert "\n" not in str(error.value)
+    assert out.read_text() == "precious"
+
+
+def test_a_run_with_other_embeddings_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    group = np.arange(60) % 6
+    publish_embeddings(tmp_path / "run", tmp_path / "run" / "data", group, SETTINGS, seed=1)
+    with pytest.raises(UserError, match=r"embeddings v0002 .* v0001 .* `tpad train-sbr`") as error:
+        Recommender.load(tmp_path / "run")
+    assert error.value.code == ARTIFACT
+
+
+def test_a_damaged_file_is_refused(run: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "index.faiss", "items.parquet", "config.json"):
+        folder = tmp_path / name
+        shutil.copytree(run / "sbr", folder / "sbr")
+        path = folder / "sbr" / "v0001" / name
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+        with pytest.raises(UserError, match=name) as error:
+            Recommender.load(folder)
+        assert error.value.code == ARTIFACT
+
+
+def test_recommend_before_training_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tpad train-sbr") as error:
+        Recommender.load(tmp_path)
+    assert error.value.code == ARTIFACT

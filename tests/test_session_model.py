@@ -1,0 +1,174 @@
+"""What the session model must not do (look ahead, see padding, use ids it has not) and the loss it must have."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from recommender.evaluate import model_ranks
+from recommender.index import build_index, top_items
+from recommender.model import ModelConfig, SessionModel, whiten
+from recommender.sessions import PAD, pack, pad_prefixes
+
+ITEMS, COLD = 50, 6  # the last items are in no training session
+
+
+def log(count: int = 80) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 9, size=count)
+    return rng.integers(0, ITEMS - COLD, size=lengths.sum()).astype(np.int32), np.cumsum([0, *lengths])
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def build(content: bool = True, ids: bool = True, seed: int = 0) -> SessionModel:
+    """A model whose every part is at work."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(ITEMS, 12)).astype(np.float32)
+    model = SessionModel(ModelConfig(ITEMS, 12 if content else 0, ids, dim=16, max_prefix=8), vectors if content else None, *log())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+VERSIONS = pytest.mark.parametrize(("content", "ids"), [(True, True), (True, False), (False, True)])
+
+
+@VERSIONS
+def test_a_later_event_changes_nothing_before_it(content: bool, ids: bool) -> None:
+    model = build(content, ids)
+    tables = model.tables()
+    rows = torch.tensor([[3, 7, 3, 9, 7, 1]])
+    first = torch.tensor([[True, True, True, False, False, False]])
+    before = model.scores(rows, tables, first)
+    for later in (2, 3, 45):
+        changed = rows.clone()
+        changed[0, 3:] = later
+        assert torch.allclose(model.scores(changed, tables, first), before, atol=1e-5)
+
+
+@VERSIONS
+def test_padding_and_company_change_nothing(content: bool, ids: bool) -> None:
+    model = build(content, ids)
+    tables = model.tables()
+    sessions = [[3, 7, 3], [1], [5, 5, 9, 2, 48, 3, 7]]
+    together = model.scores(torch.tensor(pad_prefixes(sessions, 8)).long(), tables)
+    for session, line in zip(sessions, together, strict=True):
+        alone = model.scores(torch.tensor([session]), tables)[0]
+        assert torch.allclose(alone, line, atol=1e-4)
+
+
+@VERSIONS
+def test_the_loss_is_the_softmax_of_the_scores(content: bool, ids: bool) -> None:
+    """On sessions that are not part of the training log, the counts hold nothing of them to take out."""
+    model = build(content, ids)
+    if ids:
+        model.followers.counts.zero_()
+        model.followers.totals.zero_()
+    rows = torch.tensor([[3, 7, 3, 9], [1, 2, PAD, PAD]])
+    targets = torch.tensor([[7, 3, 9, 1], [2, 4, PAD, PAD]])
+    tables, warm = model.tables(), model.known.nonzero()[:, 0]
+    scores = model.scores(rows, tables, targets != PAD)[:, warm]
+    column = {int(row): n for n, row in enumerate(warm)}
+    wanted = torch.nn.functional.cross_entropy(scores, torch.tensor([column[int(t)] for t in targets[targets != PAD]]), reduction="none")
+    assert torch.allclose(model.losses(rows, targets, tables, warm), wanted, atol=1e-4)
+
+
+def test_a_session_is_no_evidence_for_itself() -> None:
+    """Counts of the followers leave out the session they are asked for: as if the log did not have it."""
+    rows, offsets = log()
+    windows = pack(rows, offsets, 8)
+    model = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8), None, rows, offsets)
+    for number in range(5):
+        kept = np.ones(len(rows), bool)
+        kept[offsets[number] : offsets[number + 1]] = False
+        lengths = np.delete(np.diff(offsets), number)
+        without = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8), None, rows[kept], np.cumsum([0, *lengths]))
+        one = windows.take(np.array([number]))
+        asked = torch.tensor(one.inputs).long(), torch.tensor(one.targets).long()
+        found, weights = model.followers(*asked)
+        share = torch.zeros_like(found)
+        for t, target in enumerate(one.targets[0]):
+            table = torch.zeros(len(one.inputs[0]), ITEMS)
+            without.followers.add(table, asked[0][0][:, None], torch.ones(len(one.inputs[0]), 1))
+            share[0, t] = table[:, target]
+        assert torch.allclose(found, share, atol=1e-6)
+        assert torch.allclose(weights, without.followers.weights(asked[0], without.followers.totals[asked[0]]), atol=1e-4)
+
+
+def test_a_cold_item_ranks_by_its_content() -> None:
+    """An item never trained on, with the vector of a good candidate, ranks near it; the ID-only model cannot place it."""
+    model = build()
+    cold = ITEMS - 1
+    rows = torch.tensor([[3, 7, 12]])
+    with torch.no_grad():
+        query = model.read(rows, model.tables()).queries["content"][0, -1]
+        best = int((model.tables().vectors["content"][: ITEMS - COLD] @ query).argmax())
+        worst = int((model.tables().vectors["content"][: ITEMS - COLD] @ query).argmin())
+        ranks = {}
+        for source in (best, worst):
+            model.content[cold] = model.content[source]
+            ranks[source] = int((model.scores(rows, model.tables())[0] > model.scores(rows, model.tables())[0, cold]).sum())
+    assert ranks[best] < ranks[worst]
+    ids = build(content=False)
+    assert torch.isneginf(ids.scores(rows, ids.tables())[0, cold])
+
+
+def test_content_only_ignores_ids_and_id_only_ignores_content() -> None:
+    assert not any("ids" in name or "followers" in name for name in dict(build(True, False).named_parameters()))
+    assert not any("project" in name for name in dict(build(False, True).named_parameters()))
+
+
+def test_hidden_ids_are_neither_read_nor_offered() -> None:
+    model = build()
+    hidden = model.known.clone()
+    hidden[[3, 9]] = False
+    rows = torch.tensor([[3, 7]])
+    before = model.scores(rows, model.tables(hidden))
+    with torch.no_grad():
+        model.ids.weight[[3, 9]] += 5.0
+    assert torch.allclose(model.scores(rows, model.tables(hidden)), before, atol=1e-5)
+
+
+def test_the_index_finds_what_scoring_everything_finds() -> None:
+    model = build()
+    tables = model.tables()
+    index = build_index(tables)
+    rng = np.random.default_rng(3)
+    for k in (1, 5, ITEMS):
+        for _ in range(20):
+            session = torch.tensor(rng.integers(0, ITEMS, size=(1, rng.integers(1, 9))))
+            values, found = top_items(index, model, tables, session, k)
+            wanted = model.scores(session, tables)[0]
+            assert torch.allclose(values, wanted.topk(k).values, atol=1e-4)
+            assert torch.allclose(wanted[found], values, atol=1e-4)
+
+
+def test_whitening_is_fitted_on_training_items_alone() -> None:
+    rng = np.random.default_rng(0)
+    vectors = (rng.normal(size=(300, 8)) @ (np.eye(8) + 0.3 * rng.normal(size=(8, 8))) + 3).astype(np.float32)
+    fitted = np.arange(300) < 200
+    white = whiten(vectors, fitted)
+    assert np.allclose(white[fitted].mean(0), 0, atol=1e-4)
+    assert np.allclose(np.cov(white[fitted], rowvar=False), np.eye(8), atol=0.25)
+    moved = vectors.copy()
+    moved[~fitted] += 100
+    assert np.allclose(whiten(moved, fitted)[fitted], white[fitted])
+
+
+def test_ranks_of_a_window_are_those_of_its_prefixes() -> None:
+    model = build()
+    rows = np.array([3, 7, 3, 9, 48, 2, 2, 11, 30, 12, 5, 6], np.int32)
+    windows = pack(rows, np.array([0, 12]), 8)
+    found = model_ranks(model, windows)
+    tables = model.tables()
+    for n in range(1, 12):
+        scores = model.scores(torch.tensor(rows[None, max(0, n - 8) : n]).long(), tables)[0]
+        assert found[n - 1] == pytest.approx(1 + int((scores > scores[rows[n]]).sum()) + (int((scores == scores[rows[n]]).sum()) - 1) / 2)

@@ -1,0 +1,165 @@
+"""`train_sbr` on a small run: what it learns, what it writes, what it refuses, and that a kill costs nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from standin_run import publish_embeddings, write_data
+
+from pipeline.config import Config, load_config
+from pipeline.errors import ARTIFACT, USAGE, UserError
+from recommender.train import train_sbr
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["sbr.dim=16", "sbr.epochs=6", "sbr.batch=32", "sbr.lr=0.01"]
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from pipeline.config import load_config
+from recommender.train import train_sbr
+torch.set_num_threads(1)
+train_sbr(load_config(None, sys.argv[3:]), Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def settings(*more: str) -> Config:
+    return load_config(None, [*SETTINGS, *more])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    publish_embeddings(run, run / "data", write_data(run / "data"), settings())
+    train_sbr(settings(), run, run / "data")
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    version = json.loads((run / "sbr" / "current").read_text())["version"]
+    return load_file(run / "sbr" / version / "model.safetensors")
+
+
+def copy_inputs(run: Path, to: Path) -> Path:
+    shutil.copytree(run / "data", to / "data")
+    shutil.copytree(run / "embeddings", to / "embeddings")
+    return to
+
+
+def test_the_table_has_every_model_and_the_full_one_is_not_below_its_halves(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = train_sbr(settings(), trained, trained / "data")
+    assert not summary.made  # up to date
+    printed = capsys.readouterr().out
+    for name in ("popularity", "last-item repeat", "co-occurrence", "SKNN", "ID-only", "content-only", "full"):
+        assert name in printed
+    assert "ceiling" not in printed
+    assert "40 validation, 40 test" in printed
+    mean = {name: result["mean"] for name, result in summary.metrics["results"].items()}
+    cases = mean["full"]["all"]["cases"]
+    assert mean["full"]["warm"]["cases"] + mean["full"]["cold"]["cases"] == cases == mean["popularity"]["all"]["cases"]
+    for half in ("ID-only", "content-only"):
+        assert mean["full"]["all"]["HR@10"] > mean[half]["all"]["HR@10"]
+    assert mean["full"]["cold"]["HR@20"] > 0.5
+    assert mean["ID-only"]["cold"]["HR@20"] < 0.1
+
+
+def test_one_line_of_metrics_per_step(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "sbr-train" / "metrics.jsonl").read_text().splitlines()]
+    for model in ("ID-only", "content-only", "full"):
+        steps = [line["step"] for line in lines if line["model"] == model]
+        assert steps == list(range(len(steps)))
+        assert len(steps) % 10 == 0  # whole epochs of 320 sessions in batches of 32
+        losses = [line["loss"] for line in lines if line["model"] == model]
+        assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+def test_the_ceiling_is_shown_only_for_the_split_it_is_of(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_inputs(trained, tmp_path)
+    ceiling = {"valid": 0.1, "test": 0.1, "max_prefix": 20, "metrics": {"all": {"HR@10": 0.4321}, "warm": {}, "cold": {}}}
+    for valid, shown in ((0.1, True), (0.2, False)):
+        (run / "data" / "ceiling.json").write_text(json.dumps(ceiling | {"valid": valid}))
+        train_sbr(settings("sbr.epochs=1"), run, run / "data", fresh=True)
+        assert ("0.4321" in capsys.readouterr().out) == shown
+
+
+def test_seeds_give_mean_and_deviation(trained: Path, tmp_path: Path) -> None:
+    run = copy_inputs(trained, tmp_path)
+    results = train_sbr(settings("sbr.epochs=1", "sbr.seeds=2"), run, run / "data").metrics["results"]
+    assert results["full"]["seeds"] == 2
+    assert results["full"]["std"]["all"]["MRR@20"] > 0
+    assert results["popularity"]["seeds"] == 1
+
+
+@pytest.mark.parametrize("entry", ["catalogue_sha256", "sessions_sha256"])
+def test_embeddings_of_other_inputs_are_refused(tmp_path: Path, entry: str) -> None:
+    publish_embeddings(tmp_path, tmp_path / "data", write_data(tmp_path / "data"), settings(), **{entry: "0" * 64})
+    with pytest.raises(UserError, match="embeddings") as error:
+        train_sbr(settings(), tmp_path, tmp_path / "data")
+    assert error.value.code == ARTIFACT
+    assert not (tmp_path / "sbr").exists()
+
+
+def test_no_embeddings_is_one_clear_line(tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    with pytest.raises(UserError, match="tpad export-embeddings") as error:
+        train_sbr(settings(), tmp_path, tmp_path / "data")
+    assert error.value.code == ARTIFACT
+
+
+def test_a_loss_that_leaves_the_numbers_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
+    run = copy_inputs(trained, tmp_path)
+    with pytest.raises(UserError, match=r"sbr\.lr") as error:
+        train_sbr(settings("sbr.lr=1e30"), run, run / "data")
+    assert error.value.code == USAGE
+    assert not (run / "sbr" / "current").exists()
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(trained: Path, tmp_path: Path) -> None:
+    run = copy_inputs(trained, tmp_path)
+    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), *SETTINGS]
+    for stop_at in ("ID-only", "full"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if list((run / "sbr-train" / "checkpoints" / f"{stop_at}-0").glob("step-*/state.json")):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        assert process.wait() == -signal.SIGKILL
+    assert not (run / "sbr" / "current").exists()
+    train_sbr(settings(), run, run / "data")
+    undisturbed, resumed = weights(trained), weights(run)
+    assert undisturbed.keys() == resumed.keys()
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    assert (run / "sbr-train" / "metrics.jsonl").read_text() == (trained / "sbr-train" / "metrics.jsonl").read_text()
+
+
+def test_two_processes_take_the_steps_of_one(trained: Path, tmp_path: Path) -> None:
+    run = copy_inputs(trained, tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(run), str(run / "data"), *SETTINGS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    losses = {}
+    for name, folder in (("one", trained), ("two", run)):
+        lines = [json.loads(line) for line in (folder / "sbr-train" / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = {(line["model"], line["step"]): line["loss"] for line in lines if line["step"] < 20}
+    assert losses["one"].keys() == losses["two"].keys()
+    assert all(abs(losses["one"][key] - losses["two"][key]) < 1e-3 for key in losses["one"])
