@@ -14,27 +14,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import USAGE, UserError
+from pipeline.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from recommender.recommend import Item, Recommender
 
 RUN = Path("artifacts/shop")
+WIDTH = 140  # of a table that goes to a file or a pipe
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings its own copy of click, or uses the other, by version
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the one that talks, under `accelerate launch`
 
 app = typer.Typer(
-    help="Next-item recommendation from what items are and what people move on to. Each command runs without arguments, on a built-in sample shop.",
-    no_args_is_help=True,
+    help="Next-item recommendation from what items are and what people move on to. "
+    "distill, export-embeddings, train-sbr and recommend, in this order, run without arguments on a built-in sample shop.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings (YAML). Default: those the run was last used with, else the built-in ones.")]
-DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder of items.parquet and sessions.parquet. Default: the run's; for a new run, the sample shop.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="Settings (YAML). Default: those the run was last used with, else the built-in ones.")
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder of items.parquet and sessions.parquet. Default: the run's; for a new run, the sample shop."),
+]
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of the run: everything made from one catalogue.")]
-Override = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="One setting over the file's, e.g. sbr.epochs=5; repeatable.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="One setting over the file's, e.g. sbr.epochs=5; repeatable.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -56,34 +65,85 @@ def errors(debug: bool) -> Iterator[None]:
         raise SystemExit(error.code) from None
 
 
-def open_run(config: Path | None, data: Path | None, run: Path, overrides: list[str] | None, begin: bool = False) -> tuple["Config", Path]:
-    """The settings and the data folder of a run, as given or as remembered; with `begin`, a new run gets the sample shop."""
-    from pipeline.artifact import write_json
+@contextmanager
+def open_run(
+    config: Path | None, data: Path | None, run: Path, overrides: list[str] | None, begin: bool = False
+) -> Iterator[tuple["Config", Path]]:
+    """The settings and the data folder of a run, as given or as remembered; with `begin`, a new run gets the sample shop.
+
+    What is given is remembered from then on, unless the data is faulty, or the run has a memory already and the command fails.
+    """
+    from pipeline.artifact import environment_error, replacing, write_json
     from pipeline.config import load_config, save_config
 
-    remembered = run / "config.yaml"
-    settings = load_config(config or (remembered if remembered.exists() else None), overrides)
+    record, remembered = run / "run.json", run / "config.yaml"
+    try:
+        settings = load_config(config or (remembered if remembered.exists() else None), overrides)
+        folder = find_data(data, run, settings, begin)
+        if data is not None or not record.exists():
+            check_data(folder)  # here, before anything is written, and before the imports that take seconds
+        before = [(path, path.read_bytes()) for path in (record, remembered) if path.exists()]
+        if MAIN_PROCESS:
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(record, {"data": os.path.relpath(folder, run)})
+            with replacing(remembered) as temporary:
+                save_config(settings, temporary)
+    except OSError as error:
+        other = UserError(f"cannot be written: {error.strerror or error} ({error.filename or run}); use another --run", ENVIRONMENT)
+        raise environment_error(error, run) or other from None
+    try:
+        yield settings, folder
+    except UserError:
+        for path, content in before if MAIN_PROCESS else []:
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+        raise
+
+
+def find_data(data: Path | None, run: Path, settings: "Config", begin: bool) -> Path:
+    """The data folder that was given, else the one the run remembers, else, to begin a run, the sample shop."""
+    if data is not None:
+        if not data.is_dir():
+            raise UserError(f"no such data folder ({data}); give --data a folder made by `tpad prepare`", DATA)
+        return data
     record = run / "run.json"
-    if data is None and record.exists():
+    if record.exists():
         try:
-            data = run / json.loads(record.read_text(encoding="utf-8"))["data"]
+            data = Path(os.path.normpath(run / json.loads(record.read_text(encoding="utf-8"))["data"]))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"not the record of a run ({record}); delete it and give --data", USAGE) from None
-    if data is None:
-        data = run / "data"
-        if begin and not data.exists():
-            from pipeline.shop import draw_shop
+        if not data.is_dir():
+            raise UserError(f"the data folder of this run is gone ({data}, by {record}); put it back, or give --data", DATA)
+        return data
+    if not begin:
+        raise UserError(f"no run here ({run}); run `tpad distill` first, or give another --run", ARTIFACT)
+    data = run / "data"
+    if not data.exists():
+        draw_sample(data, settings)
+    return data
 
-            say(f"drawing the sample shop: {data}")
-            draw_shop(data, settings.shop, settings.data)
-    if not (data.exists() or (run / "mllm").exists()):
-        what = "no such data folder" if begin else "nothing here yet"
-        raise UserError(f"{what} ({data if begin else run}); {'give --data a folder made by `tpad prepare`' if begin else 'run `tpad distill` first'}", 3 if begin else 4)
-    if MAIN_PROCESS:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"data": os.path.relpath(data, run)})
-        save_config(settings, remembered)
-    return settings, data
+
+def draw_sample(data: Path, settings: "Config") -> None:
+    """The sample shop in `data`, whole or not at all, also where several processes begin a run together."""
+    from pipeline.artifact import remove
+    from pipeline.shop import draw_shop
+
+    say(f"drawing the sample shop: {data}")
+    temporary = data.with_name(f".{data.name}-{os.getpid()}.tmp")
+    try:
+        draw_shop(temporary, settings.shop, settings.data)
+        temporary.rename(data)
+    except OSError:
+        if not data.is_dir():  # else another process was first, with the same shop
+            raise
+    finally:
+        remove(temporary)
+
+
+def check_data(data: Path) -> None:
+    from pipeline.catalog import load_catalog, load_sessions
+
+    load_sessions(data, load_catalog(data))
 
 
 def following(command: str, run: Path) -> None:
@@ -91,10 +151,16 @@ def following(command: str, run: Path) -> None:
 
 
 @app.command()
-def distill(config: ConfigFile = None, data: DataFolder = None, run: RunFolder = RUN, set_: Override = None, fresh: Fresh = False, debug: Debug = False) -> None:
+def distill(
+    config: ConfigFile = None,
+    data: DataFolder = None,
+    run: RunFolder = RUN,
+    set_: Override = None,
+    fresh: Fresh = False,
+    debug: Debug = False,
+) -> None:
     """Teach a multimodal LLM the catalogue and its transitions: items + sessions -> the unified MLLM."""
-    with errors(debug):
-        settings, folder = open_run(config, data, run, set_, begin=True)
+    with errors(debug), open_run(config, data, run, set_, begin=True) as (settings, folder):
         from pipeline.distill import distill as run_stages
 
         made = run_stages(settings, run, folder, fresh)
@@ -103,24 +169,30 @@ def distill(config: ConfigFile = None, data: DataFolder = None, run: RunFolder =
 
 
 @app.command()
-def export_embeddings(config: ConfigFile = None, data: DataFolder = None, run: RunFolder = RUN, set_: Override = None, debug: Debug = False) -> None:
+def export_embeddings(
+    config: ConfigFile = None, data: DataFolder = None, run: RunFolder = RUN, set_: Override = None, debug: Debug = False
+) -> None:
     """Write one vector per item: items + unified MLLM -> Parquet and manifest."""
-    with errors(debug):
-        settings, folder = open_run(config, data, run, set_)
+    with errors(debug), open_run(config, data, run, set_) as (settings, folder):
         from pipeline.export import export
 
         found = export(settings, run, folder)
-        say(f"{found.rows} items x ({found.dim} knowledge + {found.dim} transition): {found.version.path}{'' if found.made else ' (up to date)'}")
+        size = f"{found.rows} items x ({found.dim} knowledge + {found.dim} transition)"
+        say(f"{size}: {found.version.path}{'' if found.made else ' (up to date)'}")
         following("train-sbr", run)
 
 
 @app.command()
 def train_sbr(
-    config: ConfigFile = None, data: DataFolder = None, run: RunFolder = RUN, set_: Override = None, fresh: Fresh = False, debug: Debug = False
+    config: ConfigFile = None,
+    data: DataFolder = None,
+    run: RunFolder = RUN,
+    set_: Override = None,
+    fresh: Fresh = False,
+    debug: Debug = False,
 ) -> None:
     """Train the session model beside its baselines: embeddings + sessions -> session model, index, table of results."""
-    with errors(debug):
-        settings, folder = open_run(config, data, run, set_)
+    with errors(debug), open_run(config, data, run, set_) as (settings, folder):
         from recommender.train import train_sbr as run_training
 
         found = run_training(settings, run, folder, fresh)
@@ -134,7 +206,9 @@ def recommend(
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the items of the session.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-    sessions: Annotated[Path | None, typer.Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")] = None,
+    sessions: Annotated[
+        Path | None, typer.Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
     run: RunFolder = RUN,
     debug: Debug = False,
@@ -152,7 +226,8 @@ def recommend(
             done = recommend_file(recommender, sessions, out, k, exclude_seen)
             say(f"{done.sessions} sessions, {done.rows} rows: {out}")
             if done.popular or done.unknown_events:
-                say(f"{done.unknown_events} events of items unknown here left out; {done.popular} sessions without any other got the popular items")
+                say(f"events of items not in the catalogue, left out: {done.unknown_events}")
+                say(f"sessions of no other items, which got the most popular ones: {done.popular}")
             return
         if session is None:
             items = recommender.samples[0]
@@ -164,13 +239,15 @@ def recommend(
         answer = recommender.recommend(items, k, exclude_seen)
         if as_json:
             ranked = [item._asdict() for item in answer.items]
-            typer.echo(json.dumps({"session": items, "items": ranked, "unknown": answer.unknown, "fallback": answer.fallback}, ensure_ascii=False))
+            typer.echo(
+                json.dumps({"session": items, "items": ranked, "unknown": answer.unknown, "fallback": answer.fallback}, ensure_ascii=False)
+            )
             return
         for item in items:
             known = recommender.row.get(item)
-            say(f"  {item}  {'unknown here, ignored' if known is None else recommender.titles[known]}")
+            say(f"  {item}  {'not in the catalogue, ignored' if known is None else recommender.titles[known]}")
         if answer.fallback:
-            say("nothing of this session is known here: these are the popular items")
+            say("no item of this session is in the catalogue: these are the most popular ones")
         print_items(answer.items)
         if session is None:
             results_line(recommender)
@@ -181,12 +258,18 @@ def prepare(
     items: Annotated[Path, typer.Option(help="Catalogue: CSV, TSV, JSONL or Parquet.")],
     sessions: Annotated[Path, typer.Option(help="Log of events: session (or user) and item, with a time or a position.")],
     out: Annotated[Path, typer.Option(help="Folder to write items.parquet and sessions.parquet to.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures named item_id.jpg (.png, .webp), or that the image column's paths start from.")] = None,
-    column: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column under another name, e.g. item_id=movieId; repeatable.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures named item_id.jpg (.png, .webp), or that the image column's paths start from.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column under another name, e.g. item_id=movieId; repeatable.")
+    ] = None,
     session_gap: Annotated[float, typer.Option(help="Minutes of pause that begin a session, where only users are named.")] = 30.0,
     min_item_count: Annotated[int, typer.Option(help="Drop the events of items with fewer events.")] = 1,
     max_session_length: Annotated[int, typer.Option(help="Keep the last so many events of a session; 0: all.")] = 0,
-    on_bad_image: Annotated[str, typer.Option(metavar="error|text_only", help="A picture that cannot be decoded stops the run, or is left out.")] = "error",
+    on_bad_image: Annotated[
+        str, typer.Option(metavar="error|text_only", help="A picture that cannot be decoded stops the run, or is left out.")
+    ] = "error",
     debug: Debug = False,
 ) -> None:
     """Turn your own tables and pictures into a data folder, and say what was read, dropped and why."""
@@ -209,12 +292,12 @@ def print_items(items: "list[Item]") -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("rank", justify="right")
-    table.add_column("item_id")
+    table.add_column("item_id", no_wrap=True)
     table.add_column("title")
     table.add_column("score", justify="right")
     for item in items:
         table.add_row(str(item.rank), escape(item.item_id), escape(item.title), f"{item.score:.4f}")
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def results_line(recommender: "Recommender") -> None:
@@ -226,10 +309,17 @@ def results_line(recommender: "Recommender") -> None:
 
 
 def main() -> None:
-    """The entry point: `tpad`, and `accelerate launch -m cli`."""
+    """The entry point: `tpad`, and `accelerate launch -m cli`. A mistake in the command line is one line too; Ctrl-C is 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    app()
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="tpad", standalone_mode=False)
+    except UsageError as error:
+        message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+        where = error.ctx.command_path if error.ctx else "tpad"  # type: ignore[attr-defined]
+        typer.echo(f"error: {message[0].lower()}{message[1:]} (command line); see `{where} --help`", err=True)
+        code = USAGE
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ class Staging:
         self.published = True
         fsync_path(self.root)
         write_json(self.root / CURRENT, {"version": name, "manifest_sha256": digest})
-        _prune(self.root, [n for n in numbers if before is None or n <= before][: keep - 1] + [int(name[1:])])
+        kept = [n for n in numbers if before is None or n <= before][: keep - 1]
+        _prune(self.root, [*kept, int(name[1:])])
         return Version(self.root / name, json.loads(canonical_json(full)), name, digest)
 
 

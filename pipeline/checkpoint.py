@@ -134,7 +134,7 @@ def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
     try:
         if sha256_file(path / TENSORS) != entry["tensors_sha256"]:
             raise Damaged(f"{TENSORS} is not as written")
-        return load_file(path / TENSORS)
+        return dict(load_file(path / TENSORS))
     except FileNotFoundError:
         raise Damaged(f"{TENSORS} is missing") from None
 

@@ -94,7 +94,7 @@ class PhaseConfig(Section):
 class KnowledgeConfig(PhaseConfig):
     """Stage 1, Knowledge Acquisition."""
 
-    steps: Count = 200
+    steps: Count = 150
     batch: Positive = 64
     generation: Weight = 1.0  # weight of L_gen
     view: Weight = 0.5  # weight of L_view
@@ -106,11 +106,14 @@ class TransferConfig(PhaseConfig):
 
     steps: Count = 300
     batch: Positive = 64
+    lr: Rate = 2e-3
     start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
     items: Positive = 4  # the last so many items of a session are shown
     retrieval: Weight = 1.0  # weight of the next-item InfoNCE, whose temperature is learned
     generation: Weight = 0.2  # weight of writing the next item's title
     disentangle: Weight = 0.05  # weight of vCLUB-S between t(v) and c(v), a dimension
+    withhold_text: Share = 0.15  # share of the items shown by their picture alone: what words do not say is learned sooner
+    withhold_image: Share = 0.05  # share of the items shown by their text alone
     tie: Weight = 0.2  # weight of InfoNCE between c(v) and k(v)
     temperature: Rate = 0.1  # of that InfoNCE
 
@@ -120,10 +123,13 @@ class AlignConfig(PhaseConfig):
 
     steps: Count = 200
     batch: Positive = 128
+    lr: Rate = 2e-3
     align: Weight = 1.0  # weight of the lower bound of I(p; t)
     temperature: Rate = 0.07
     relation: Weight = 1.0  # weight of the item-item relation loss
     generation: Weight = 0.2  # weight of L_gen
+    withhold_text: Share = 0.15  # as in transfer
+    withhold_image: Share = 0.15
     keep: Weight = 1.0  # weight of staying where stage 1 put k(v)
     disentangle: Weight = 0.05  # weight of vCLUB-S between p(v) and k(v), a dimension
 

@@ -14,7 +14,6 @@ averaging of distributed data parallel.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +36,7 @@ from pipeline.errors import USAGE, UserError
 from pipeline.mllm import Backbone, Encoded, Encoder, Mllm, build_backbone, embed, load_trainable, save_mllm, trainable_state
 from pipeline.mutual_information import ClubSample, info_nce
 from pipeline.progress import Steps
-from pipeline.prompts import FULL, Prompts, View
+from pipeline.prompts import Prompts, View
 
 Tensors = dict[str, Tensor]
 TABLE_ROWS = 4096  # items embedded at a time for a table
@@ -68,7 +67,8 @@ class Group:
 
     def share(self, of: np.ndarray) -> np.ndarray:
         """This process's contiguous share of a global batch."""
-        return np.array_split(of, self.world)[self.rank]
+        part: np.ndarray = np.array_split(of, self.world)[self.rank]
+        return part
 
 
 def drawn(count: int, batch: int, step: int, *key: int) -> np.ndarray:
@@ -125,7 +125,7 @@ class Knowledge(Phase):
     """Stage 1. L_gen over the items' texts, and L_view between two views of an item."""
 
     name, number = "knowledge", 0
-    heads = {"items": ("knowledge",)}
+    heads: ClassVar = {"items": ("knowledge",)}
     new = ("knowledge",)
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
@@ -149,7 +149,7 @@ class Transfer(Phase):
     """Stage 2, first half. Next-item retrieval and generation over training sessions; t(v) kept apart from c(v)."""
 
     name, number = "transfer", 1
-    heads = {"sessions": ("session",), "items": ("transition", "content")}
+    heads: ClassVar = {"sessions": ("session",), "items": ("transition", "content")}
     new = ("session", "transition", "content")
     disentangled = True
 
@@ -173,12 +173,26 @@ class Transfer(Phase):
         target[target >= 0] = place
         even = np.resize(candidates, math.ceil(len(candidates) / self.group.world) * self.group.world)
         sequences = {
-            "sessions": [self.encoder.encode(self.prompts.session(windows[b])) for b in self.group.share(np.arange(cfg.batch))],
-            "items": [self.encoder.encode(self.prompts.item(int(row))) for row in self.group.share(even)],
+            "sessions": [self._session(windows[b], self.rng(step, b, 1)) for b in self.group.share(np.arange(cfg.batch))],
+            "items": [self._item(int(row), self.rng(step, int(row), 2)) for row in self.group.share(even)],
         }
         came = 1 - (1 - self.target_share[candidates]) ** len(place)  # probability to be a candidate of this batch
-        facts = {"target": torch.from_numpy(target), "candidates": torch.from_numpy(candidates), "log_q": torch.from_numpy(np.log(came)).float()}
+        facts = {
+            "target": torch.from_numpy(target),
+            "candidates": torch.from_numpy(candidates),
+            "log_q": torch.from_numpy(np.log(came)).float(),
+        }
         return sequences, facts
+
+    def _view(self, row: int, rng: np.random.Generator) -> View:
+        cfg = self.config.distill.transfer
+        return self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
+
+    def _session(self, rows: np.ndarray, rng: np.random.Generator) -> Encoded:
+        return self.encoder.encode(self.prompts.session(rows, [self._view(int(row), rng) for row in rows[:-1]]))
+
+    def _item(self, row: int, rng: np.random.Generator) -> Encoded:
+        return self.encoder.encode(self.prompts.item(row, self._view(row, rng)))
 
     def _window(self, session: int, rng: np.random.Generator) -> np.ndarray:
         rows, length = self.train.session(session), self.config.distill.transfer.items + 1
@@ -206,19 +220,17 @@ class Align(Phase):
     """Stage 2, second half: transitional pattern alignment. K, still writing texts, takes over t(v) in a head of its own."""
 
     name, number = "align", 2
-    heads = {"items": ("knowledge", "transition")}
+    heads: ClassVar = {"items": ("knowledge", "transition")}
     new = ("transition",)
     disentangled = True
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
-        rows = self.drawn(len(self.prompts), step)
+        cfg, rows = self.config.distill.align, self.drawn(len(self.prompts), step)
         sequences = []
         for n in self.group.share(np.arange(len(rows))):
-            rng = self.rng(step, int(n))
-            view = (FULL, View(True, False), View(False, True))[rng.choice(3, p=(0.7, 0.15, 0.15))]
-            if not (self.prompts.has_image(int(rows[n])) and self.prompts.text(int(rows[n]))):
-                view = FULL
-            sequences.append(self.encoder.encode(self.prompts.knowledge(int(rows[n]), view, rng)))
+            row, rng = int(rows[n]), self.rng(step, int(n))
+            view = self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
+            sequences.append(self.encoder.encode(self.prompts.knowledge(row, view, rng)))
         return {"items": sequences}, {"rows": torch.from_numpy(rows)}
 
     def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
@@ -264,7 +276,7 @@ class Critic:
         x, y = x * self.scale, y * self.scale
         for _ in range(self.config.inner_steps):
             self.optimizer.zero_grad()
-            self.net.learning_loss(x, y).backward()
+            self.net.learning_loss(x, y).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         shift = 1 + self.step % (len(x) - 1)
         self.step += 1
@@ -326,7 +338,9 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
             out = model(batches, phase.heads)
             for name, batch in batches.items():
                 if f"{name}.nll" in out:  # mean over the answer tokens of all processes
-                    out[f"{name}.nll"] = group.total(out[f"{name}.nll"]) / group.total(torch.tensor(len(batch["answers"]), device=accelerator.device))
+                    out[f"{name}.nll"] = group.total(out[f"{name}.nll"]) / group.total(
+                        torch.tensor(len(batch["answers"]), device=accelerator.device)
+                    )
             losses = phase.losses(out, facts, critic)
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
@@ -335,7 +349,12 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
             accelerator.backward(loss * group.world)
             accelerator.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
-            metrics.log(phase.name, step, {name: value.detach() for name, value in ({"loss": loss} | losses).items()} | ({"club_bound": critic.value} if phase.disentangled else {}))
+            metrics.log(
+                phase.name,
+                step,
+                {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
+                | ({"club_bound": critic.value} if phase.disentangled else {}),
+            )
             progress.advance(f"loss {float(loss.detach()):.3f}")
             stop = interrupt.agreed(accelerator)
             if stop or (step + 1) % every == 0 or step + 1 == settings.steps:

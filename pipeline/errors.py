@@ -14,5 +14,7 @@ class UserError(Exception):
     """`what (where); what to do`, in one line, and the exit code of the contract (2, 3, 4 or 5)."""
 
     def __init__(self, message: str, code: int) -> None:
-        super().__init__(" ".join(message.split()))
+        # what a file or an id holds may be quoted in the message: it must not reach the terminal as control codes
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
         self.code = code

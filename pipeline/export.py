@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from pipeline import prompts
-from pipeline.artifact import Version, canonical_json, embeddings_schema, open_verified, published, stage, write_part
+from pipeline.artifact import Staging, Version, canonical_json, embeddings_schema, open_verified, published, stage, write_part
 from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import BackboneConfig, Config, DataConfig
 from pipeline.errors import ARTIFACT, UserError
@@ -49,13 +49,17 @@ def export(config: Config, run: Path, data: Path) -> Exported:
         facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
     mllm, backbone, settings = load_mllm(model.path)
     if settings["prompts"] != prompts.VERSION:
-        raise UserError(f"the MLLM was trained with prompts of version {settings['prompts']} ({model.path}); run `tpad distill` again", ARTIFACT)
+        raise UserError(
+            f"the MLLM was trained with prompts of version {settings['prompts']} ({model.path}); run `tpad distill` again", ARTIFACT
+        )
     accelerator = Accelerator()
     mllm.to(accelerator.device).eval()
     views = Prompts(catalog, DataConfig.model_validate(settings["data"]))
     encoder = Encoder(BackboneConfig.model_validate(settings["backbone"]), backbone, catalog, cache_bytes=0)
     firsts = range(0, len(catalog), config.export.shard_rows)
-    parts = [(f"part-{n:05d}.parquet", np.arange(first, min(first + config.export.shard_rows, len(catalog)))) for n, first in enumerate(firsts)]
+    parts = [
+        (f"part-{n:05d}.parquet", np.arange(first, min(first + config.export.shard_rows, len(catalog)))) for n, first in enumerate(firsts)
+    ]
 
     def work(folder: Path) -> None:
         mine = parts[accelerator.process_index :: accelerator.num_processes]
@@ -66,14 +70,14 @@ def export(config: Config, run: Path, data: Path) -> Exported:
                 progress.advance(by=len(rows))
         accelerator.wait_for_everyone()
 
-    def publish(staging: Any) -> Version:
+    def publish(staging: Staging) -> Version:
         manifest = facts | {
             "fingerprint": fingerprint,
             "rows": len(catalog),
             "dim": settings["dim"],
             "metric": "cosine",
             "parts": [{"name": name, "rows": len(rows)} for name, rows in parts],
-            "backbone": settings["backbone"]["name"],
+            "backbone": Path(settings["backbone"]["name"]).name,  # of a local folder, its name
             "revision": settings["backbone"]["revision"],
             "weights_sha256": next(f["sha256"] for f in model.manifest["files"] if f["name"] == "weights.safetensors"),
             "prompts": {"version": prompts.VERSION, "text": views.shown},
@@ -119,8 +123,9 @@ def _shard(rows: np.ndarray, mllm: Mllm, encoder: Encoder, views: Prompts, confi
         "n_tokens": [len(s) for s in sequences],
     }
     for half, values in features.items():
-        if not np.isfinite(values).all():
-            raise UserError(f"the MLLM gives features that are not finite (item {columns['item_id'][int(np.argwhere(~np.isfinite(values))[0][0])]}); run `tpad distill` again", ARTIFACT)
+        if not (finite := np.isfinite(values).all(1)).all():
+            item = columns["item_id"][int(np.argmin(finite))]
+            raise UserError(f"the MLLM gives features that are not finite (item {item}); run `tpad distill --fresh`", ARTIFACT)
         flat = pa.array(values.astype(config.export.dtype).reshape(-1))
         columns[half] = pa.FixedSizeListArray.from_arrays(flat, type=schema.field(half).type)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)

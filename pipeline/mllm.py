@@ -201,7 +201,10 @@ class Mllm(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
 
     def forward(self, batches: dict[str, dict[str, Tensor]], heads: dict[str, Sequence[str]]) -> dict[str, Tensor]:
-        """Per batch b and head h: "b.h" (R, D), fp32, L2-normalised (times the scale: "session"); and "b.nll", the summed token loss of its answers."""
+        """Per batch b and head h: "b.h" (R, D), fp32, L2-normalised ("session": times the scale).
+
+        Also "b.nll", the summed token loss of the batch's answers, where it has any.
+        """
         out = {}
         for name, batch in batches.items():
             states = self.hidden(batch)
@@ -222,7 +225,7 @@ class Mllm(nn.Module):
         contrastive losses spend their first hundreds of steps on that.
         """
         with torch.no_grad():
-            self.heads[head][1].bias -= mean
+            self.heads[head][1].bias.sub_(mean)  # type: ignore[index]
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """(B * L, d): last hidden states of the base model, without the language-model head."""
@@ -231,7 +234,9 @@ class Mllm(nn.Module):
         return states.flatten(0, 1)
 
 
-def embed(mllm: Mllm, encoder: Encoder, sequences: Sequence[Encoded], heads: Sequence[str], token_budget: int, device: Any) -> dict[str, np.ndarray]:
+def embed(
+    mllm: Mllm, encoder: Encoder, sequences: Sequence[Encoded], heads: Sequence[str], token_budget: int, device: Any
+) -> dict[str, np.ndarray]:
     """By head, the (n, D) features of n sequences with one read each, in their order.
 
     Batches are cut from the longest to the shortest, so that little is padding, and hold at most `token_budget` tokens.
@@ -314,7 +319,9 @@ def _published(config: BackboneConfig) -> Backbone:
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT) from None
+        raise UserError(
+            f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT
+        ) from None
     return Backbone(model, tokenizer, image_processor)
 
 

@@ -45,7 +45,8 @@ class ClubSample(nn.Module):
     def _log_q(self, x: Tensor, y: Tensor) -> Tensor:
         """(N,) log q(y_i | x_i), without the constant."""
         mean, log_variance = self.mean(x), self.log_variance(x).clamp(self.least_log_variance, LOG_VARIANCE)
-        return -0.5 * ((y - mean) ** 2 / log_variance.exp() + log_variance).sum(-1)
+        log_q: Tensor = -0.5 * ((y - mean) ** 2 / log_variance.exp() + log_variance).sum(-1)
+        return log_q
 
     def learning_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Negative log-likelihood of q on x (N, Dx), y (N, Dy)."""

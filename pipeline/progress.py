@@ -21,7 +21,13 @@ class Steps:
 
     def __enter__(self) -> "Steps":
         if self.show and sys.stderr.isatty():
-            columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description:<12}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=self.total, completed=self.done, note="")
@@ -38,7 +44,9 @@ class Steps:
         self.told = time.monotonic()
         if self.show and self._bar is None:
             rate = (self.done - self.first) / max(self.told - self.began, 1e-9)
-            print(f"{self.name}: {self.done}/{self.total}, {rate:.1f}/s{', ' + self.note if self.note else ''}", file=sys.stderr, flush=True)
+            print(
+                f"{self.name}: {self.done}/{self.total}, {rate:.1f}/s{', ' + self.note if self.note else ''}", file=sys.stderr, flush=True
+            )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:

@@ -50,8 +50,8 @@ class Prompts:
         if unknown:
             raise UserError(f"no column `{unknown[0]}` in items.parquet (data.attributes); columns: {', '.join(catalog.columns)}", USAGE)
         self.shown = [c for c in config.text if c in catalog.columns]
-        others = [c for c in catalog.columns if c not in self.shown]
-        self.columns = [*self.shown, *(others if config.attributes is None else config.attributes)]
+        written = catalog.columns if config.attributes is None else config.attributes
+        self.columns = list(dict.fromkeys([*self.shown, *written]))
         self._image: dict[int, bool] = {}
 
     def __len__(self) -> int:
@@ -101,12 +101,20 @@ class Prompts:
             return full, full
         return ((full, image), (full, image), (full, text), (full, text), (image, text))[rng.integers(5)]
 
-    def session(self, rows: Sequence[int]) -> list[Part]:
+    def dropped(self, row: int, text: float, image: float, rng: np.random.Generator) -> View:
+        """The view of an item in training: with these probabilities its text or its image is withheld, if it has both."""
+        draw = rng.random()
+        if draw >= text + image or not (self.has_image(row) and self.text(row)):
+            return FULL
+        return View(True, False) if draw < text else View(False, True)
+
+    def session(self, rows: Sequence[int] | np.ndarray, views: Sequence[View] | None = None) -> list[Part]:
         """The items of a session but the last, whose title is the answer; a feature is read wherever a next item is asked for.
 
         One pass so trains on every prefix of the session: the model is causal.
         """
-        parts = [part for row in rows[:-1] for part in (*self._block(row, FULL), Part("text", NEXT), READ)]
+        shown = zip(rows[:-1], views or [FULL] * (len(rows) - 1), strict=True)
+        parts = [part for row, view in shown for part in (*self._block(row, view), Part("text", NEXT), READ)]
         return [*parts[:-1], TURN, READ, Part("answer", self.text(rows[-1]) or NO_TEXT)]
 
     def words(self) -> list[str]:

@@ -1,14 +1,15 @@
 """The sample shop: drawn products, titles, and sessions from a law that is known, so the best possible score is known.
 
-A product has a kind (in its title and its silhouette), a style and a material (only in its text), a colour and a
-motif (only in its picture). What a visitor opens next follows, from the last item (or, less often, an earlier one):
+A product has a kind (in its title and its silhouette), a style (only in its text) and a colour (only in its picture);
+material and motif are there too, and play no part. What a visitor opens next follows, from the last item (or, less often,
+an earlier one):
 
     P(j | i) = rule * R(j | i) + companion * C(j | i) + noise * popularity(j)
 
-R multiplies one affinity table per property (kinds that go together, the same or the partner style, colour, motif):
+R multiplies one affinity table per property (kinds that go together, the same or the partner style or colour):
 seen by whoever reads text and pictures. C is a few companions drawn for each item without any reason: seen only in
-the log. Items launched late never occur in a training session (cold); they have no companions. Material plays no
-part. `ceiling.json` holds what the true law itself scores on the test sessions.
+the log. Items launched late never occur in a training session (cold); they have no companions.
+`ceiling.json` holds what the true law itself scores on the test sessions.
 """
 
 import io
@@ -36,18 +37,52 @@ COLD = 0.15  # share of the items launched after the training sessions
 COMPANIONS = (0.5, 0.3, 0.2)
 # Silhouettes on a unit square: polygons (lists of points) and ellipses (two corners).
 SHAPES: dict[str, list[tuple[str, tuple[float, ...]]]] = {
-    "mug": [("polygon", (0.2, 0.25, 0.65, 0.25, 0.62, 0.85, 0.23, 0.85)), ("ellipse", (0.55, 0.35, 0.9, 0.7))],
-    "kettle": [("ellipse", (0.2, 0.3, 0.75, 0.9)), ("polygon", (0.65, 0.5, 0.95, 0.3, 0.95, 0.4, 0.7, 0.7)), ("ellipse", (0.4, 0.15, 0.55, 0.32))],
-    "lamp": [("polygon", (0.3, 0.1, 0.7, 0.1, 0.88, 0.5, 0.12, 0.5)), ("polygon", (0.46, 0.5, 0.54, 0.5, 0.54, 0.85, 0.46, 0.85)), ("ellipse", (0.3, 0.8, 0.7, 0.95))],
-    "chair": [("polygon", (0.2, 0.08, 0.35, 0.08, 0.35, 0.5, 0.8, 0.5, 0.8, 0.95, 0.7, 0.95, 0.7, 0.65, 0.35, 0.65, 0.35, 0.95, 0.2, 0.95))],
-    "table": [("polygon", (0.05, 0.3, 0.95, 0.3, 0.95, 0.45, 0.85, 0.45, 0.85, 0.9, 0.75, 0.9, 0.75, 0.45, 0.25, 0.45, 0.25, 0.9, 0.15, 0.9, 0.15, 0.45, 0.05, 0.45))],
-    "vase": [("polygon", (0.38, 0.05, 0.62, 0.05, 0.55, 0.35, 0.8, 0.65, 0.62, 0.95, 0.38, 0.95, 0.2, 0.65, 0.45, 0.35))],
-    "bowl": [("polygon", (0.05, 0.4, 0.95, 0.4, 0.8, 0.75, 0.6, 0.85, 0.4, 0.85, 0.2, 0.75))],
-    "clock": [("ellipse", (0.08, 0.08, 0.92, 0.92))],
-    "cushion": [("polygon", (0.08, 0.15, 0.5, 0.22, 0.92, 0.15, 0.85, 0.5, 0.92, 0.85, 0.5, 0.78, 0.08, 0.85, 0.15, 0.5))],
-    "rug": [("polygon", (0.25, 0.35, 0.98, 0.35, 0.75, 0.75, 0.02, 0.75))],
-    "basket": [("polygon", (0.1, 0.45, 0.9, 0.45, 0.75, 0.92, 0.25, 0.92)), ("polygon", (0.2, 0.45, 0.3, 0.15, 0.7, 0.15, 0.8, 0.45, 0.72, 0.45, 0.65, 0.23, 0.35, 0.23, 0.28, 0.45))],
-    "bottle": [("polygon", (0.42, 0.05, 0.58, 0.05, 0.58, 0.3, 0.7, 0.42, 0.7, 0.95, 0.3, 0.95, 0.3, 0.42, 0.42, 0.3))],
+    "mug": [
+        ("polygon", (0.2, 0.25, 0.65, 0.25, 0.62, 0.85, 0.23, 0.85)),
+        ("ellipse", (0.55, 0.35, 0.9, 0.7)),
+    ],
+    "kettle": [
+        ("ellipse", (0.2, 0.3, 0.75, 0.9)),
+        ("polygon", (0.65, 0.5, 0.95, 0.3, 0.95, 0.4, 0.7, 0.7)),
+        ("ellipse", (0.4, 0.15, 0.55, 0.32)),
+    ],
+    "lamp": [
+        ("polygon", (0.3, 0.1, 0.7, 0.1, 0.88, 0.5, 0.12, 0.5)),
+        ("polygon", (0.46, 0.5, 0.54, 0.5, 0.54, 0.85, 0.46, 0.85)),
+        ("ellipse", (0.3, 0.8, 0.7, 0.95)),
+    ],
+    "chair": [
+        ("polygon", (0.2, 0.08, 0.35, 0.08, 0.35, 0.5, 0.8, 0.5, 0.8, 0.95, 0.7, 0.95, 0.7, 0.65, 0.35, 0.65, 0.35, 0.95, 0.2, 0.95)),
+    ],
+    "table": [
+        (
+            "polygon",
+            (0.05, 0.3, 0.95, 0.3, 0.95, 0.45, 0.85, 0.45, 0.85, 0.9, 0.75, 0.9, 0.75, 0.45, 0.25, 0.45, 0.25, 0.9,
+             0.15, 0.9, 0.15, 0.45, 0.05, 0.45),
+        ),
+    ],
+    "vase": [
+        ("polygon", (0.38, 0.05, 0.62, 0.05, 0.55, 0.35, 0.8, 0.65, 0.62, 0.95, 0.38, 0.95, 0.2, 0.65, 0.45, 0.35)),
+    ],
+    "bowl": [
+        ("polygon", (0.05, 0.4, 0.95, 0.4, 0.8, 0.75, 0.6, 0.85, 0.4, 0.85, 0.2, 0.75)),
+    ],
+    "clock": [
+        ("ellipse", (0.08, 0.08, 0.92, 0.92)),
+    ],
+    "cushion": [
+        ("polygon", (0.08, 0.15, 0.5, 0.22, 0.92, 0.15, 0.85, 0.5, 0.92, 0.85, 0.5, 0.78, 0.08, 0.85, 0.15, 0.5)),
+    ],
+    "rug": [
+        ("polygon", (0.25, 0.35, 0.98, 0.35, 0.75, 0.75, 0.02, 0.75)),
+    ],
+    "basket": [
+        ("polygon", (0.1, 0.45, 0.9, 0.45, 0.75, 0.92, 0.25, 0.92)),
+        ("polygon", (0.2, 0.45, 0.3, 0.15, 0.7, 0.15, 0.8, 0.45, 0.72, 0.45, 0.65, 0.23, 0.35, 0.23, 0.28, 0.45)),
+    ],
+    "bottle": [
+        ("polygon", (0.42, 0.05, 0.58, 0.05, 0.58, 0.3, 0.7, 0.42, 0.7, 0.95, 0.3, 0.95, 0.3, 0.42, 0.42, 0.3)),
+    ],
 }  # fmt: skip
 
 
@@ -73,12 +108,11 @@ def build_law(config: ShopConfig) -> Law:
     cold = np.zeros(n, bool)
     cold[rng.choice(n, int(COLD * n), replace=False)] = True
     popularity = (1 + rng.permutation(n)) ** -0.4
-    # each kind goes with itself and two others; a style, colour or motif with itself and one partner
+    # each kind goes with itself and two others; a style or colour with itself and one partner
     rule = (
-        _affinity(len(KINDS), (0.35, 0.4, 0.2), rng)[np.ix_(kind, kind)]
-        * _affinity(len(STYLES), (0.55, 0.35), rng)[np.ix_(style, style)]
-        * _affinity(len(COLOURS), (0.5, 0.4), rng)[np.ix_(colour, colour)]
-        * _affinity(len(MOTIFS), (0.6, 0.25), rng)[np.ix_(motif, motif)]
+        _affinity(len(KINDS), (0.4, 0.4, 0.18), rng)[np.ix_(kind, kind)]
+        * _affinity(len(STYLES), (0.6, 0.32), rng)[np.ix_(style, style)]
+        * _affinity(len(COLOURS), (0.55, 0.4), rng)[np.ix_(colour, colour)]
         * popularity
     )
     np.fill_diagonal(rule, 0)
@@ -90,7 +124,8 @@ def build_law(config: ShopConfig) -> Law:
     def law(allowed: np.ndarray) -> np.ndarray:
         parts = ((RULE, rule * allowed), (COMPANION, companions), (NOISE, np.tile(popularity * allowed, (n, 1))))
         total = sum(share * part / np.maximum(part.sum(1, keepdims=True), 1e-12) for share, part in parts)
-        return total / total.sum(1, keepdims=True)
+        rows: np.ndarray = total / total.sum(1, keepdims=True)
+        return rows
 
     return Law(kind, style, colour, motif, material, cold, law(~cold), law(np.ones(n)), popularity)
 
@@ -107,7 +142,7 @@ def _affinity(size: int, shares: tuple[float, ...], rng: np.random.Generator) ->
 def draw_shop(out: Path, shop: ShopConfig, data: DataConfig) -> None:
     """Writes items.parquet, sessions.parquet and ceiling.json into the folder `out`."""
     law = build_law(shop)
-    sessions, starts, launch = _sessions(law, shop, data)
+    sessions, starts = _sessions(law, shop, data)
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(_items_table(law, shop), out / "items.parquet", row_group_size=1024)
     lengths = [len(s) for s in sessions]
@@ -118,20 +153,25 @@ def draw_shop(out: Path, shop: ShopConfig, data: DataConfig) -> None:
         "timestamp": times,
     }
     pq.write_table(pa.table(events), out / "sessions.parquet")
-    test = sessions[len(sessions) - round(len(sessions) * data.test) :]
+    test = sessions[len(sessions) - _held_out(shop, data.test) :]
     ceiling = {"valid": data.valid, "test": data.test, "max_prefix": data.max_prefix, "metrics": _ceiling(law, test, data.max_prefix)}
     (out / "ceiling.json").write_text(json.dumps(ceiling, indent=1) + "\n", encoding="utf-8")
+
+
+def _held_out(shop: ShopConfig, share: float) -> int:
+    """Sessions of a held-out part, as `split_by_time` counts them."""
+    return max(1, int(shop.sessions * share + 0.5)) if share > 0 else 0
 
 
 def _item_id(row: int) -> str:
     return f"p{row:04d}"
 
 
-def _sessions(law: Law, shop: ShopConfig, data: DataConfig) -> tuple[list[np.ndarray], np.ndarray, int]:
-    """Sessions in order of time (rows of items), their start times in seconds, and the number of the first one after the launch."""
+def _sessions(law: Law, shop: ShopConfig, data: DataConfig) -> tuple[list[np.ndarray], np.ndarray]:
+    """Sessions in order of time, as rows of items, and their start times in seconds."""
     rng = np.random.default_rng(shop.seed + 1)
     count = shop.sessions
-    launch = count - round(count * data.test) - round(count * data.valid)
+    launch = count - _held_out(shop, data.test) - _held_out(shop, data.valid)
     lengths = np.minimum(2 + rng.geometric(0.3, size=count), 15)
     late = np.arange(count) >= launch
     before, after = law.before.cumsum(1), law.after.cumsum(1)
@@ -147,7 +187,7 @@ def _sessions(law: Law, shop: ShopConfig, data: DataConfig) -> tuple[list[np.nda
             cumulative = np.where(late[chunk, None], after[items[chunk]], before[items[chunk]])
             rows[chunk, position] = np.minimum((cumulative < draw[chunk, None]).sum(1), shop.items - 1)
     starts = 1_700_000_000 + np.arange(count) * 600
-    return [row[:length] for row, length in zip(rows, lengths, strict=True)], starts, launch
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)], starts
 
 
 def _ceiling(law: Law, sessions: list[np.ndarray], max_prefix: int) -> dict[str, dict[str, float]]:
@@ -156,7 +196,9 @@ def _ceiling(law: Law, sessions: list[np.ndarray], max_prefix: int) -> dict[str,
     for session in sessions:
         for n in range(1, len(session)):
             prefix = session[max(0, n - max_prefix) : n]
-            scores = law.after[prefix[-1]] if len(prefix) == 1 else LAST * law.after[prefix[-1]] + (1 - LAST) * law.after[prefix[:-1]].mean(0)
+            scores = (
+                law.after[prefix[-1]] if len(prefix) == 1 else LAST * law.after[prefix[-1]] + (1 - LAST) * law.after[prefix[:-1]].mean(0)
+            )
             ranks.append(1 + (scores > scores[session[n]]).sum() + ((scores == scores[session[n]]).sum() - 1) / 2)
             cold.append(law.cold[session[n]])
     rank, is_cold = np.array(ranks), np.array(cold)
@@ -191,7 +233,7 @@ def _items_table(law: Law, shop: ShopConfig) -> pa.Table:
 
 def draw_product(kind: str, colour: tuple[int, int, int], motif: str, size: int, rng: np.random.Generator) -> bytes:
     """A PNG of size x size pixels: the kind's silhouette, in the colour, with the motif; place, scale and shade vary a little."""
-    scale, shade = size * rng.uniform(0.8, 0.95), rng.uniform(0.85, 1.1)
+    scale, shade = size * rng.uniform(0.88, 0.96), rng.uniform(0.9, 1.05)
     left, top = rng.uniform(0, size - scale, size=2)
     mask = Image.new("L", (size, size))
     pen = ImageDraw.Draw(mask)
@@ -211,7 +253,7 @@ def draw_product(kind: str, colour: tuple[int, int, int], motif: str, size: int,
         if motif == "dots":
             for b in range(0, size, pitch):
                 pen.ellipse((a, b, a + pitch // 2, b + pitch // 2), fill=dark)
-    picture = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(235, 256, size=3)))
+    picture = Image.new("RGB", (size, size), (250, 250, 250))  # as a studio does: nothing but the product tells items apart
     picture.paste(surface, mask=mask)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
