@@ -7,6 +7,7 @@ and its exit code; results go to stdout, everything else to stderr.
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,12 +56,12 @@ def say(line: str) -> None:
 
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
-    """Turns a `UserError` into its line and exit code."""
+    """Turns a `UserError` into its line and exit code; any other exception is a bug of ours and ends in its traceback, and 1."""
     try:
         yield
     except UserError as error:
         if debug:
-            raise
+            traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(error.code) from None
 
@@ -89,7 +90,8 @@ def open_run(
             with replacing(remembered) as temporary:
                 save_config(settings, temporary)
     except OSError as error:
-        other = UserError(f"cannot be written: {error.strerror or error} ({error.filename or run}); use another --run", ENVIRONMENT)
+        reason = (error.strerror or str(error)).lower()
+        other = UserError(f"no run can be kept here: {reason} ({error.filename or run}); use another --run", ENVIRONMENT)
         raise environment_error(error, run) or other from None
     try:
         yield settings, folder
@@ -128,6 +130,7 @@ def draw_sample(data: Path, settings: "Config") -> None:
     from pipeline.artifact import remove
     from pipeline.shop import draw_shop
 
+    data.parent.mkdir(parents=True, exist_ok=True)
     say(f"drawing the sample shop: {data}")
     temporary = data.with_name(f".{data.name}-{os.getpid()}.tmp")
     try:
@@ -216,7 +219,9 @@ def recommend(
     """Answer "what next?" for one session, or for a file of them."""
     with errors(debug):
         if (sessions is None) != (out is None) or (sessions is not None and session is not None):
-            raise UserError("--sessions FILE goes with --out FILE, and without --session (command line)", USAGE)
+            raise UserError(
+                "--sessions FILE and --out FILE go together, without --session (command line); see `tpad recommend --help`", USAGE
+            )
         from recommender.recommend import Recommender
 
         recommender = Recommender.load(run)

@@ -34,6 +34,7 @@ ROW_GROUP = 1024  # rows: fixed, so that the same rows always give the same byte
 
 CURRENT, MANIFEST, LOCK, STAGING, STAGED_FOR = "current", "manifest.json", ".lock", ".staging", ".staging.json"
 VERSION_NAME = re.compile(r"v\d{4,}")
+NAMES = {"mllm": "unified MLLM", "sbr": "session model"}  # of the kinds, for people
 OWN_KEYS = {"format_version", "kind", "files"}  # of a manifest: filled in by `publish`
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 LOCK_ERRORS = {errno.ENOTDIR, errno.EMFILE, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -284,7 +285,7 @@ def _read_pointer(root: Path, kind: str, hint: str) -> bytes:
     try:
         return (root / CURRENT).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{kind} not found ({root}); {hint}", ARTIFACT) from None
+        raise UserError(f"{NAMES.get(kind, kind)} not found ({root}); {hint}", ARTIFACT) from None
     except OSError as error:
         raise environment_error(error, root) or _damaged("cannot be read", root / CURRENT, hint) from None
 

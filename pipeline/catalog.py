@@ -66,7 +66,8 @@ def decode_image(data: bytes, where: str) -> Image.Image:
 
 
 def _bad_image(what: str, where: str) -> UserError:
-    return UserError(f"image cannot be used: {what} ({where}); replace it, or set on_bad_image to text_only", DATA)
+    way_out = "replace it, or set data.on_bad_image (of `tpad prepare`: --on-bad-image) to text_only"
+    return UserError(f"image cannot be used: {what} ({where}); {way_out}", DATA)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -104,9 +104,9 @@ class KnowledgeConfig(PhaseConfig):
 class TransferConfig(PhaseConfig):
     """Stage 2, first half: the Transfer-MLLM on session instructions."""
 
-    steps: Count = 300
-    batch: Positive = 64
-    lr: Rate = 2e-3
+    steps: Count = 700
+    batch: Positive = 32
+    lr: Rate = 1.5e-3
     start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
     items: Positive = 4  # the last so many items of a session are shown
     retrieval: Weight = 1.0  # weight of the next-item InfoNCE, whose temperature is learned
@@ -121,7 +121,7 @@ class TransferConfig(PhaseConfig):
 class AlignConfig(PhaseConfig):
     """Stage 2, second half: transitional pattern alignment, which turns K into the unified MLLM."""
 
-    steps: Count = 200
+    steps: Count = 300
     batch: Positive = 128
     lr: Rate = 2e-3
     align: Weight = 1.0  # weight of the lower bound of I(p; t)

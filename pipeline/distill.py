@@ -278,7 +278,7 @@ class Critic:
             self.optimizer.zero_grad()
             self.net.learning_loss(x, y).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-        shift = 1 + self.step % (len(x) - 1)
+        shift = 1 + self.step % max(1, len(x) - 1)
         self.step += 1
         bound = self.net.estimate(x, y, shift) / self.dim
         self.value = float(bound.detach())
@@ -383,11 +383,13 @@ def parameter_groups(mllm: Mllm, settings: PhaseConfig) -> list[dict[str, Any]]:
 def centre_heads(phase: Phase, mllm: Mllm) -> None:
     """Centres the new heads on the features of the first step."""
     device = phase.group.accelerator.device
-    batches, _ = phase[0]
+    batches, facts = phase[0]
     with torch.no_grad():
         for name, batch in batches.items():
             batch = _to(batch, device)
             read = mllm.hidden(batch)[batch["read_at"]].float()
+            if name == "items" and "candidates" in facts:  # without the repeated ones that only fill up the processes' shares
+                read = read[: max(0, len(facts["candidates"]) - phase.group.rank * len(read))]
             for head in set(phase.heads[name]) & set(phase.new):
                 raw = mllm.heads[head](read)
                 count = torch.tensor(float(len(raw)), device=device)
@@ -437,7 +439,7 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False) -> bool:
     """Both stages, from a data folder to `run/mllm`. False if the published MLLM was already made from the same inputs."""
     catalog = load_catalog(data)
     split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
-    prints = _fingerprints(config, catalog.sha256, split.train.ids_sha256())
+    prints = _fingerprints(config, catalog.sha256, _log_sha256(split.train))
     version = published(run / "mllm", "mllm")
     if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
         return False
@@ -509,6 +511,11 @@ def _fingerprints(config: Config, catalogue: str, sessions: str) -> list[str]:
         chain[kind.name] = getattr(config.distill, kind.name).model_dump()
         found.append(hashlib.sha256(canonical_json(chain)).hexdigest())
     return found
+
+
+def _log_sha256(log: SessionLog) -> str:
+    """Of the sessions with what is in them, which their ids, the hash manifests hold, do not tell."""
+    return hashlib.sha256(log.ids_sha256().encode() + log.offsets.tobytes() + log.rows.tobytes()).hexdigest()
 
 
 def _check_batches(config: Config, world: int) -> None:

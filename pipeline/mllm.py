@@ -162,8 +162,10 @@ def _idefics3_join(encoder: Encoder, ids: Tensor, images: list[dict[str, Tensor]
 
 
 def _qwen_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-    budget = {"max_pixels": encoder.config.max_pixels} if encoder.config.max_pixels else {}
-    out = encoder.image_processor(images=[image], return_tensors="pt", **budget)
+    size = dict(encoder.image_processor.size)  # in pixels, of which "shortest_edge" is the least and "longest_edge" the most
+    if most := encoder.config.max_pixels:
+        size |= {"shortest_edge": min(most, size["shortest_edge"]), "longest_edge": most}
+    out = encoder.image_processor(images=[image], return_tensors="pt", size=size)
     count = int(out["image_grid_thw"].prod()) // encoder.image_processor.merge_size**2
     config = encoder.hf_config
     ids = [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]

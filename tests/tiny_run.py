@@ -1,6 +1,11 @@
 """A shop of forty items, settings that distil it in seconds on one core, and random backbones of other families."""
 
 import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -63,6 +68,28 @@ def losses(run: Path) -> dict[tuple[str, int], dict[str, float]]:
     return {(line.pop("phase"), line.pop("step")): line for line in lines}
 
 
+# --- the same in a process of its own
+
+_FORK = multiprocessing.get_context("forkserver")  # its children start with everything imported, and die like any process
+_FORK.set_forkserver_preload(["tiny_run"])
+
+
+def start(work: Callable[..., object], *args: object) -> BaseProcess:
+    process = _FORK.Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def kill_when(process: BaseProcess, path: Path) -> None:
+    """SIGKILL as soon as `path` is there."""
+    deadline = time.monotonic() + 600
+    while not path.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
 # --- backbones as a user would have them: a local folder, here with random weights
 
 
@@ -109,7 +136,14 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig
             vision_start_token_id=start,
             vision_end_token_id=end,
         )
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24, "patch_size": 6}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 6,
+    }
     return SmolVLMConfig(
         text_config=text | {"model_type": "llama"}, vision_config=vision, image_token_id=image, scale_factor=2, pad_token_id=0
     )

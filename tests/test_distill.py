@@ -1,0 +1,238 @@
+"""`distill` on a small shop: it learns, a kill costs nothing, only training sessions count, and processes share the work."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_run import PHASES, SETTINGS, STEPS, distill_run, export_run, kill_when, losses, published_folder, same, settings, start, weights
+from typer.testing import CliRunner
+
+import cli
+from pipeline.artifact import read_embeddings
+from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.config import Config
+from pipeline.distill import _check_batches, drawn
+from pipeline.errors import ARTIFACT, USAGE, UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def options(*more: str) -> list[str]:
+    return [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
+
+
+def tpad(*words: str) -> tuple[int, str]:
+    """Exit code and stderr of a command, in this process."""
+    done = CliRunner().invoke(cli.app, list(words))
+    return done.exit_code, done.stderr
+
+
+def copy(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    return to
+
+
+# --- learning
+
+
+def test_every_loss_is_finite_and_falls(tiny_data: Path, tmp_path: Path) -> None:
+    steps = 40
+    distill_run(
+        tmp_path, tiny_data, *(f"distill.{phase}.{setting}" for phase in PHASES for setting in (f"steps={steps}", "lr=3e-3", "batch=16"))
+    )
+    found = losses(tmp_path)
+    assert list(found) == [(phase, step) for phase in PHASES for step in range(steps)]
+    assert np.isfinite([value for line in found.values() for value in line.values()]).all()
+    fall = {
+        "knowledge": ("loss", "generation", "view"),
+        "transfer": ("loss", "retrieval", "generation", "tie"),
+        "align": ("loss", "align", "relation", "generation"),
+    }
+    for phase, names in fall.items():
+        for name in names:
+            early, late = (np.mean([found[phase, step][name] for step in of]) for of in (range(8), range(steps - 8, steps)))
+            assert late < early, f"{name} of {phase}: {early} -> {late}"
+
+
+def test_an_epoch_takes_every_item_once() -> None:
+    taken = np.concatenate([drawn(50, 8, step, 0, 1) for step in range(25)])
+    for epoch in range(4):
+        assert sorted(taken[epoch * 50 : (epoch + 1) * 50]) == list(range(50))
+    assert list(taken[:50]) != list(taken[50:100])
+
+
+def test_batches_of_one_do(tiny_data: Path, tmp_path: Path) -> None:
+    """One item has no other to be told from: nothing to learn there, and nothing to stumble over."""
+    distill_run(tmp_path, tiny_data, *(f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=4", "batch=1")))
+    found = losses(tmp_path)
+    assert len(found) == 12
+    assert np.isfinite([value for line in found.values() for value in line.values()]).all()
+
+
+def test_a_loss_that_leaves_the_numbers_is_one_clear_line(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"distill\.knowledge\.lr") as error:
+        distill_run(tmp_path, tiny_data, "distill.knowledge.lr=1e30")
+    assert error.value.code == USAGE
+    assert not (tmp_path / "mllm" / "current").exists()
+
+
+# --- stopping and starting
+
+
+def test_killed_in_every_phase_it_ends_with_the_weights_of_an_undisturbed_run(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    for phase in PHASES:
+        process = start(distill_run, tmp_path, tiny_data)
+        kill_when(process, tmp_path / "distill" / phase / "step-000002" / "state.json")
+        assert not (tmp_path / "distill" / phase / f"step-{STEPS:06d}").exists()  # so it was killed inside this phase
+    assert not (tmp_path / "mllm" / "current").exists()
+    assert distill_run(tmp_path, tiny_data)
+    assert same(weights(tmp_path), weights(tiny_run))
+    assert losses(tmp_path) == losses(tiny_run)
+
+
+def test_asked_to_stop_it_saves_and_exits_143_and_goes_on_later(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["distill", "--run", str(run), "--data", str(tiny_data), *options("distill.checkpoint_every=1000")]
+    process = subprocess.Popen([sys.executable, "-m", "cli", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = run / "distill" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 143, err
+    assert out == ""
+    assert "Traceback" not in err
+    stopped = [p.name for p in (run / "distill" / "knowledge").glob("step-*")]
+    assert len(stopped) == 1
+    assert 0 < int(stopped[0].removeprefix("step-")) < STEPS
+    code, err = tpad(*command)
+    assert code == 0, err
+    assert "next: tpad export-embeddings" in err
+    assert same(weights(run), weights(tiny_run))
+
+
+def test_a_second_run_is_up_to_date_and_other_settings_are_refused(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = copy(tiny_run, tmp_path / "run")
+    begin = ["distill", "--run", str(run), "--data", str(tiny_data)]
+    before = (run / "mllm" / "current").read_bytes()
+    code, err = tpad(*begin, *options())
+    assert code == 0
+    assert "up to date" in err
+    for changed in ("distill.knowledge.view=0.25", "distill.align.relation=0.5"):
+        code, err = tpad(*begin, *options(changed))
+        assert code == ARTIFACT
+        assert err.splitlines()[-1].startswith("error: checkpoint belongs to other settings or data")
+        assert "--fresh" in err.splitlines()[-1]
+    assert (run / "mllm" / "current").read_bytes() == before
+    assert same(weights(run), weights(tiny_run))
+    code, err = tpad(*begin, "--fresh", *options("distill.align.relation=0.5"))
+    assert code == 0, err
+    assert published_folder(run, "mllm").name == "v0002"
+    assert not same(weights(run), weights(tiny_run))
+
+
+def test_fresh_gives_the_same_weights_again(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = copy(tiny_run, tmp_path / "run")
+    assert tpad("distill", "--fresh", "--run", str(run), "--data", str(tiny_data), *options())[0] == 0
+    assert published_folder(run, "mllm").name == "v0002"
+    assert same(weights(run), weights(tiny_run))
+    assert losses(run) == losses(tiny_run)
+
+
+# --- what is read
+
+
+def other_items(data: Path, to: Path, change: Callable[[str], bool]) -> Path:
+    """The data folder with other items in the sessions whose session_id `change` picks."""
+    shutil.copytree(data, to)
+    table = pq.read_table(to / "sessions.parquet")
+    events = zip(table["session_id"].to_pylist(), table["item_id"].to_pylist(), strict=True)
+    items = [f"p{39 - int(item[1:]):04d}" if change(session) else item for session, item in events]
+    pq.write_table(table.set_column(table.schema.get_field_index("item_id"), "item_id", pa.array(items)), to / "sessions.parquet")
+    return to
+
+
+def held_out(data: Path) -> set[str]:
+    split = split_by_time(load_sessions(data, load_catalog(data)), Config().data.valid, Config().data.test)
+    return {*split.valid.session_ids, *split.test.session_ids}
+
+
+def test_held_out_sessions_are_never_read(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    late = held_out(tiny_data)
+    changed = other_items(tiny_data, tmp_path / "late", lambda session: session in late)
+    distill_run(tmp_path / "run", changed)
+    assert same(weights(tmp_path / "run"), weights(tiny_run))
+
+
+def test_other_training_sessions_under_the_same_ids_are_other_data(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    late = held_out(tiny_data)
+    changed = other_items(tiny_data, tmp_path / "early", lambda session: session not in late)
+    run = copy(tiny_run, tmp_path / "run")
+    with pytest.raises(UserError, match="other settings or data") as error:
+        distill_run(run, changed)
+    assert error.value.code == ARTIFACT
+    distill_run(tmp_path / "new", changed)
+    one, two = weights(tmp_path / "new"), weights(tiny_run)
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+# --- processes
+
+
+def member(rank: int, port: int, work: Callable[..., object], *args: object) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    work(*args)
+
+
+def test_two_processes_take_the_steps_of_one(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, "-m", "cli", "distill", "--run", str(tmp_path), "--data", str(tiny_data), *options()]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tiny_run), losses(tmp_path)
+    assert one.keys() == two.keys()
+    for key in one:
+        assert one[key].keys() == two[key].keys()
+        assert all(abs(one[key][name] - two[key][name]) < 1e-3 for name in one[key]), key
+    # summed in another order, so not the same bits: two processes did share the work
+    assert not same(weights(tmp_path), weights(tiny_run))
+    for name, weight in weights(tiny_run).items():
+        torch.testing.assert_close(weights(tmp_path)[name], weight, atol=2e-3, rtol=0)
+
+
+def test_two_processes_export_what_one_does(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run / "mllm", tmp_path / "mllm")
+    port = 20_000 + os.getpid() % 20_000
+    processes = [start(member, rank, port, export_run, tmp_path, tiny_data) for rank in range(2)]
+    for process in processes:
+        process.join(600)
+        assert process.exitcode == 0
+    one, two = read_embeddings(tiny_run / "embeddings"), read_embeddings(tmp_path / "embeddings")
+    assert one.item_ids == two.item_ids
+    for half in ("knowledge", "transition"):
+        np.testing.assert_allclose(getattr(one, half), getattr(two, half), atol=1e-5)
+    assert len(two.version.manifest["parts"]) == 3  # so both had some
+
+
+def test_a_batch_that_does_not_divide_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match=r"distill\.transfer\.batch") as error:
+        _check_batches(settings("distill.transfer.batch=7"), 2)
+    assert error.value.code == USAGE

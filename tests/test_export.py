@@ -1,0 +1,226 @@
+"""`export` by its contract: what the files hold, what survives an interruption, and what is refused."""
+
+import io
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from tiny_run import PHASES, distill_run, export_run, kill_when, published_folder, settings, start
+
+from pipeline.artifact import read_embeddings
+from pipeline.catalog import load_catalog
+from pipeline.errors import ARTIFACT, DATA, UserError
+from pipeline.export import export
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def model_only(run: Path, to: Path) -> Path:
+    """A run with the MLLM of `run` and no embeddings."""
+    shutil.copytree(run / "mllm", to / "mllm")
+    return to
+
+
+def parts(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(published_folder(run, "embeddings").glob("part-*.parquet"))}
+
+
+# --- the contract
+
+
+def test_columns_and_manifest_are_those_of_the_contract(tiny_run: Path, tiny_data: Path) -> None:
+    folder = published_folder(tiny_run, "embeddings")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    catalog = load_catalog(tiny_data)
+    assert [part["rows"] for part in manifest["parts"]] == [16, 16, 8]
+    item_ids: list[str] = []
+    for part in manifest["parts"]:
+        table = pq.read_table(folder / part["name"])
+        assert table.column_names == ["item_id", "knowledge", "transition", "has_image", "has_text", "n_tokens"]
+        for half in ("knowledge", "transition"):
+            assert pa.types.is_fixed_size_list(table.schema.field(half).type)
+            assert table.schema.field(half).type.list_size == manifest["dim"] == 16
+            assert table.schema.field(half).type.value_type == pa.float32()
+        assert table.num_rows == part["rows"]
+        assert all(n > 5 for n in table["n_tokens"].to_pylist())
+        item_ids += table["item_id"].to_pylist()
+    assert item_ids == catalog.item_ids
+    model = json.loads((published_folder(tiny_run, "mllm") / "manifest.json").read_text())
+    assert manifest["kind"] == "embeddings"
+    assert (manifest["format_version"], manifest["rows"], manifest["dtype"], manifest["backbone"]) == (1, 40, "float32", "tiny")
+    assert manifest["catalogue_sha256"] == catalog.sha256
+    assert manifest["sessions_sha256"] == model["sessions_sha256"]
+    assert manifest["weights_sha256"] == next(f["sha256"] for f in model["files"] if f["name"] == "weights.safetensors")
+    assert {"metric", "revision", "prompts", "pooling", "max_pixels", "files"} <= manifest.keys()
+
+
+def test_both_halves_are_unit_vectors_that_tell_items_apart(tiny_run: Path) -> None:
+    found = read_embeddings(tiny_run / "embeddings")
+    for half in (found.knowledge, found.transition):
+        np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
+        assert len(np.unique(half.round(5), axis=0)) > 35
+    assert np.abs(found.knowledge - found.transition).max() > 0.01
+    assert found.has_image.all()
+    assert found.has_text.all()
+
+
+def test_a_manifest_tells_nothing_of_place_time_or_machine(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The same model and items give the same version, byte for byte, wherever and whenever."""
+    run = model_only(tiny_run, tmp_path / "elsewhere")
+    export_run(run, Path(shutil.copytree(tiny_data, tmp_path / "copy")))
+    for kind in ("mllm", "embeddings"):
+        text = (published_folder(run, kind) / "manifest.json").read_text()
+        assert text == (published_folder(tiny_run, kind) / "manifest.json").read_text()
+        assert not any(word in text for word in ("/tmp", str(tmp_path), socket.gethostname(), '": "/'))
+    assert parts(run) == parts(tiny_run)
+
+
+def test_half_precision_is_the_same_vectors_rounded(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = model_only(tiny_run, tmp_path)
+    export_run(run, tiny_data, "export.dtype=float16")
+    half, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    assert half.version.manifest["dtype"] == "float16"
+    np.testing.assert_array_equal(half.knowledge, whole.knowledge.astype(np.float16).astype(np.float32))
+
+
+# --- doing it again
+
+
+def test_a_second_export_is_up_to_date_and_another_layout_is_not(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    assert not export(settings(), run, tiny_data).made
+    assert published_folder(run, "embeddings").name == "v0001"
+    again = export(settings("export.shard_rows=25"), run, tiny_data)
+    assert again.made
+    assert again.version.name == "v0002"
+    one, two = read_embeddings(tiny_run / "embeddings"), read_embeddings(run / "embeddings")
+    np.testing.assert_allclose(one.knowledge, two.knowledge, atol=1e-5)
+    np.testing.assert_allclose(one.transition, two.transition, atol=1e-5)
+
+
+def test_a_killed_export_goes_on_and_ends_with_the_same_bytes(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    undisturbed, run = model_only(tiny_run, tmp_path / "undisturbed"), model_only(tiny_run, tmp_path / "run")
+    export_run(undisturbed, tiny_data, "export.shard_rows=1")
+    staging = run / "embeddings" / ".staging"
+    process = start(export_run, run, tiny_data, "export.shard_rows=1")
+    kill_when(process, staging / "part-00003.parquet")
+    assert not (run / "embeddings" / "current").exists()
+    staged = {path.name: path.stat().st_mtime_ns for path in staging.glob("part-*.parquet")}
+    assert 4 <= len(staged) < 40
+    damaged = staging / "part-00001.parquet"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 3] ^= 1  # no longer what was written: made again
+    damaged.write_bytes(data)
+    export_run(run, tiny_data, "export.shard_rows=1")
+    assert parts(run) == parts(undisturbed)
+    assert (published_folder(run, "embeddings") / "manifest.json").read_bytes() == (
+        published_folder(undisturbed, "embeddings") / "manifest.json"
+    ).read_bytes()
+    kept = {path.name: path.stat().st_mtime_ns for path in published_folder(run, "embeddings").glob("part-*.parquet")}
+    assert [name for name in staged if kept[name] != staged[name]] == ["part-00001.parquet"]
+
+
+# --- damage
+
+
+def test_one_flipped_bit_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    path = published_folder(run, "embeddings") / "part-00001.parquet"
+    whole = path.read_bytes()
+    for at in (4, len(whole) // 2, len(whole) - 20):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError, match="part-00001") as error:
+            read_embeddings(run / "embeddings")
+        assert error.value.code == ARTIFACT
+    path.write_bytes(whole)
+    read_embeddings(run / "embeddings")
+
+
+def test_a_damaged_model_is_refused_and_a_missing_one_named(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tpad distill") as error:
+        export_run(tmp_path, tiny_data)
+    assert error.value.code == ARTIFACT
+    run = model_only(tiny_run, tmp_path / "run")
+    path = published_folder(run, "mllm") / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"weights\.safetensors") as error:
+        export_run(run, tiny_data)
+    assert error.value.code == ARTIFACT
+    assert not (run / "embeddings").exists()
+
+
+# --- items that lack something, and pictures that cannot be read
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 24), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def change_items(data: Path, to: Path, images: dict[int, bytes | None], titles: dict[int, str]) -> Path:
+    """The data folder with other pictures and titles in some rows."""
+    shutil.copytree(data, to)
+    table = pq.read_table(to / "items.parquet")
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    for row, image in images.items():
+        columns["image"][row] = None if image is None else {"bytes": image, "path": None}
+    for row, title in titles.items():
+        columns["title"][row] = title
+    pq.write_table(pa.table(columns, schema=table.schema), to / "items.parquet")
+    return to
+
+
+def test_items_without_picture_or_text_are_exported(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Also items the model never saw: a new catalogue needs no new model."""
+    data = change_items(tiny_data, tmp_path / "data", {3: None, 5: None}, {4: "", 5: ""})
+    run = model_only(tiny_run, tmp_path / "run")
+    export_run(run, data)
+    found, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    assert [row for row in range(40) if not found.has_image[row]] == [3, 5]
+    assert [row for row in range(40) if not found.has_text[row]] == [4, 5]
+    for row in (3, 4, 5):
+        assert np.abs(found.knowledge[row] - whole.knowledge[row]).max() > 1e-3
+    others = [row for row in range(40) if row not in (3, 4, 5)]
+    np.testing.assert_allclose(found.knowledge[others], whole.knowledge[others], atol=1e-5)
+    manifest, before = found.version.manifest, whole.version.manifest
+    assert manifest["catalogue_sha256"] != before["catalogue_sha256"] == manifest["distilled_on_catalogue_sha256"]
+
+
+def test_a_broken_picture_stops_the_chain_with_file_and_row(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
+    run = model_only(tiny_run, tmp_path / "run")
+    for step in (lambda: export_run(run, data), lambda: distill_run(tmp_path / "new", data)):
+        with pytest.raises(UserError, match=r"items\.parquet row 7, item_id 'p0007'") as error:
+            step()
+        assert error.value.code == DATA
+    assert not (run / "embeddings" / "current").exists()
+    assert not (tmp_path / "new" / "mllm").exists()
+
+
+def test_or_the_item_is_shown_as_text_only(tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
+    without = change_items(tiny_data, tmp_path / "without", {7: None}, {})
+    few = ["data.on_bad_image=text_only", *(f"distill.{phase}.steps=1" for phase in PHASES)]
+    found = []
+    for data in (broken, without):
+        run = tmp_path / f"run-{data.name}"
+        distill_run(run, data, *few)
+        export_run(run, data, *few)
+        found.append(read_embeddings(run / "embeddings"))
+    assert "row 7" in capfd.readouterr().err
+    assert not found[0].has_image[7]
+    assert found[0].has_image.sum() == 39
+    np.testing.assert_array_equal(found[0].knowledge, found[1].knowledge)

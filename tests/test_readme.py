@@ -1,0 +1,193 @@
+"""What README.md and configs/ say is what works: their commands are run, small, or at least understood to the last option."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import typer
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from tiny import ENVIRONMENT, ROOT, SET, SETTINGS, tpad
+
+import cli
+from pipeline.config import Config, load_config
+from pipeline.shop import draw_shop
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PICTURES_OF_WORDS = ("items (text, picture)", "cli.py  ")  # how the blocks begin that are no commands: the drawing, the tree
+PROGRAMS = ("tpad", "make", "accelerate", "pip")
+DISTILLING = re.compile(r"tpad distill\b|-m cli distill\b")
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, content) of every fenced block."""
+    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield found[1], found[2]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of all blocks, as words. A block that is neither commands, nor Python, nor known is an error."""
+    lines = []
+    for language, content in blocks(text):
+        if language == "python" or content.strip().startswith(PICTURES_OF_WORDS):
+            continue
+        assert language in ("", "sh", "bash"), f"a block of {language} that no test knows: {content}"
+        lines += re.sub(r"\\\n", " ", content).splitlines()
+    found = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    for words in filter(None, found):
+        assert words[0] in PROGRAMS, f"a command that no test knows: {shlex.join(words)}"
+    return [words for words in found if words]
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = commands(README)
+TPAD = [shlex.join(words) for words in COMMANDS if words[0] == "tpad"]
+LAUNCHES = [shlex.join(words) for words in COMMANDS if words[0] == "accelerate"]
+
+
+def understood(arguments: list[str]) -> dict[str, Any]:
+    """The options of a `tpad` command line, read by the program itself; wrong ones are an error."""
+    group: Any = typer.main.get_command(cli.app)
+    with group.make_context("tpad", list(arguments)) as context:
+        _, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+        return dict(command.make_context(arguments[0], rest, parent=context).params)
+
+
+def launched(words: list[str]) -> list[str]:
+    """What an `accelerate launch` command line gives to `tpad`."""
+    assert words[:2] == ["accelerate", "launch"]
+    given = launch_command_parser().parse_args(words[2:])
+    assert (given.training_script, given.module) == ("cli", True)
+    return list(given.training_script_args)
+
+
+def smaller(words: list[str]) -> list[str]:
+    return [*words, *SET] if DISTILLING.search(shlex.join(words)) else words
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README supposes: configs, and a catalogue, pictures and a log of one's own."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    settings = load_config(None, SETTINGS)
+    draw_shop(folder / "own", settings.shop, settings.data)
+    items, log = (pq.read_table(folder / "own" / f"{name}.parquet").to_pylist() for name in ("items", "sessions"))
+    (folder / "pictures").mkdir()
+    for item in items:
+        (folder / "pictures" / f"{item['item_id']}.png").write_bytes(item["image"]["bytes"])
+    lines = [f"{item['item_id']},{item['title']},{item['material']}" for item in items]
+    (folder / "items.csv").write_text("\n".join(["item_id,title,material", *lines]) + "\n")
+    lines = [f"{event['session_id']},{event['item_id']},{event['timestamp']}" for event in log]
+    (folder / "events.csv").write_text("\n".join(["session_id,item_id,timestamp", *lines]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def played(place: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Every `tpad` command of the README, in order, in that folder."""
+    return {line: tpad(*smaller(shlex.split(line))[1:], cwd=place) for line in TPAD}
+
+
+def test_the_readme_has_the_commands_it_should() -> None:
+    assert {shlex.split(line)[1] for line in TPAD} == {"distill", "export-embeddings", "train-sbr", "recommend", "prepare"}
+    assert TPAD[:4] == ["tpad distill", "tpad export-embeddings", "tpad train-sbr", "tpad recommend"]
+    assert LAUNCHES
+
+
+@pytest.mark.parametrize("block", ["curl example.org\n", "tpad distill\nrm -rf /\n"])
+def test_a_command_no_test_knows_is_noticed(block: str) -> None:
+    with pytest.raises(AssertionError, match="no test knows"):
+        commands(f"```\n{block}```\n")
+
+
+@pytest.mark.parametrize("line", TPAD)
+def test_a_tpad_command_runs(played: dict[str, subprocess.CompletedProcess[str]], line: str) -> None:
+    done = played[line]
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower()
+
+
+def test_what_the_commands_are_said_to_make_is_there(place: Path, played: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    for run in ("shop", "mine"):
+        for made in ("mllm", "embeddings", "sbr"):
+            assert (place / "artifacts" / run / made / "current").is_file()
+    answers = [place / words[words.index("--out") + 1] for words in COMMANDS if "--sessions" in words and words[1] == "recommend"]
+    assert answers
+    for out in answers:
+        assert pq.read_table(out).column_names == ["session_id", "item_id", "rank", "score"]
+
+
+@pytest.mark.parametrize("snippet", [content for language, content in blocks(README) if language == "python"])
+def test_a_python_snippet_runs(place: Path, played: dict[str, subprocess.CompletedProcess[str]], snippet: str) -> None:
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"1 p\d{4} \w+ \w+ \w+ -?\d", done.stdout)
+
+
+@pytest.mark.parametrize("target", [word for words in COMMANDS if words[0] == "make" for word in words[1:]])
+def test_a_make_target_exists_and_does_its_own_setup(target: str) -> None:
+    recipe = subprocess.run(["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-m venv" in recipe
+    assert "pip install" in recipe
+
+
+def test_make_demo_is_the_four_commands() -> None:
+    recipe = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [f"tpad {name}" for name in re.findall(r"tpad (.+)", recipe)] == TPAD[:4]
+
+
+@pytest.mark.parametrize("line", LAUNCHES)
+def test_an_accelerate_command_is_understood(line: str) -> None:
+    options = understood(launched(shlex.split(line)))
+    if options.get("config"):
+        load_config(ROOT / options["config"])
+
+
+@pytest.mark.slow
+def test_the_accelerate_commands_for_a_cpu_run(place: Path, tmp_path: Path) -> None:
+    lines = [line for line in LAUNCHES if "--cpu" in line]
+    assert lines
+    for line in lines:
+        words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *smaller(shlex.split(line))[1:]]
+        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "artifacts" / "shop" / "sbr" / "current").is_file()
+
+
+# --- configs
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_loads_and_begins_with_the_command_that_runs_it(path: Path) -> None:
+    load_config(path)
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    words = shlex.split(first.removeprefix("# "))
+    arguments = words[1:] if words[0] == "tpad" else launched(words)
+    assert arguments[0] == "distill"
+    assert understood(arguments)["config"] == Path("configs", path.name)
+
+
+def test_shop_yaml_is_the_built_in_defaults_with_every_key() -> None:
+    path = ROOT / "configs" / "shop.yaml"
+    assert load_config(path) == Config()
+    assert keys(yaml.safe_load(path.read_text(encoding="utf-8"))) == keys(Config().model_dump())
+
+
+def keys(tree: dict[str, Any]) -> list[Any]:
+    """The keys of a nested mapping, in order."""
+    return [(key, keys(value)) if isinstance(value, dict) else key for key, value in tree.items()]
+
+
+def test_configs_named_in_the_readme_exist() -> None:
+    named = set(re.findall(r"configs/[\w.-]+\.yaml", README))
+    assert named
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
