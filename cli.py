@@ -313,10 +313,31 @@ def results_line(recommender: "Recommender") -> None:
     typer.echo(f"HR@10 on the test sessions: {', '.join(shown)}")
 
 
+def start_processes() -> None:
+    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for.
+
+    Without MPI, accelerate 1.15 starts a single one on CPUs, and does not say so; the number stands only on its command line.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU") != "True" or "MASTER_ADDR" not in os.environ or "RANK" in os.environ:
+        return
+    try:
+        launcher = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").replace("=", "\0").split("\0")
+        count = int(launcher[next(n for n, word in enumerate(launcher) if word in ("--num_processes", "--num-processes")) + 1])
+    except (OSError, StopIteration, ValueError):
+        say("note: accelerate starts one process here; for several on CPUs use `torchrun --nproc-per-node N -m -- cli ...`")
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
+    os.execv(sys.executable, [*torchrun, "--", "cli", *sys.argv[1:]])
+
+
 def main() -> None:
     """The entry point: `tpad`, and `accelerate launch -m cli`. A mistake in the command line is one line too; Ctrl-C is 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    start_processes()
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="tpad", standalone_mode=False)
     except UsageError as error:

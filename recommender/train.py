@@ -7,6 +7,7 @@ on from its last epoch to the same weights, and several processes (accelerate) t
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,7 +100,9 @@ def train_model(
     if fresh and accelerator.is_main_process:
         checkpoints.clear()
     accelerator.wait_for_everyone()
-    wrapped = accelerator.prepare(model)
+    with warnings.catch_warnings():  # torch 2.13 has a new name for it, which accelerate cannot pass on yet
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+        wrapped = accelerator.prepare(model)
     optimizer, names = build_optimizer(model, settings)
     state: dict[str, Any] = {"epoch": 0, "best": -1.0, "best_epoch": -1, "over": False}
     best = weights_of(model)
