@@ -443,5 +443,5 @@ def test_embeddings_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             read_embeddings(tmp_path / str(number))
         assert caught.value.code == ARTIFACT
-    with pytest.raises(UserError, match="not found .*; run `tpad export-embeddings` first"):
+    with pytest.raises(UserError, match=r"not found .*; run `tpad export-embeddings` first"):
         read_embeddings(tmp_path / "none")

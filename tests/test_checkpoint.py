@@ -118,7 +118,7 @@ def test_going_on_from_the_older_one_replaces_the_damaged_one(tmp_path: Path) ->
 
 def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path: Path) -> None:
     Checkpoints(tmp_path, "one").save(100, tensors(1), {})
-    with pytest.raises(UserError, match="belongs to other settings or data .*--fresh") as caught:
+    with pytest.raises(UserError, match=r"belongs to other settings or data .*--fresh") as caught:
         Checkpoints(tmp_path, "two").newest()
     assert caught.value.code == ARTIFACT
     assert (Checkpoints(tmp_path, "one").newest() or [0])[0] == 100
