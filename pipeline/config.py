@@ -104,7 +104,7 @@ class KnowledgeConfig(PhaseConfig):
 class TransferConfig(PhaseConfig):
     """Stage 2, first half: the Transfer-MLLM on session instructions."""
 
-    steps: Count = 700
+    steps: Count = 550
     batch: Positive = 32
     lr: Rate = 1.5e-3
     start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
@@ -121,7 +121,7 @@ class TransferConfig(PhaseConfig):
 class AlignConfig(PhaseConfig):
     """Stage 2, second half: transitional pattern alignment, which turns K into the unified MLLM."""
 
-    steps: Count = 300
+    steps: Count = 200
     batch: Positive = 128
     lr: Rate = 2e-3
     align: Weight = 1.0  # weight of the lower bound of I(p; t)
