@@ -1,5 +1,8 @@
 """What several test files share: one small shop, and one finished run over it. Tests read them, and change copies only."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: equal bits need equal threads, here and in subprocesses
 from pathlib import Path
 
 import pytest

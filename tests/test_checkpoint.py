@@ -146,7 +146,9 @@ def save_forever(folder: Path, limit: int | None) -> None:
 
 
 def saver(folder: Path, limit: int | None = None) -> BaseProcess:
-    process = multiprocessing.get_context("fork").Process(target=save_forever, args=(folder, limit))  # no second import of torch
+    # from a server without threads: a fork of this process could wait for ever for a thread of torch that it does not have
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=save_forever, args=(folder, limit))
     process.start()
     return process
 
