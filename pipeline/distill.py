@@ -111,7 +111,7 @@ class Phase:
     def __getitem__(self, step: int) -> tuple[dict[str, Tensors], Tensors]:
         """This process's tensors of a step, and facts about its whole global batch."""
         sequences, facts = self.work(step)
-        return {name: self.encoder.collate(of) for name, of in sequences.items()}, facts
+        return self.encoder.collate(sequences), facts
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
         raise NotImplementedError
@@ -385,10 +385,10 @@ def centre_heads(phase: Phase, mllm: Mllm) -> None:
     """Centres the new heads on the features of the first step."""
     device = phase.group.accelerator.device
     batches, facts = phase[0]
+    batches = _to(batches, device)
     with torch.no_grad():
-        for name, batch in batches.items():
-            batch = _to(batch, device)
-            read = mllm.hidden(batch)[batch["read_at"]].float()
+        for name, states in mllm.hidden(batches).items():
+            read = states[batches[name]["read_at"]].float()
             if name == "items" and "candidates" in facts:  # without the repeated ones that only fill up the processes' shares
                 read = read[: max(0, len(facts["candidates"]) - phase.group.rank * len(read))]
             for head in set(phase.heads[name]) & set(phase.new):

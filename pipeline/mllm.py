@@ -3,15 +3,17 @@
 `Encoder` turns prompt parts into token ids and image tensors; `Mllm` is the backbone (any Hugging Face
 image-text-to-text model with LoRA, or the built-in tiny Idefics3 trained in full) with named linear heads on the
 last hidden state. Processors with a video part do not load without torchvision, so images and text are encoded
-here by image processor and tokenizer alone.
+here by image processor and tokenizer alone. Of all batches of a step, each distinct picture goes through the vision
+tower once.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,12 +45,20 @@ FIRST_SCALE, MAX_SCALE = 4.0, 100.0  # of the session head's logits: soft at fir
 SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 
 
+class Picture(NamedTuple):
+    """An image as the backbone takes it."""
+
+    key: bytes  # of what is in the image: equal pictures, of one item or of several, have equal keys
+    ids: list[int]  # the tokens that stand for it
+    tensors: dict[str, Tensor]  # what the vision tower takes
+
+
 @dataclass
 class Encoded:
-    """One sequence: token ids, the images in it, the positions features are read at, and which tokens are answers."""
+    """One sequence: token ids, the pictures in it, the positions features are read at, and which tokens are answers."""
 
     ids: list[int] = field(default_factory=list)
-    images: list[dict[str, Tensor]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
     reads: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)  # positions of the tokens to be written
 
@@ -69,10 +79,10 @@ class Encoder:
         family: str = self.hf_config.model_type
         if family not in FAMILIES:
             raise UserError(f"backbone family `{family}` is not supported (backbone.name); supported: {', '.join(FAMILIES)}", USAGE)
-        self._encode_image, self._join_images = FAMILIES[family]
+        self.family = FAMILIES[family]
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         self._text: dict[str, list[int]] = {}
-        self._images: dict[int, tuple[list[int], dict[str, Tensor]]] = {}
+        self._pictures: dict[int, Picture] = {}
         self._room = cache_bytes
         self.head, self.tail = self._frame()
 
@@ -98,9 +108,9 @@ class Encoder:
             if part.kind == "text":
                 out.ids += self.tokens(" " + part.text)[: self.config.max_text_tokens]
             elif part.kind == "image":
-                ids, tensors = self.image(part.row)
-                out.ids += ids
-                out.images.append(tensors)
+                picture = self.picture(part.row)
+                out.ids += picture.ids
+                out.pictures.append(picture)
             elif part.kind == "turn":
                 out.ids += self.tail
             elif part.kind == "read":
@@ -111,25 +121,36 @@ class Encoder:
                 out.ids += answer
         return out
 
-    def image(self, row: int) -> tuple[list[int], dict[str, Tensor]]:
-        """Token ids and tensors of an item's image; kept in memory while there is room."""
-        found = self._images.get(row)
+    def picture(self, row: int) -> Picture:
+        """An item's image; kept in memory while there is room."""
+        found = self._pictures.get(row)
         if found is None:
-            picture = self.catalog.image(row)
-            assert picture is not None, "the prompt asked for an image the item lacks"
-            found = self._encode_image(self, picture)
-            size = sum(t.nbytes for t in found[1].values())
+            image = self.catalog.image(row)
+            assert image is not None, "the prompt asked for an image the item lacks"
+            ids, tensors = self.family.encode(self, image)
+            found = Picture(hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest(), ids, tensors)
+            size = sum(t.nbytes for t in tensors.values())
             if size <= self._room:
                 self._room -= size
-                self._images[row] = found
+                self._pictures[row] = found
         return found
 
-    def collate(self, sequences: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Right-padded tensors of B sequences of at most L tokens.
+    def collate(self, batches: Mapping[str, Sequence[Encoded]]) -> dict[str, dict[str, Tensor]]:
+        """Right-padded tensors of each batch of B sequences of at most L tokens, and the pictures of all of them.
 
-        `input_ids`, `attention_mask` (B, L); the image tensors of the family; `read_at` (R,) and `answer_at` (A,), flat
-        positions in (B * L) of the features to read and of the tokens before each answer token; `answers` (A,).
+        A batch: `input_ids`, `attention_mask` (B, L); `read_at` (R,) and `answer_at` (A,), flat positions in (B * L) of the
+        features to read and of the tokens before each answer token; `answers` (A,); `picture_at` (I,), which picture
+        each image in it is, in their order. "pictures": what the vision tower takes for the distinct ones.
         """
+        distinct: dict[bytes, Picture] = {}
+        place: dict[bytes, int] = {}
+        for picture in (p for sequences in batches.values() for s in sequences for p in s.pictures):
+            place.setdefault(picture.key, len(place))
+            distinct.setdefault(picture.key, picture)
+        out = {name: self._collate(sequences, place) for name, sequences in batches.items()}
+        return out | {"pictures": self.family.stack([p.tensors for p in distinct.values()]) if distinct else {}}
+
+    def _collate(self, sequences: Sequence[Encoded], place: dict[bytes, int]) -> dict[str, Tensor]:
         length = max(map(len, sequences))
         ids = np.full((len(sequences), length), self.pad, np.int64)
         mask = np.zeros((len(sequences), length), np.int64)
@@ -139,13 +160,26 @@ class Encoder:
             reads += [b * length + at for at in s.reads]
             before += [b * length + at - 1 for at in s.answers]
             answers += [s.ids[at] for at in s.answers]
-        batch = {"input_ids": ids, "attention_mask": mask, "read_at": reads, "answer_at": before, "answers": answers}
-        tensors = {name: torch.as_tensor(np.asarray(value, np.int64)) for name, value in batch.items()}
-        images = [image for s in sequences for image in s.images]
-        return tensors | self._join_images(self, tensors["input_ids"], images)
+        pictures = [place[p.key] for s in sequences for p in s.pictures]
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "read_at": reads,
+            "answer_at": before,
+            "answers": answers,
+            "picture_at": pictures,
+        }
+        if self.family.typed:
+            batch["mm_token_type_ids"] = ids == self.hf_config.image_token_id
+        return {name: torch.as_tensor(np.asarray(value, np.int64)) for name, value in batch.items()}
 
 
-# How an image becomes tokens, by family: (encode one image -> ids, tensors) and (join the images of a batch).
+class Family(NamedTuple):
+    """How the models of a family take an image."""
+
+    encode: Callable[[Encoder, Image.Image], tuple[list[int], dict[str, Tensor]]]  # its token ids and tensors
+    stack: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]  # the tensors of n images as the vision tower takes them
+    typed: bool  # mm_token_type_ids are mandatory
 
 
 def _idefics3_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
@@ -156,9 +190,8 @@ def _idefics3_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], di
     return [fake, whole, *[encoder.hf_config.image_token_id] * count, fake], {"pixel_values": pixels}
 
 
-def _idefics3_join(encoder: Encoder, ids: Tensor, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    # (1, n, 3, H, W): the model flattens the first two dimensions, and takes the images in the order of their tokens
-    return {"pixel_values": torch.cat([i["pixel_values"] for i in images])[None]} if images else {}
+def _idefics3_stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {"pixel_values": torch.stack([i["pixel_values"] for i in images])}  # (n, 1, 3, H, W)
 
 
 def _qwen_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
@@ -172,19 +205,12 @@ def _qwen_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[s
     return ids, {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
 
 
-def _qwen_join(encoder: Encoder, ids: Tensor, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    kinds = (ids == encoder.hf_config.image_token_id).to(torch.int32)  # mandatory: without it the model refuses the batch
-    joined = {name: torch.cat([i[name] for i in images]) for name in ("pixel_values", "image_grid_thw")} if images else {}
-    return joined | {"mm_token_type_ids": kinds}
+def _qwen_stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([i[name] for i in images]) for name in ("pixel_values", "image_grid_thw")}  # (patches, .), (n, 3)
 
 
-FAMILIES = {
-    "idefics3": (_idefics3_image, _idefics3_join),
-    "smolvlm": (_idefics3_image, _idefics3_join),
-    "qwen2_vl": (_qwen_image, _qwen_join),
-    "qwen2_5_vl": (_qwen_image, _qwen_join),
-    "qwen3_vl": (_qwen_image, _qwen_join),
-}
+_IDEFICS3, _QWEN = Family(_idefics3_image, _idefics3_stack, typed=False), Family(_qwen_image, _qwen_stack, typed=True)
+FAMILIES = {"idefics3": _IDEFICS3, "smolvlm": _IDEFICS3, "qwen2_vl": _QWEN, "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN}
 
 
 class Mllm(nn.Module):
@@ -208,8 +234,8 @@ class Mllm(nn.Module):
         Also "b.nll", the summed token loss of the batch's answers, where it has any.
         """
         out = {}
-        for name, batch in batches.items():
-            states = self.hidden(batch)
+        for name, states in self.hidden(batches).items():
+            batch = batches[name]
             read = states[batch["read_at"]].float()
             for head in heads[name]:
                 out[f"{name}.{head}"] = F.normalize(self.heads[head](read), dim=-1)
@@ -229,11 +255,30 @@ class Mllm(nn.Module):
         with torch.no_grad():
             self.heads[head][1].bias.sub_(mean)  # type: ignore[index]
 
-    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B * L, d): last hidden states of the base model, without the language-model head."""
-        inputs = {name: value for name, value in batch.items() if name not in ("read_at", "answer_at", "answers")}
-        states: Tensor = self.backbone.model(**inputs, use_cache=False).last_hidden_state
-        return states.flatten(0, 1)
+    def hidden(self, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """By batch, (B * L, d): last hidden states of the base model, without the language-model head."""
+        model, pictures, states = self.backbone.model, batches["pictures"], {}
+        seen = model.get_image_features(**pictures, return_dict=True) if pictures else None
+        for name, batch in batches.items():
+            if name == "pictures":
+                continue
+            inputs: dict[str, Any] = {of: batch[of] for of in ("input_ids", "attention_mask", "mm_token_type_ids") if of in batch}
+            if seen is not None and len(batch["picture_at"]):
+                inputs["mm_encoder_outputs"] = {"image": _shown(seen, batch["picture_at"])}
+                if "image_grid_thw" in pictures:
+                    inputs["image_grid_thw"] = pictures["image_grid_thw"][batch["picture_at"]]
+            states[name] = model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        return states
+
+
+def _shown(seen: Any, pictures: Tensor) -> Any:
+    """What the vision tower gave for the distinct pictures -> the same for the images of a batch, by their numbers (I,)."""
+
+    def of(features: Any) -> Any:  # a tensor or a sequence, one entry a picture
+        return features[pictures] if isinstance(features, Tensor) else [features[n] for n in pictures.tolist()]
+
+    levels = {"deepstack_features": [of(level) for level in seen.deepstack_features]} if hasattr(seen, "deepstack_features") else {}
+    return type(seen)(pooler_output=of(seen.pooler_output), **levels)
 
 
 def embed(
@@ -249,8 +294,8 @@ def embed(
         first = 0
         while first < len(order):
             size = max(1, token_budget // len(sequences[order[first]]))
-            batch = encoder.collate([sequences[n] for n in order[first : first + size]])
-            out = mllm({"items": {name: t.to(device) for name, t in batch.items()}}, {"items": heads})
+            batches = encoder.collate({"items": [sequences[n] for n in order[first : first + size]]})
+            out = mllm({of: {name: t.to(device) for name, t in batch.items()} for of, batch in batches.items()}, {"items": heads})
             for head in heads:
                 features[head].append(out[f"items.{head}"].cpu())
             first += size

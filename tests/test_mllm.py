@@ -106,7 +106,7 @@ def tiny(data: Path, folders: Path) -> Made:
 def test_an_item_has_the_same_features_alone_and_in_any_batch(made: Made) -> None:
     sequences = made.items(*ITEMS)
     assert len({len(s) for s in sequences}) > 2
-    assert len({len(s.images) for s in sequences}) == 2
+    assert len({len(s.pictures) for s in sequences}) == 2
     alone, together = made.features(sequences, 1), made.features(sequences, 10_000)
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(made.features(sequences[::-1], 10_000)[::-1], alone, atol=1e-5)
@@ -120,6 +120,15 @@ def test_picture_and_text_both_matter(made: Made) -> None:
         assert np.abs(red - other).max() > 1e-3
 
 
+def test_equal_pictures_go_through_the_vision_tower_once(made: Made) -> None:
+    batches = made.encoder.collate({"items": made.items("red", "blue", "no-picture"), "more": made.items("red-again", "red", "long")})
+    one, two, three = (made.encoder.picture(ROW[item]) for item in ("red", "blue", "long"))
+    for name, tensor in made.encoder.family.stack([p.tensors for p in (one, two, three)]).items():
+        assert torch.equal(batches["pictures"][name], tensor)
+    assert batches["items"]["picture_at"].tolist() == [0, 1]
+    assert batches["more"]["picture_at"].tolist() == [0, 0, 2]
+
+
 def test_the_answer_does_not_show_in_the_feature(made: Made) -> None:
     """The feature is read before the answer, and a token sees only what stands before it."""
     item = made.prompts.item(ROW["red"])
@@ -130,19 +139,21 @@ def test_the_answer_does_not_show_in_the_feature(made: Made) -> None:
 
 def test_generation_loss_is_that_of_the_language_model(made: Made) -> None:
     answers = ("a mug", LONG)
-    sequences = [made.encoder.encode([*made.prompts.item(0), Part("answer", answer)]) for answer in answers]
+    rows = (ROW["red"], ROW["blue"])
+    sequences = [made.encoder.encode([*made.prompts.item(row), Part("answer", a)]) for row, a in zip(rows, answers, strict=True)]
     for s, answer in zip(sequences, answers, strict=True):
         written = [s.ids[at] for at in s.answers]
         assert made.backbone.tokenizer.decode(written[:-1]).strip() == answer
         assert written[-1] == made.backbone.tokenizer.eos_token_id
-    batch = made.encoder.collate(sequences)
+    batches = made.encoder.collate({"items": sequences})
+    batch, pixels = batches["items"], batches["pictures"]
     with torch.no_grad():
-        nll = float(made.mllm({"items": batch}, {"items": ()})["items.nll"])
+        nll = float(made.mllm(batches, {"items": ()})["items.nll"])
         labels = torch.full_like(batch["input_ids"], -100)
         for b, s in enumerate(sequences):
             labels[b, s.answers] = batch["input_ids"][b, s.answers]
-        inputs = {name: value for name, value in batch.items() if name not in ("read_at", "answer_at", "answers")}
-        mean = float(made.backbone.model(**inputs, labels=labels).loss)
+        text = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in batch}
+        mean = float(made.backbone.model(**text, **pixels, labels=labels).loss)
     assert nll == pytest.approx(mean * sum(len(s.answers) for s in sequences), rel=1e-4)
 
 
@@ -153,7 +164,7 @@ def test_a_session_reads_one_feature_for_every_item_it_asks_for(made: Made) -> N
     assert len(whole.reads) == len(rows) - 1
     other = made.encoder.encode(made.prompts.session([*rows[:2], ROW["no-text"], ROW["red"]]))
     with torch.no_grad():
-        one, two = (made.mllm({"s": made.encoder.collate([s])}, {"s": ("knowledge",)})["s.knowledge"] for s in (whole, other))
+        one, two = (made.mllm(made.encoder.collate({"s": [s]}), {"s": ("knowledge",)})["s.knowledge"] for s in (whole, other))
     np.testing.assert_allclose(one[:2], two[:2], atol=1e-5)
     assert (one[2] - two[2]).abs().max() > 1e-3
 
@@ -258,7 +269,7 @@ def test_only_adapters_of_the_language_model_and_heads_train(data: Path, folders
     made.mllm.train()
     for _ in range(2):  # A moves once B is no longer zero
         sequences = [made.encoder.encode([*made.prompts.item(row), Part("answer", "clay")]) for row in ROW.values()]
-        out = made.mllm({"items": made.encoder.collate(sequences)}, {"items": ("knowledge", "transition")})
+        out = made.mllm(made.encoder.collate({"items": sequences}), {"items": ("knowledge", "transition")})
         optimizer.zero_grad()
         (out["items.nll"] + out["items.knowledge"].sum() + out["items.transition"].sum()).backward()
         optimizer.step()
