@@ -56,11 +56,16 @@ class Reading(NamedTuple):
 
 
 class Followers(nn.Module):
-    """Which item followed which in training, and how often: a sparse table of direct transitions."""
+    """Which item followed which in training, and how often: a sparse table of direct transitions.
+
+    Shares are discounted, (count - d) / (total - d * distinct) with one learned d, as Kneser and Ney (ICASSP 1995) do for
+    words: most of what was seen once is what the other components explain, and what came again is not.
+    """
 
     keys: Tensor  # (P,) int64: row * items + follower, ascending
     counts: Tensor  # (P,)
     totals: Tensor  # (N,)
+    distinct: Tensor  # (N,) different followers
 
     def __init__(self, rows: np.ndarray, offsets: np.ndarray, items: int, max_prefix: int) -> None:
         super().__init__()
@@ -71,6 +76,8 @@ class Followers(nn.Module):
         self.register_buffer("keys", torch.as_tensor(keys))
         self.register_buffer("counts", torch.as_tensor(counts, dtype=torch.float32))
         self.register_buffer("totals", torch.bincount(self.keys // items, weights=self.counts, minlength=items).float())
+        self.register_buffer("distinct", torch.bincount(self.keys // items, minlength=items).float())
+        self.discount = nn.Parameter(torch.zeros(()))  # the logit of d
         self.recency = nn.Parameter(torch.zeros(max_prefix))
         self.evidence = nn.Parameter(torch.tensor([-1.0, 0.3]))  # weight: constant, and per log of the item's transitions
         with torch.no_grad():
@@ -82,13 +89,25 @@ class Followers(nn.Module):
         same = (rows[:, :, None] == rows[:, None, :]) & (rows != PAD)[:, None, :]  # (s, u)
         step = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], PAD)], 1)
         follower = torch.where(targets != PAD, targets, step)  # what follows u; PAD after the end
-        own = (same & (follower != PAD)[:, None, :]).float() @ (follower[:, :, None] == targets[:, None, :]).float()  # (s, t)
-        keys = rows.clamp(min=0).long()[:, None, :] * self.items + targets.clamp(min=0).long()[:, :, None]  # (t, s)
-        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-        count = torch.where(self.keys[place] == keys, self.counts[place], 0.0) - own.transpose(1, 2)
-        total = self.totals[rows.clamp(min=0)] - (same & (follower != PAD)[:, None, :]).sum(-1)
-        share = count.clamp(min=0) / total.clamp(min=1)[:, None, :]
+        own = (same & (follower != PAD)[:, None, :]).float()
+        gone = own @ (follower[:, :, None] == targets[:, None, :]).float()  # (s, t) of the target's count
+        twins = (own * (follower[:, :, None] == follower[:, None, :])).sum(-1).clamp(min=1)  # (u) times the window has this transition
+        only_here = (self.count(rows, follower) <= twins) / twins  # each follower known from this window alone sums to 1
+        count = self.count(rows[:, None, :], targets[:, :, None]) - gone.transpose(1, 2)  # (t, s)
+        total = self.totals[rows.clamp(min=0)] - own.sum(-1)
+        distinct = self.distinct[rows.clamp(min=0)] - (own @ only_here[:, :, None])[..., 0]
+        share = self.share(count, total[:, None, :], distinct[:, None, :])
         return share, self.weights(rows, total)
+
+    def count(self, rows: Tensor, followers: Tensor) -> Tensor:
+        """How often each of `followers` followed each of `rows`, in the shape the two broadcast to."""
+        keys = rows.clamp(min=0).long() * self.items + followers.clamp(min=0).long()
+        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        return torch.where(self.keys[place] == keys, self.counts[place], 0.0)
+
+    def share(self, count: Tensor, total: Tensor, distinct: Tensor) -> Tensor:
+        discount = self.discount.sigmoid()
+        return (count - discount).clamp(min=0) / (total - discount * distinct).clamp(min=1e-6)
 
     def weights(self, rows: Tensor, total: Tensor) -> Tensor:
         """Log-weights (B, L, L) of the positions' items, given how many transitions (B, L) speak for each."""
@@ -112,7 +131,7 @@ class Followers(nn.Module):
         case, position = (weights > 0).nonzero(as_tuple=True)
         rows = events[case, position]
         line, entry = self.entries(rows)
-        value = self.counts[entry] / self.totals[rows][line] * weights[case, position][line]
+        value = self.share(self.counts[entry], self.totals[rows][line], self.distinct[rows][line]) * weights[case, position][line]
         scores.index_put_((case[line], self.keys[entry] % self.items), value, accumulate=True)
 
 
