@@ -104,7 +104,7 @@ class KnowledgeConfig(PhaseConfig):
 class TransferConfig(PhaseConfig):
     """Stage 2, first half: the Transfer-MLLM on session instructions."""
 
-    steps: Count = 550
+    steps: Count = 450
     batch: Positive = 32
     lr: Rate = 1.5e-3
     start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
