@@ -125,6 +125,7 @@ class AlignConfig(PhaseConfig):
     batch: Positive = 128
     lr: Rate = 2e-3
     align: Weight = 1.0  # weight of the lower bound of I(p; t)
+    bound: Literal["info_nce", "smile"] = "info_nce"  # of cosines over a temperature, or SMILE with a learned critic
     temperature: Rate = 0.07
     relation: Weight = 1.0  # weight of the item-item relation loss
     generation: Weight = 0.2  # weight of L_gen
@@ -135,12 +136,19 @@ class AlignConfig(PhaseConfig):
 
 
 class CriticConfig(Section):
-    """The variational networks of the CLUB bounds: trained on detached features, with an optimiser of their own."""
+    """The networks of the CLUB bounds and of SMILE: trained on detached features, with an optimiser of their own."""
 
     hidden: Positive = 128
     lr: Rate = 2e-3
     inner_steps: Positive = 2  # critic steps a training step
     warmup: Count = 30  # training steps before the bound enters the loss
+
+
+class ProbeConfig(Section):
+    """The bounds measured on items outside the step's batch, logged as held_out_...: what the critics know by heart does not count."""
+
+    every: Count = 50  # steps; 0: never
+    items: Positive = 256  # at most
 
 
 class DistillConfig(Section):
@@ -152,6 +160,7 @@ class DistillConfig(Section):
     transfer: TransferConfig = TransferConfig()
     align: AlignConfig = AlignConfig()
     critic: CriticConfig = CriticConfig()
+    probe: ProbeConfig = ProbeConfig()
 
 
 class ExportConfig(Section):

@@ -31,17 +31,16 @@ from pipeline.artifact import canonical_json, published, stage
 from pipeline.catalog import SessionLog, load_catalog, load_sessions, split_by_time
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.config import Config, PhaseConfig
+from pipeline.critic import Critic, club, club_bound, smile
 from pipeline.errors import USAGE, UserError
 from pipeline.mllm import Backbone, Encoded, Encoder, Mllm, build_backbone, embed, load_trainable, save_mllm, trainable_state
-from pipeline.mutual_information import ClubSample, info_nce
+from pipeline.mutual_information import info_nce
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts, View
 
 Tensors = dict[str, Tensor]
+Critics = dict[str, Critic]
 TABLE_ROWS = 4096  # items embedded at a time for a table
-# Of the critics' networks, for features of unit variance. Where one feature nearly determines the other, a network free to
-# be certain gives the bound a gradient that collapses the features before anything else is learned.
-LEAST_LOG_VARIANCE = -2.0
 
 
 class Group:
@@ -92,7 +91,6 @@ class Phase:
     number: ClassVar[int]
     heads: ClassVar[dict[str, tuple[str, ...]]]  # by name of the sequences
     new: ClassVar[tuple[str, ...]]  # heads that no earlier phase has trained
-    disentangled: ClassVar[bool] = False
 
     @property
     def settings(self) -> PhaseConfig:
@@ -116,8 +114,25 @@ class Phase:
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
         raise NotImplementedError
 
-    def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
+    def critics(self) -> Critics:
+        """Those of this phase's losses, untrained."""
+        return {}
+
+    def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
         raise NotImplementedError
+
+    def unseen(self, facts: Tensors) -> np.ndarray:
+        """Rows to probe the bounds on: always the first of one order that are not in this step's batch."""
+        return np.empty(0, np.int64)
+
+    def probe(self, features: Tensors, rows: Tensor, critics: Critics) -> dict[str, float]:
+        """The bounds on the (n, D) features, by head, of such rows."""
+        return {}
+
+    def _others(self, rows: np.ndarray, seen: Tensor) -> np.ndarray:
+        order = np.random.default_rng([self.config.seed, self.number]).permutation(rows)
+        others: np.ndarray = order[~np.isin(order, seen.cpu().numpy())][: self.config.distill.probe.items]
+        return others
 
 
 class Knowledge(Phase):
@@ -137,7 +152,7 @@ class Knowledge(Phase):
         ]
         return {"items": sequences}, {"paired": torch.tensor([a != b for a, b in pairs])}
 
-    def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
+    def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
         cfg = self.config.distill.knowledge
         one, other = (self.group.gather(side)[facts["paired"]] for side in out["items.knowledge"].chunk(2))
         view = (info_nce(one, other, cfg.temperature) + info_nce(other, one, cfg.temperature)) / 2 if len(one) else one.sum()
@@ -150,7 +165,6 @@ class Transfer(Phase):
     name, number = "transfer", 1
     heads: ClassVar = {"sessions": ("session",), "items": ("transition", "content")}
     new = ("session", "transition", "content")
-    disentangled = True
 
     @cached_property
     def target_share(self) -> np.ndarray:
@@ -198,7 +212,10 @@ class Transfer(Phase):
         first = rng.integers(max(0, len(rows) - length) + 1)
         return rows[first : first + length]
 
-    def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
+    def critics(self) -> Critics:
+        return {"club": club(self.config.distill, self.group.accelerator.device)}
+
+    def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
         cfg = self.config.distill.transfer
         asked = facts["target"] >= 0  # (B, n)
         local = out["sessions.session"].new_zeros(len(asked) // self.group.world, cfg.items, self.config.distill.dim)
@@ -211,8 +228,14 @@ class Transfer(Phase):
             "generation": cfg.generation * out["sessions.nll"],
             "tie": cfg.tie * info_nce(content, known, cfg.temperature),
             # only c(v) gives way: pulled at from both sides, t(v) would rather collapse
-            "disentangle": cfg.disentangle * critic.bound(transition.detach(), content),
+            "disentangle": cfg.disentangle * club_bound(critics["club"], transition.detach(), content),
         }
+
+    def unseen(self, facts: Tensors) -> np.ndarray:
+        return self._others(np.flatnonzero(self.target_share), facts["candidates"])
+
+    def probe(self, features: Tensors, rows: Tensor, critics: Critics) -> dict[str, float]:
+        return {"club_bound": critics["club"].measure(features["transition"], features["content"])}
 
 
 class Align(Phase):
@@ -221,7 +244,6 @@ class Align(Phase):
     name, number = "align", 2
     heads: ClassVar = {"items": ("knowledge", "transition")}
     new = ("transition",)
-    disentangled = True
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
         cfg, rows = self.config.distill.align, self.drawn(len(self.prompts), step)
@@ -232,18 +254,35 @@ class Align(Phase):
             sequences.append(self.encoder.encode(self.prompts.knowledge(row, view, rng)))
         return {"items": sequences}, {"rows": torch.from_numpy(rows)}
 
-    def losses(self, out: Tensors, facts: Tensors, critic: "Critic") -> Tensors:
+    def critics(self) -> Critics:
+        cfg, device = self.config.distill, self.group.accelerator.device
+        return {"club": club(cfg, device)} | ({"smile": smile(cfg, device)} if cfg.align.bound == "smile" else {})
+
+    def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
         cfg = self.config.distill.align
         knowledge, pattern = self.group.gather(out["items.knowledge"]), self.group.gather(out["items.transition"])
         known, transition = self.tables["knowledge"][facts["rows"]], self.tables["transition"][facts["rows"]]
+        learned = critics.get("smile")
+        align = -learned.bound(pattern, transition) if learned else info_nce(pattern, transition, cfg.temperature)
         return {
-            "align": cfg.align * info_nce(pattern, transition, cfg.temperature),
+            "align": cfg.align * align,
             "relation": cfg.relation * relation_loss(pattern, transition, cfg.temperature),
             "generation": cfg.generation * out["items.nll"],
             "keep": cfg.keep * (1 - (knowledge * known).sum(-1)).mean(),
             # only k(v) gives way, against `keep`: p(v) has t(v) to follow
-            "disentangle": cfg.disentangle * critic.bound(pattern.detach(), knowledge),
+            "disentangle": cfg.disentangle * club_bound(critics["club"], pattern.detach(), knowledge),
         }
+
+    def unseen(self, facts: Tensors) -> np.ndarray:
+        return self._others(np.arange(len(self.prompts)), facts["rows"])
+
+    def probe(self, features: Tensors, rows: Tensor, critics: Critics) -> dict[str, float]:
+        pattern, transition, learned = features["transition"], self.tables["transition"][rows], critics.get("smile")
+        if learned:
+            nats = learned.measure(pattern, transition)
+        else:
+            nats = math.log(len(rows)) - float(info_nce(pattern, transition, self.config.distill.align.temperature))
+        return {"info_nce": nats, "club_bound": critics["club"].measure(pattern, features["knowledge"])}
 
 
 PHASES: tuple[type[Phase], ...] = (Knowledge, Transfer, Align)
@@ -257,32 +296,6 @@ def relation_loss(x: Tensor, y: Tensor, temperature: float) -> Tensor:
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     ours, theirs = ((z @ z.T / temperature).masked_fill(itself, -1e4).log_softmax(-1) for z in (x, y))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-
-
-class Critic:
-    """The variational network of a phase's CLUB bound, with its own optimiser; the same on every process."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.step = config.distill.critic, 0
-        self.scale = math.sqrt(config.distill.dim)  # brings unit vectors to unit variance
-        self.dim = config.distill.dim
-        self.net = ClubSample(self.dim, self.dim, self.config.hidden, LEAST_LOG_VARIANCE).to(device)
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), self.config.lr)
-        self.value = 0.0
-
-    def bound(self, x: Tensor, y: Tensor) -> Tensor:
-        """Trains the network on the detached (N, D) features, then gives the CLUB bound a dimension: 0 during the warm-up."""
-        x, y = x * self.scale, y * self.scale
-        for _ in range(self.config.inner_steps):
-            self.optimizer.zero_grad()
-            self.net.learning_loss(x, y).backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-        shift = 1 + self.step % max(1, len(x) - 1)
-        self.step += 1
-        bound = self.net.estimate(x, y, shift) / self.dim
-        self.value = float(bound.detach())
-        # a negative bound only says that the network lags behind: nothing to gain by lowering it further
-        return bound.clamp(min=0) if self.step > self.config.warmup else bound.detach() * 0
 
 
 # --- the loop
@@ -303,15 +316,16 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
     named = trainable_state(mllm)
     names = [name for group_ in groups for name in group_.pop("names")]
     model, optimizer = accelerator.prepare(mllm, torch.optim.AdamW(groups, settings.lr))
-    critic = Critic(phase.config, accelerator.device)
-    critic_names = [n for n, _ in critic.net.named_parameters()]
+    critics = phase.critics()
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
             moments, state = pack_optimizer(optimizer.optimizer, names)
-            critic_moments, critic_state = pack_optimizer(critic.optimizer, critic_names)
-            tensors = trainable_state(mllm) | moments | _prefixed("critic/", dict(critic.net.named_parameters()) | critic_moments)
-            checkpoints.save(step, tensors, {"optimizer": state, "critic": critic_state, "critic_step": critic.step})
+            tensors, states = trainable_state(mllm) | moments, {}
+            for name, critic in critics.items():
+                found, states[name] = critic.state()
+                tensors |= _prefixed(f"critic/{name}/", found)
+            checkpoints.save(step, tensors, {"optimizer": state, "critics": states})
         accelerator.wait_for_everyone()
 
     start = 0
@@ -319,10 +333,8 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
         start, tensors, state = found
         load_trainable(mllm, {name: tensors[name] for name in named}, str(checkpoints.folder))
         unpack_optimizer(optimizer.optimizer, names, tensors, state["optimizer"])
-        kept = {name.removeprefix("critic/"): t for name, t in tensors.items() if name.startswith("critic/")}
-        critic.net.load_state_dict({n: kept[n] for n in critic_names})
-        unpack_optimizer(critic.optimizer, critic_names, kept, state["critic"])
-        critic.step = state["critic_step"]
+        for name, critic in critics.items():
+            critic.load(_below(f"critic/{name}/", tensors), state["critics"][name])
     else:
         centre_heads(phase, mllm)
     metrics.resume(phase.name, start)
@@ -340,7 +352,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
                     out[f"{name}.nll"] = group.total(out[f"{name}.nll"]) / group.total(
                         torch.tensor(len(batch["answers"]), device=accelerator.device)
                     )
-            losses = phase.losses(out, facts, critic)
+            losses = phase.losses(out, facts, critics)
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is not finite ({phase.name}, step {step}); lower distill.{phase.name}.lr", USAGE)
@@ -350,12 +362,12 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
             accelerator.backward(loss * group.world)
             accelerator.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
-            metrics.log(
-                phase.name,
-                step,
-                {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
-                | ({"club_bound": critic.value} if phase.disentangled else {}),
-            )
+            values: dict[str, Any] = {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
+            values |= {f"{name}_bound": critic.value for name, critic in critics.items()}
+            probing = phase.config.distill.probe.every
+            if probing and ((step + 1) % probing == 0 or step + 1 == settings.steps):
+                values |= probe(phase, mllm, facts, critics)
+            metrics.log(phase.name, step, values)
             progress.advance(f"loss {float(loss.detach()):.3f}")
             stop = interrupt.agreed(accelerator)
             if stop or (step + 1) % every == 0 or step + 1 == settings.steps:
@@ -363,6 +375,17 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
             if stop:
                 raise interrupt.exit()
     mllm.eval()
+
+
+def probe(phase: Phase, mllm: Mllm, facts: Tensors, critics: Critics) -> dict[str, float]:
+    """The phase's bounds on items that are not in this step's batch, and that no critic has just learned from."""
+    rows = phase.unseen(facts)
+    if len(rows) < 2:
+        return {}
+    mllm.eval()
+    features = item_features(mllm, phase, rows, phase.heads["items"])
+    mllm.train()
+    return {f"held_out_{name}": value for name, value in phase.probe(features, torch.from_numpy(rows), critics).items()}
 
 
 def parameter_groups(mllm: Mllm, settings: PhaseConfig) -> list[dict[str, Any]]:
@@ -401,12 +424,19 @@ def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
+def _below(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _to(tensors: Any, device: torch.device) -> Any:
     return {name: _to(t, device) if isinstance(t, dict) else t.to(device, non_blocking=True) for name, t in tensors.items()}
 
 
 class Metrics:
-    """`metrics.jsonl`, one line a step, and any accelerate tracker. Written by the main process."""
+    """`metrics.jsonl`, one line a step, and any accelerate tracker. Written by the main process.
+
+    Losses with their weights; bounds without, in nats, but CLUB bounds in nats a dimension; held_out_... is of the probe.
+    """
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator = path, accelerator
@@ -472,7 +502,7 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False) -> bool:
         weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
         if kind is not Align:
             head = heads[0] if kind is Knowledge else "transition"
-            tables[head] = feature_table(mllm, phase, head, config.export.token_budget)
+            tables[head] = feature_table(mllm, phase, head)
     if accelerator.is_main_process:
         publish(run, config, mllm, backbone, catalog.sha256, split.train.ids_sha256(), prints[-1])
     accelerator.wait_for_everyone()
@@ -485,7 +515,7 @@ def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tenso
     state: Tensors = dict(base)
     if kind is Align or (kind is Transfer and transfer_start == "knowledge"):
         known = weights["knowledge"]
-        head = {name.removeprefix("heads.knowledge."): w for name, w in known.items() if name.startswith("heads.knowledge.")}
+        head = _below("heads.knowledge.", known)
         state |= known | {f"heads.{new}.{name}": w for new in kind.new for name, w in head.items()}
     own = trainable_state(mllm)
     load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, kind.name)
@@ -522,19 +552,24 @@ def _check_batches(config: Config, world: int) -> None:
             raise UserError(f"distill.{kind.name}.batch = {batch} does not divide by {world} processes (config); make it a multiple", USAGE)
 
 
-def feature_table(mllm: Mllm, phase: Phase, head: str, token_budget: int) -> Tensor:
-    """(N, D): one feature an item, each process embedding its share; the same tensor everywhere."""
-    group, device, count = phase.group, phase.group.accelerator.device, len(phase.prompts)
-    parts = []
-    with Steps(f"{head} table", count, show=group.rank == 0) as progress:
+def feature_table(mllm: Mllm, phase: Phase, head: str) -> Tensor:
+    """(N, D): one feature an item."""
+    count, parts = len(phase.prompts), []
+    with Steps(f"{head} table", count, show=phase.group.rank == 0) as progress:
         for first in range(0, count, TABLE_ROWS):
             rows = np.arange(first, min(first + TABLE_ROWS, count))
-            even = np.resize(rows, math.ceil(len(rows) / group.world) * group.world)
-            sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in group.share(even)]
-            features = embed(mllm, phase.encoder, sequences, (head,), token_budget, device)[head]
-            parts.append(group.gather(torch.from_numpy(features).to(device))[: len(rows)])
+            parts.append(item_features(mllm, phase, rows, (head,))[head])
             progress.advance(by=len(rows))
     return torch.cat(parts)
+
+
+def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, ...]) -> Tensors:
+    """By head, the (n, D) features of items, each process embedding its share; the same tensors everywhere."""
+    group, device = phase.group, phase.group.accelerator.device
+    even = np.resize(rows, math.ceil(len(rows) / group.world) * group.world)
+    sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in group.share(even)]
+    found = embed(mllm, phase.encoder, sequences, heads, phase.config.export.token_budget, device)
+    return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
 
 
 def publish(run: Path, config: Config, mllm: Mllm, backbone: Backbone, catalogue: str, sessions: str, fingerprint: str) -> None:

@@ -21,7 +21,7 @@ import cli
 from pipeline.artifact import read_embeddings
 from pipeline.catalog import load_catalog, load_sessions, split_by_time
 from pipeline.config import Config
-from pipeline.distill import _check_batches, drawn
+from pipeline.distill import Align, _check_batches, drawn
 from pipeline.errors import ARTIFACT, USAGE, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,24 @@ def tpad(*words: str) -> tuple[int, str]:
 def copy(run: Path, to: Path) -> Path:
     shutil.copytree(run, to)
     return to
+
+
+def without_align(run: Path, to: Path) -> Path:
+    """A copy in which the last phase is still to be done."""
+    copy(run, to)
+    shutil.rmtree(to / "distill" / "align")
+    shutil.rmtree(to / "mllm")
+    return to
+
+
+SMILE = "distill.align.bound=smile"
+
+
+@pytest.fixture(scope="module")
+def smile_run(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = without_align(tiny_run, tmp_path_factory.mktemp("smile") / "run")
+    distill_run(run, tiny_data, SMILE)
+    return run
 
 
 # --- learning
@@ -91,6 +109,36 @@ def test_a_loss_that_leaves_the_numbers_is_one_clear_line(tiny_data: Path, tmp_p
     assert not (tmp_path / "mllm" / "current").exists()
 
 
+# --- bounds
+
+
+def test_bounds_are_probed_on_items_outside_the_batch(tiny_run: Path, smile_run: Path) -> None:
+    for run in (tiny_run, smile_run):
+        probed = {key: {name for name in line if name.startswith("held_out_")} for key, line in losses(run).items()}
+        expected = {"knowledge": set(), "transfer": {"held_out_club_bound"}, "align": {"held_out_club_bound", "held_out_info_nce"}}
+        assert probed == {(phase, step): expected[phase] if step % 3 == 2 else set() for phase in PHASES for step in range(STEPS)}
+    phase = Align(settings("distill.probe.items=20"), range(40), None, None, None, {})
+    one, two = (phase.unseen({"rows": torch.arange(first, first + 10)}) for first in (0, 20))
+    assert len(set(one)) == len(set(two)) == 20
+    assert not set(one) & set(range(10))
+    assert not set(two) & set(range(20, 30))
+    assert len(set(one) & set(two)) >= 10  # the same items but for the batches'
+
+
+def test_the_probe_leaves_training_alone(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    distill_run(without_align(tiny_run, tmp_path / "run"), tiny_data, "distill.probe.every=0")
+    assert same(weights(tmp_path / "run"), weights(tiny_run))
+
+
+def test_smile_aligns_too(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = without_align(tiny_run, tmp_path / "run")
+    distill_run(run, tiny_data, SMILE, "distill.align.steps=60", "distill.align.lr=3e-3", "distill.align.batch=32")
+    found = losses(run)
+    early, late = (np.mean([found["align", step]["smile_bound"] for step in of]) for of in (range(8), range(52, 60)))
+    assert late > early + 1
+    assert found["align", 59]["held_out_info_nce"] > 1  # nats, of at most log 8: the batch leaves eight items
+
+
 # --- stopping and starting
 
 
@@ -103,6 +151,14 @@ def test_killed_in_every_phase_it_ends_with_the_weights_of_an_undisturbed_run(ti
     assert distill_run(tmp_path, tiny_data)
     assert same(weights(tmp_path), weights(tiny_run))
     assert losses(tmp_path) == losses(tiny_run)
+
+
+def test_killed_with_a_learned_critic_it_goes_on_with_the_critic_it_had(smile_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = without_align(smile_run, tmp_path / "run")
+    kill_when(start(distill_run, run, tiny_data, SMILE), run / "distill" / "align" / "step-000004" / "state.json")
+    assert distill_run(run, tiny_data, SMILE)
+    assert same(weights(run), weights(smile_run))
+    assert losses(run) == losses(smile_run)
 
 
 def test_asked_to_stop_it_saves_and_exits_143_and_goes_on_later(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -200,22 +256,26 @@ def member(rank: int, port: int, work: Callable[..., object], *args: object) -> 
     work(*args)
 
 
-def test_two_processes_take_the_steps_of_one(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bound", ["info_nce", "smile"])
+def test_two_processes_take_the_steps_of_one(tiny_run: Path, smile_run: Path, tiny_data: Path, tmp_path: Path, bound: str) -> None:
+    alone, run = tiny_run, tmp_path / "run"
+    if bound == "smile":
+        alone, run = smile_run, without_align(smile_run, run)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "cli", "distill", "--run", str(tmp_path), "--data", str(tiny_data), *options()]
+    command = [*launch, "-m", "cli", "distill", "--run", str(run), "--data", str(tiny_data), *options(f"distill.align.bound={bound}")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    one, two = losses(tiny_run), losses(tmp_path)
+    one, two = losses(alone), losses(run)
     assert one.keys() == two.keys()
     for key in one:
         assert one[key].keys() == two[key].keys()
         assert all(abs(one[key][name] - two[key][name]) < 1e-3 for name in one[key]), key
     # summed in another order, so not the same bits: two processes did share the work
-    assert not same(weights(tmp_path), weights(tiny_run))
-    for name, weight in weights(tiny_run).items():
-        torch.testing.assert_close(weights(tmp_path)[name], weight, atol=2e-3, rtol=0)
+    assert not same(weights(run), weights(alone))
+    for name, weight in weights(alone).items():
+        torch.testing.assert_close(weights(run)[name], weight, atol=2e-3, rtol=0)
 
 
 def test_two_processes_export_what_one_does(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:

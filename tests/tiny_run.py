@@ -32,7 +32,7 @@ TINY = [
     *("backbone.tiny.vision_dim=16", "backbone.tiny.vision_layers=1", "backbone.tiny.dim=32", "backbone.tiny.layers=1"),
 ]
 STEPS = 6
-TRAINING = ["distill.dim=16", "distill.checkpoint_every=2", "distill.critic.warmup=2", "export.shard_rows=16"]
+TRAINING = ["distill.dim=16", "distill.checkpoint_every=2", "distill.critic.warmup=2", "distill.probe.every=3", "export.shard_rows=16"]
 TRAINING += [f"distill.{phase}.{setting}" for phase in PHASES for setting in (f"steps={STEPS}", "batch=8")]
 SETTINGS = [*SHOP, *TINY, *TRAINING]
 
