@@ -50,7 +50,7 @@ def publish_embeddings(run: Path, data: Path, group: np.ndarray, config: Config,
     ]
     vectors = [pa.FixedSizeListArray.from_arrays(pa.array(half.ravel()), DIM) for half in halves]
     flags = [pa.array([True] * len(group))] * 2
-    columns = [pa.array(catalog.item_ids), *vectors, *flags, pa.array([5] * len(group), pa.int32())]
+    columns = [pa.array(catalog.item_ids), *vectors, *flags, pa.array([5] * len(group), pa.int32()), pa.array([bytes(32)] * len(group))]
     table = pa.table(
         [c.cast(f.type) for c, f in zip(columns, embeddings_schema(DIM, "float32"), strict=True)], schema=embeddings_schema(DIM, "float32")
     )
