@@ -10,6 +10,7 @@ tower once.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,7 @@ class Encoder:
         self._most_texts = 2**20 if cache_bytes else 100
         self._pictures: dict[int, Picture] = {}
         self._room = cache_bytes
+        self.picture_seconds = 0.0  # spent on decoding images and making them what the vision tower takes
         self.head, self.tail = self._frame()
 
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -141,6 +143,7 @@ class Encoder:
         """An item's image; kept in memory while there is room."""
         found = self._pictures.get(row)
         if found is None:
+            began = time.perf_counter()
             image = self.catalog.image(row)
             assert image is not None, "the prompt asked for an image the item lacks"
             ids, tensors = self.family.encode(self, image)
@@ -149,6 +152,7 @@ class Encoder:
             if size <= self._room:
                 self._room -= size
                 self._pictures[row] = found
+            self.picture_seconds += time.perf_counter() - began
         return found
 
     def collate(self, batches: Mapping[str, Sequence[Encoded]], round_to: int = 1) -> dict[str, dict[str, Tensor]]:

@@ -43,7 +43,8 @@ class Work:
     padded: int = 0  # tokens with their padding
     seconds: float = 0.0
     computing: float = 0.0  # of these, the model was at work
-    encoding: float = 0.0  # seconds of the workers, at texts and pictures
+    encoding: float = 0.0  # seconds of the workers, at texts and pictures ...
+    decoding: float = 0.0  # ... of which at pictures
 
     @property
     def padding(self) -> float:
@@ -206,6 +207,7 @@ class Exporter:
         self.work.tokens += int(batch.n_tokens.sum())
         self.work.padded += batch.tensors["items"]["input_ids"].numel() if len(batch.at) else 0
         self.work.encoding += batch.seconds
+        self.work.decoding += batch.decoding
         for fault in batch.faults:
             print(f"warning: {fault}; {'left out' if self.source.on_bad_image == 'skip' else 'shown as text only'}", file=sys.stderr)
         self.writer.put(self._collect, part, batch, out)
