@@ -207,7 +207,7 @@ def export_embeddings(
             return
         size = f"{found.rows} items x ({found.dim} knowledge + {found.dim} transition)"
         say(f"{size}: {found.version.path}{'' if found.made else ' (up to date)'}")
-        following("train-sbr", run)
+        following("index" if update and (run / "sbr" / "current").exists() and not found.notes else "train-sbr", run)
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
@@ -232,6 +232,18 @@ def train_sbr(
 
         found = run_training(settings, run, folder, fresh)
         say(f"session model: {found.version.path}{'' if found.made else ' (up to date)'}")
+        following("recommend", run)
+
+
+@app.command()
+def index(data: DataFolder = None, run: RunFolder = RUN, debug: Debug = False) -> None:
+    """Put the trained session model over the current embeddings: new items can be recommended, without training."""
+    with errors(debug), open_run(None, data, run, None) as (_, folder):
+        from recommender.refresh import refresh
+
+        found = refresh(run, folder)
+        changes = f"{found.added} items added, {found.removed} removed" if found.made else "up to date"
+        say(f"session model: {found.version.path} ({changes})")
         following("recommend", run)
 
 

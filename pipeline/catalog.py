@@ -185,6 +185,13 @@ class Catalog:
     def titles(self) -> list[str]:
         return [self.text(row, "title") for row in range(len(self))]
 
+    def only(self, item_ids: list[str]) -> "Catalog":
+        """These of the items, in this order, with their titles and nothing more."""
+        titles = pa.array([self.text(self.row[item], "title") for item in item_ids], pa.string())
+        return replace(
+            self, item_ids=item_ids, columns=["title"], _texts={"title": titles}, _images=None, _present=np.zeros(len(item_ids), bool)
+        )
+
     def text(self, row: int, column: str) -> str:
         return plain_text(self._texts[column][row].as_py())
 
@@ -377,6 +384,18 @@ class SessionLog:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         events = np.arange(offsets[-1]) + np.repeat(self.offsets[which] - offsets[:-1], lengths)
         return SessionLog([self.session_ids[i] for i in which], self.rows[events], offsets, self.start[which])
+
+    def moved(self, place: np.ndarray) -> "SessionLog":
+        """With the items' new rows `place` (N,), without the events of those at -1; ValueError where no session keeps two."""
+        rows = place[self.rows].astype(np.int32)
+        session = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+        count = np.bincount(session[rows >= 0], minlength=len(self))
+        which = np.flatnonzero(count >= 2)
+        if not len(which):
+            raise ValueError("no session of two events")
+        offsets = np.concatenate([[0], np.cumsum(count[which])]).astype(np.int64)
+        kept = rows[(rows >= 0) & (count >= 2)[session]]
+        return SessionLog([self.session_ids[i] for i in which], kept, offsets, self.start[which], self.dropped)
 
     def ids_sha256(self) -> str:
         digest = hashlib.sha256()
