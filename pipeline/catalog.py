@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -113,13 +114,13 @@ class _Column:
 
     def __init__(self, path: Path, file: pq.ParquetFile, name: str, cache_bytes: int) -> None:
         self.path, self.metadata, self.name, self.cache_bytes = path, file.metadata, name, cache_bytes
-        self.bounds = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+        self.ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]).tolist()
         self.kept: dict[int, pa.ChunkedArray] = {}  # in order of use
         self.state = _file_state(path)
 
     def __getitem__(self, row: int) -> pa.Scalar:
-        group = int(np.searchsorted(self.bounds, row, side="right")) - 1
-        return self._group(group)[row - int(self.bounds[group])]
+        group = bisect_right(self.ends, row)
+        return self._group(group)[row - (self.ends[group - 1] if group else 0)]
 
     def _group(self, number: int) -> pa.ChunkedArray:
         column = self.kept.pop(number, None)
@@ -131,9 +132,10 @@ class _Column:
                 column.validate(full=True)
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(self.path, error) from None
+            room = self.cache_bytes - column.nbytes
+            while self.kept and sum(kept.nbytes for kept in self.kept.values()) > room:
+                self.kept.pop(next(iter(self.kept)), None)
         self.kept[number] = column
-        while len(self.kept) > 1 and sum(kept.nbytes for kept in self.kept.values()) > self.cache_bytes:
-            self.kept.pop(next(iter(self.kept)), None)
         return column
 
 

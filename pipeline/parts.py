@@ -145,6 +145,8 @@ class Exporter:
         self.schema = embeddings_schema(dim, config.dtype)
         self.workers = config.workers
         self.device = own_device()
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # threads that wait for a reader's core wait long
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - self.workers))
         self.mllm = mllm.to(self.device).eval()
         if config.compile:
             self.mllm.backbone.model = torch.compile(self.mllm.backbone.model, dynamic=True)
