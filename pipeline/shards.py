@@ -94,7 +94,7 @@ class Shards:
         """Claims those of `names` that are neither whole nor somebody else's, one at a time, as far as they are free now."""
         for name in names:
             if name not in self.done and not self._is_whole(name) and self._take(name):
-                if self._is_whole(name):  # added between the look and the claim
+                if self._is_whole(name) or not self.staging.path.exists():  # added, or all published, between the look and the claim
                     self._release(name)
                     continue
                 remove(self.staging.path / name)
@@ -124,10 +124,11 @@ class Shards:
                 self.held[name] = file
                 return True
         except BlockingIOError:
-            if _age(path) > STALE_SECONDS:  # its owner hangs: the next look finds no claim
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if _age(path) > STALE_SECONDS:  # its owner hangs: the next look finds no claim
+                    path.unlink()
         except FileNotFoundError:
-            pass
+            pass  # given up in this moment
         file.close()
         return False
 
@@ -186,6 +187,8 @@ def _alive(claim: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return file.read() != socket.gethostname().encode() and _age(claim) < STALE_SECONDS
     except BlockingIOError:
-        return _age(claim) < STALE_SECONDS
+        with suppress(FileNotFoundError):
+            return _age(claim) < STALE_SECONDS
     except FileNotFoundError:
-        return False
+        pass
+    return False

@@ -23,6 +23,7 @@ from transformers import (
 
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
+from pipeline.errors import UserError as UserError
 from pipeline.export import export
 
 PHASES = ("knowledge", "transfer", "align")
