@@ -30,12 +30,12 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline import prompts
-from pipeline.artifact import open_verified, read_embeddings, stage
+from pipeline.artifact import open_verified, read_embeddings
 from pipeline.catalog import load_catalog
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_config, save_config
+from pipeline.distill import publish
 from pipeline.export import export
-from pipeline.mllm import Encoder, Mllm, build_backbone, load_mllm, save_mllm
+from pipeline.mllm import Encoder, Mllm, build_backbone, load_mllm
 from pipeline.parts import own_device
 from pipeline.prompts import Prompts
 
@@ -85,16 +85,7 @@ def write_model(run: Path, data: Path, config: Config) -> None:
     torch.manual_seed(0)
     backbone = build_backbone(config.backbone, Prompts(catalog, config.data), 0)
     mllm = Mllm(backbone.model, ("knowledge", "transition"), config.distill.dim)
-    settings = {
-        "backbone": config.backbone.model_dump(),
-        "data": config.data.model_dump(),
-        "dim": config.distill.dim,
-        "heads": list(mllm.heads),
-        "prompts": prompts.VERSION,
-    }
-    with stage(run / "mllm", "mllm") as staging:
-        save_mllm(staging.path, mllm, backbone, settings)
-        staging.publish({"fingerprint": "benchmark", "catalogue_sha256": catalog.sha256, "sessions_sha256": ""})
+    publish(run, config, mllm, backbone, catalog.sha256, "", "benchmark")
 
 
 # --- the ways to export it
@@ -328,8 +319,6 @@ def change(data: Path, count: int) -> list[int]:
 
 
 def prepared(folder: Path, config: Config, items: int, data: Path | None = None) -> tuple[Path, Path]:
-    from pipeline.config import save_config
-
     run = folder / f"run-{items}"
     if data is None:
         data = folder / f"data-{items}"

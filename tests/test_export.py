@@ -258,6 +258,14 @@ def test_an_update_that_cannot_be_one_says_why(tiny_run: Path, tiny_data: Path, 
 # --- other forms
 
 
+@pytest.mark.slow
+def test_a_compiled_export_gives_the_same_vectors(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = model_only(tiny_run, tmp_path / "run")
+    export_run(run, tiny_data, "export.compile=true")
+    compiled, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    np.testing.assert_allclose(compiled.knowledge, whole.knowledge, atol=1e-5)
+
+
 def test_int8_and_arrays_are_the_same_vectors(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = model_only(tiny_run, tmp_path / "run")
     export_run(run, tiny_data, "export.dtype=int8", "export.format=npy")
