@@ -173,16 +173,48 @@ def distill(
 
 @app.command()
 def export_embeddings(
-    config: ConfigFile = None, data: DataFolder = None, run: RunFolder = RUN, set_: Override = None, debug: Debug = False
+    config: ConfigFile = None,
+    data: DataFolder = None,
+    run: RunFolder = RUN,
+    set_: Override = None,
+    update: Annotated[bool, typer.Option("--update", help="Keep the vectors of items that have not changed.")] = False,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only the I-th of N shares of the work, for batch schedulers; the last one to end publishes.")
+    ] = "1/1",
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="parquet|npy", help="npy: .npy and item_ids.txt beside the Parquet (export.format).")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Image budget: pictures are scaled down to so many pixels (export.max_pixels).")
+    ] = None,
+    debug: Debug = False,
 ) -> None:
-    """Write one vector per item: items + unified MLLM -> Parquet and manifest."""
-    with errors(debug), open_run(config, data, run, set_) as (settings, folder):
+    """Write one vector per item: items + unified MLLM -> Parquet and manifest. Several processes may do it together."""
+    flags = {"format": format_, "max_pixels": max_pixels}
+    overrides = [*(set_ or []), *(f"export.{key}={value}" for key, value in flags.items() if value is not None)]
+    with errors(debug), open_run(config, data, run, overrides) as (settings, folder):
+        share = parse_shard(shard)
         from pipeline.export import export
 
-        found = export(settings, run, folder)
+        found = export(settings, run, folder, update, share)
+        for note in found.notes:
+            say(note)
+        if (done := found.work).items:
+            speed = f"{done.items} items in {done.seconds:.1f} s, {done.items / done.seconds:.1f} a second"
+            say(f"{speed}; {done.padding:.1%} of the tokens padding; the model at work {done.computing / done.seconds:.0%} of the time")
+        if found.version is None:
+            say(f"{found.left} of {found.parts} parts are left, for the other shards or `tpad export-embeddings`")
+            return
         size = f"{found.rows} items x ({found.dim} knowledge + {found.dim} transition)"
         say(f"{size}: {found.version.path}{'' if found.made else ' (up to date)'}")
-        following("train-sbr", run)
+        following("index" if update and (run / "sbr" / "current").exists() and not found.notes else "train-sbr", run)
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    number, slash, count = shard.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard {shard!r} is not of the form i/n with 1 <= i <= n (command line); write e.g. 2/4", USAGE)
+    return int(number), int(count)
 
 
 @app.command()
@@ -200,6 +232,18 @@ def train_sbr(
 
         found = run_training(settings, run, folder, fresh)
         say(f"session model: {found.version.path}{'' if found.made else ' (up to date)'}")
+        following("recommend", run)
+
+
+@app.command()
+def index(data: DataFolder = None, run: RunFolder = RUN, debug: Debug = False) -> None:
+    """Put the trained session model over the current embeddings: new items can be recommended, without training."""
+    with errors(debug), open_run(None, data, run, None) as (_, folder):
+        from recommender.refresh import refresh
+
+        found = refresh(run, folder)
+        changes = f"{found.added} items added, {found.removed} removed" if found.made else "up to date"
+        say(f"session model: {found.version.path} ({changes})")
         following("recommend", run)
 
 

@@ -3,8 +3,9 @@
 A published artifact is `<root>/v000N/` with its files and a `manifest.json` that lists each of them with size and
 sha256; `<root>/current` names the version and the sha256 of its manifest. Readers follow `current` only, take no
 lock, and refuse whatever differs by one bit. Writers hold `<root>/.lock`, work in `<root>/.staging` on the same file
-system, and make a version visible by one rename. Manifests hold no clock, host or absolute path, so equal inputs
-give equal bytes. POSIX only (flock, atomic rename). Sizes and checksums guard against damage, not against forgery.
+system, and make a version visible by one rename (`shards.py` has the form for several writers of one version).
+Manifests hold no clock, host or absolute path, so equal inputs give equal bytes. POSIX only (flock, atomic rename).
+Sizes and checksums guard against damage, not against forgery.
 """
 
 import errno
@@ -15,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -31,8 +32,11 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 1
 ROW_GROUP = 1024  # rows: fixed, so that the same rows always give the same bytes
+HALVES = ("knowledge", "transition")
+Dtype = Literal["float32", "float16", "int8"]
+VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
-CURRENT, MANIFEST, LOCK, STAGING, STAGED_FOR = "current", "manifest.json", ".lock", ".staging", ".staging.json"
+CURRENT, MANIFEST, LOCK, STAGING = "current", "manifest.json", ".lock", ".staging"
 VERSION_NAME = re.compile(r"v\d{4,}")
 NAMES = {"mllm": "unified MLLM", "sbr": "session model"}  # of the kinds, for people
 OWN_KEYS = {"format_version", "kind", "files"}  # of a manifest: filled in by `publish`
@@ -66,7 +70,7 @@ def fsync_path(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`: fsynced and renamed onto it at the end, removed when the body fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process: two may replace one file
     try:
         yield temporary
         fsync_path(temporary)
@@ -116,12 +120,12 @@ class Version:
 
 
 class Staging:
-    """A folder to write in; `publish` turns it into the next version. Made by `stage`."""
+    """A folder to write in; `publish` turns it into the next version. Made by `stage`, or `shards.Shards`."""
 
-    def __init__(self, root: Path, kind: str) -> None:
+    def __init__(self, root: Path, kind: str, name: str = STAGING) -> None:
         self.root = root
         self.kind = kind
-        self.path = root / STAGING
+        self.path = root / name
         self.published = False
 
     def publish(self, manifest: dict[str, Any], keep: int = 2) -> Version:
@@ -149,25 +153,21 @@ class Staging:
 
 
 @contextmanager
-def stage(root: Path, kind: str, fingerprint: str | None = None) -> Iterator[Staging]:
-    """The only way to write an artifact: one writer at a time, in a folder nobody reads.
-
-    With a fingerprint, what an interrupted run of the same fingerprint has staged is still there (temporary files and
-    manifest removed), and a failing body leaves it there. Without one it starts empty and leaves nothing.
-    """
-    with _environment(root), _locked(root):
+def stage(root: Path, kind: str) -> Iterator[Staging]:
+    """The way of one process to write an artifact: alone, in an empty folder nobody reads, of which a failing body leaves nothing."""
+    with environment(root), locked(root):
+        clear_leftovers(root)
         staging = Staging(root, kind)
-        _prepare(staging, fingerprint)
+        staging.path.mkdir()
         try:
             yield staging
         finally:
-            if fingerprint is None or staging.published:
-                remove(staging.path)
-                remove(root / STAGED_FOR)
+            remove(staging.path)
 
 
 @contextmanager
-def _environment(root: Path) -> Iterator[None]:
+def environment(root: Path) -> Iterator[None]:
+    """Errors of disk and rights inside become one line (5)."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -177,14 +177,15 @@ def _environment(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def locked(root: Path, wait: bool = False) -> Iterator[None]:
+    """Holds the artifact's lock, made with its folder where there is none; refused while another process holds it, unless told to wait."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(f"a file stands where a folder is needed ({root}); move it, or use another --run", ENVIRONMENT) from None
     with open(root / LOCK, "ab") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"another tpad is writing here ({root}); wait until it ends, or use another --run", ARTIFACT) from None
         try:
@@ -193,20 +194,15 @@ def _locked(root: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # said, not left to close: a forked worker may hold the file open
 
 
-def _prepare(staging: Staging, fingerprint: str | None) -> None:
-    tag = staging.root / STAGED_FOR
-    wanted = {"kind": staging.kind, "fingerprint": fingerprint}
-    ours = tag.is_file() and tag.read_bytes() == canonical_json(wanted) and staging.path.is_dir() and not staging.path.is_symlink()
-    if fingerprint is None or not ours:
-        remove(staging.path)
-        fsync_path(staging.root)  # the old files are gone for good before the new name stands on them
-        write_json(tag, wanted)
-    for leftover in [*staging.root.glob(".*.tmp"), *staging.path.rglob(".*.tmp")]:
-        remove(leftover)
-    for leftover in staging.root.glob(".pruned-*"):
+def clear_leftovers(root: Path, *kept: Path) -> None:
+    """Removes what writers that were killed have left, but for the folders `kept`."""
+    for pattern in (f"{STAGING}*", ".work-*", ".*.tmp"):
+        for leftover in root.glob(pattern):
+            if leftover not in kept:
+                remove(leftover)
+    for leftover in root.glob(".pruned-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    staging.path.mkdir(exist_ok=True)
-    remove(staging.path / MANIFEST)
+    fsync_path(root)  # the old files are gone for good before new ones stand on their names
 
 
 def _walk(folder: Path) -> tuple[list[str], list[str]]:
@@ -236,6 +232,16 @@ def _current_number(root: Path) -> int | None:
         return int(_pointer((root / CURRENT).read_bytes())[0][1:])
     except (OSError, ValueError):
         return None
+
+
+def take_back_unpublished(staging: Staging, fingerprint: str) -> None:
+    """Makes staging again what a kill between rename and pointer has left as a version that nobody was told of."""
+    for number in _numbers(staging.root):
+        folder = staging.root / f"v{number:04d}"
+        if number > (_current_number(staging.root) or 0) and not staging.path.exists():
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                if json.loads((folder / MANIFEST).read_bytes())["fingerprint"] == fingerprint:
+                    os.rename(folder, staging.path)
 
 
 def _prune(root: Path, kept: list[int]) -> None:
@@ -365,18 +371,41 @@ def _again(hint: str) -> str:
 # ---------------------------------------------------------------- item embeddings
 
 
-def embeddings_schema(dim: int, dtype: Literal["float32", "float16"]) -> pa.Schema:
-    """Columns of an embeddings part, in this order; D = `dim` is the length of each half."""
-    vector = pa.list_(pa.field("element", {"float32": pa.float32(), "float16": pa.float16()}[dtype], nullable=False), dim)
+def embeddings_schema(dim: int, dtype: Dtype) -> pa.Schema:
+    """Columns of an embeddings part, in this order; D = `dim` is the length of each half. An int8 half times its row's scale."""
+    vector = pa.list_(pa.field("element", VECTOR_TYPES[dtype], nullable=False), dim)
+    scales = {f"{half}_scale": pa.float32() for half in HALVES if dtype == "int8"}
     columns = {
         "item_id": pa.string(),
         "knowledge": vector,
         "transition": vector,
+        **scales,
         "has_image": pa.bool_(),
         "has_text": pa.bool_(),
         "n_tokens": pa.int32(),
+        "content_sha256": pa.binary(32),  # of what the model was shown: equal content needs no second look
     }
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+def vector_columns(half: str, values: np.ndarray, schema: pa.Schema) -> dict[str, pa.Array]:
+    """The columns of `schema` that hold `values` (N, D) float32 of a half."""
+    columns = {}
+    kind = schema.field(half).type
+    if kind.value_type == pa.int8():
+        scale = np.maximum(np.abs(values).max(1), np.finfo(np.float32).tiny) / np.float32(127)
+        values = np.rint(values / scale[:, None])
+        columns[f"{half}_scale"] = pa.array(scale, pa.float32())
+    flat = pa.array(values.astype(kind.value_type.to_pandas_dtype()).reshape(-1))
+    return columns | {half: pa.FixedSizeListArray.from_arrays(flat, type=kind)}
+
+
+def vectors_of(table: pa.Table, half: str) -> np.ndarray:
+    """(N, D) of a half, in the type of the file; int8 times its scale, as float32."""
+    dim = table.schema.field(half).type.list_size
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[half].chunks]
+    vectors = np.concatenate(values).reshape(-1, dim) if values else np.empty((0, dim), np.float32)
+    return vectors * table[f"{half}_scale"].to_numpy()[:, None] if vectors.dtype == np.int8 else vectors
 
 
 def write_part(path: Path, table: pa.Table) -> None:
@@ -419,14 +448,14 @@ def _embeddings(version: Version, hint: str) -> Embeddings:
         raise _damaged(f"manifest lacks or has a wrong {error}", version.path / MANIFEST, hint) from None
     if not parts or rows != sum(n for _, n in parts):
         raise _damaged(f"{rows} rows promised, {sum(n for _, n in parts)} in the parts", version.path / MANIFEST, hint)
-    vectors = {half: np.empty((rows, dim), np.float32) for half in ("knowledge", "transition")}
+    vectors = {half: np.empty((rows, dim), np.float32) for half in HALVES}
     flags = {flag: np.empty(rows, bool) for flag in ("has_image", "has_text")}
     item_ids: list[str] = []
     for name, count in parts:
-        table = _read_part(version.path / name, schema, count, hint)
+        table = read_part(version.path / name, schema, count, hint)
         span = slice(len(item_ids), len(item_ids) + count)
         for half, filled in vectors.items():
-            filled[span] = _vectors(table[half], dim)
+            filled[span] = vectors_of(table, half)
             if not np.isfinite(filled[span]).all():
                 raise _damaged(f"{half} vectors that are not finite", version.path / name, hint)
         for flag, values in flags.items():
@@ -437,7 +466,8 @@ def _embeddings(version: Version, hint: str) -> Embeddings:
     return Embeddings(item_ids, vectors["knowledge"], vectors["transition"], flags["has_image"], flags["has_text"], version)
 
 
-def _read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:
+def read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:
+    """A part, every page against its checksum, of exactly these columns and rows. Raises `UserError` (4)."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
@@ -452,9 +482,3 @@ def _read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:
     if any(column.null_count for column in table.columns):
         raise _damaged("empty values", path, hint)
     return table
-
-
-def _vectors(column: pa.ChunkedArray, dim: int) -> np.ndarray:
-    """(N, D) in the type of the file."""
-    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    return np.concatenate(values).reshape(-1, dim) if values else np.empty((0, dim), np.float32)

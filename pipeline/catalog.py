@@ -1,8 +1,9 @@
 """Items and sessions of a data folder: read, check, decode images safely, split by time.
 
 `items.parquet` and `sessions.parquet` are what users and `tpad prepare` hand over, so everything about them is checked
-here, once, and a fault is one line with file and row. Texts are held in memory; images are not: they are read by row group
-through a cache of limited size, so a catalogue may be larger than memory (row groups of gigabytes will be felt, though).
+here, once, and a fault is one line with file and row. Texts are held in memory, unless the catalogue is loaded to be
+streamed; images are not: they are read by row group through a cache of limited size, so a catalogue may be larger than
+memory (row groups of gigabytes will be felt, though).
 """
 
 import hashlib
@@ -11,8 +12,10 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,11 +28,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.errors import DATA, UserError
 
 ITEMS, SESSIONS = "items.parquet", "sessions.parquet"
+FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_ID_BYTES = 512
 MAX_IMAGE_BYTES = 20 * 1024 * 1024
 MAX_IMAGE_PIXELS = 40_000_000
 MAX_SIDE = 4096  # pixels; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which costs nothing
-CACHE_BYTES = 256 * 1024 * 1024  # of image row groups
+CACHE_BYTES = 256 * 1024 * 1024  # of image row groups ...
+STREAM_BYTES = 16 * 1024 * 1024  # ... and of the columns of a catalogue that is gone through once, in order
 MILLISECONDS = 10**11  # a timestamp above is not in seconds (that would be the year 5138) ...
 MICROSECONDS = 10**14  # ... and one above this is not in milliseconds either
 CONTROL = "[\\x00-\\x1f\\x7f\\x{80}-\\x{9f}\\x{2028}\\x{2029}]"  # in the syntax of RE2, which Arrow uses
@@ -47,7 +52,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks about odd metadata, which is not used
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise _bad_image(f"{image.width} x {image.height} pixels, too large to decode safely", where)
                 shrink = 2 ** max(0, (max(image.size) - 1).bit_length() - MAX_SIDE.bit_length() + 1)
@@ -104,31 +109,33 @@ def read_image_file(folder: Path, path: str, where: str) -> bytes:
         raise _bad_image(f"{getattr(error, 'strerror', None) or error}: {path[:100]!r}", where) from None
 
 
-class _ImageColumn:
-    """The image column of a Parquet file, read by row group, the last few kept."""
+class _Column:
+    """A column of a Parquet file, read by row group, the last few kept."""
 
-    def __init__(self, path: Path, file: pq.ParquetFile) -> None:
-        self.path, self.metadata = path, file.metadata
-        self.bounds = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+    def __init__(self, path: Path, file: pq.ParquetFile, name: str, cache_bytes: int) -> None:
+        self.path, self.metadata, self.name, self.cache_bytes = path, file.metadata, name, cache_bytes
+        self.ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]).tolist()
         self.kept: dict[int, pa.ChunkedArray] = {}  # in order of use
         self.state = _file_state(path)
-        batches = file.iter_batches(1024, columns=["image"], use_threads=False)
-        self.present = np.concatenate([_present(batch.column(0)) for batch in batches] or [np.zeros(0, bool)])
 
-    def value(self, row: int) -> tuple[bytes | None, str | None]:
-        group = int(np.searchsorted(self.bounds, row, side="right")) - 1
-        record = self._group(group)[row - int(self.bounds[group])].as_py()
-        return record.get("bytes") or None, record.get("path") or None
+    def __getitem__(self, row: int) -> pa.Scalar:
+        group = bisect_right(self.ends, row)
+        return self._group(group)[row - (self.ends[group - 1] if group else 0)]
 
     def _group(self, number: int) -> pa.ChunkedArray:
         column = self.kept.pop(number, None)
         if column is None:
             if _file_state(self.path) != self.state:
                 raise UserError(f"the items changed while in use ({self.path}); start the command again", DATA)
-            column = _open(self.path, self.metadata).read_row_group(number, columns=["image"], use_threads=False).column(0)
+            try:
+                column = _open(self.path, self.metadata).read_row_group(number, columns=[self.name], use_threads=False).column(0)
+                column.validate(full=True)
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(self.path, error) from None
+            room = self.cache_bytes - column.nbytes
+            while self.kept and sum(kept.nbytes for kept in self.kept.values()) > room:
+                self.kept.pop(next(iter(self.kept)), None)
         self.kept[number] = column
-        while len(self.kept) > 1 and sum(kept.nbytes for kept in self.kept.values()) > CACHE_BYTES:
-            self.kept.pop(next(iter(self.kept)), None)
         return column
 
 
@@ -137,13 +144,19 @@ def _file_state(path: Path) -> tuple[int, int, int]:
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def _present(images: pa.StructArray) -> np.ndarray:
-    found = np.zeros(len(images), bool)
-    for name in ("bytes", "path"):
-        if images.type.get_field_index(name) >= 0:
-            length = pc.binary_length(pc.struct_field(images, name))
-            found |= pc.fill_null(pc.greater(length, 0), False).to_numpy(zero_copy_only=False)
-    return found
+def _present(file: pq.ParquetFile) -> tuple[np.ndarray, bool]:
+    """(N,) bool: which items have an image; and whether any of these is a file of its own."""
+    images = (batch.column(0) for batch in file.iter_batches(1024, columns=["image"], use_threads=False))
+    held, linked = np.concatenate([np.zeros((2, 0), bool), *([_filled(i, "bytes"), _filled(i, "path")] for i in images)], axis=1)
+    return held | linked, bool((linked & ~held).any())
+
+
+def _filled(images: pa.StructArray, name: str) -> np.ndarray:
+    if images.type.get_field_index(name) < 0:
+        return np.zeros(len(images), bool)
+    length = pc.binary_length(pc.struct_field(images, name))
+    filled: np.ndarray = pc.fill_null(pc.greater(length, 0), False).to_numpy(zero_copy_only=False)
+    return filled
 
 
 # --- items
@@ -156,26 +169,51 @@ class Catalog:
     path: Path
     sha256: str  # of the file
     item_ids: list[str]
-    titles: list[str]
     columns: list[str]  # those with a text: every one but item_id, image and other binary ones
-    row: dict[str, int]  # item_id -> row
-    _texts: dict[str, pa.ChunkedArray] = field(repr=False)
-    _images: _ImageColumn | None = field(repr=False)
+    _texts: Mapping[str, pa.Array | _Column] = field(repr=False)
+    _images: _Column | None = field(repr=False)
+    _present: np.ndarray = field(repr=False)  # (N,) bool: who has an image
+    by_path: bool = False  # some images are files beside the catalogue, which its sha256 does not cover
 
     def __len__(self) -> int:
         return len(self.item_ids)
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """item_id -> row"""
+        return {item_id: row for row, item_id in enumerate(self.item_ids)}
+
+    @cached_property
+    def titles(self) -> list[str]:
+        return [self.text(row, "title") for row in range(len(self))]
+
+    def only(self, item_ids: list[str]) -> "Catalog":
+        """These of the items, in this order, with their titles and nothing more."""
+        titles = pa.array([self.text(self.row[item], "title") for item in item_ids], pa.string())
+        return replace(
+            self, item_ids=item_ids, columns=["title"], _texts={"title": titles}, _images=None, _present=np.zeros(len(item_ids), bool)
+        )
 
     def text(self, row: int, column: str) -> str:
         return plain_text(self._texts[column][row].as_py())
 
     def has_image(self, row: int) -> bool:
-        return self._images is not None and bool(self._images.present[row])
+        return bool(self._present[row])
 
     def image_bytes(self, row: int) -> bytes | None:
-        if self._images is None or not self._images.present[row]:
+        if self._images is None or not self._present[row]:
             return None
-        data, path = self._images.value(row)
+        record = self._images[row].as_py()
+        data, path = record.get("bytes"), record.get("path") or None
         return data if data or path is None else read_image_file(self.path.parent, path, self._where(row))
+
+    def image_size(self, row: int) -> tuple[int, int]:
+        """Width and height by the file's first bytes; (0, 0) where these say nothing."""
+        try:
+            with Image.open(io.BytesIO(self.image_bytes(row) or b""), formats=FORMATS) as image:
+                return image.size
+        except Exception:  # `image` has the words for it
+            return 0, 0
 
     def image(self, row: int) -> Image.Image | None:
         """None without an image; `UserError` (3) for one that cannot be decoded."""
@@ -203,7 +241,8 @@ def plain_text(value: Any) -> str:
     return str(value)
 
 
-def load_catalog(data: Path) -> Catalog:
+def load_catalog(data: Path, stream: bool = False) -> Catalog:
+    """The items of a data folder. With `stream` little but the item_ids is held in memory: for one pass in row order."""
     path = data / ITEMS
     file = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`")
     schema = file.schema_arrow
@@ -211,24 +250,25 @@ def load_catalog(data: Path) -> Catalog:
     images = "image" in schema.names
     if images:
         need_columns(path, schema, {"image": is_image})
-    texts = [f.name for f in schema if f.name != "image" and not has_binary(f.type)]
+    columns = [f.name for f in schema if f.name not in ("item_id", "image") and not has_binary(f.type)]
+    cache_bytes = STREAM_BYTES if stream else CACHE_BYTES
     try:
         sha256 = _sha256(path)
-        table = file.read(columns=texts, use_threads=False)
+        table = file.read(columns=["item_id"] if stream else ["item_id", *columns], use_threads=False)
         table.validate(full=True)
-        image_column = _ImageColumn(path, file) if images else None
+        present, by_path = _present(file) if images else (np.zeros(len(table), bool), False)
+        image_column = _Column(path, file, "image", cache_bytes) if images else None
+        streamed = {name: _Column(path, file, name, cache_bytes) for name in columns} if stream else {}
     except (pa.ArrowException, OSError) as error:
         raise unreadable(path, error) from None
     if not len(table):
         raise UserError(f"no items ({path}); a catalogue needs at least one row", DATA)
     check_ids(table["item_id"], "item_id", lambda row: f"{path} row {row}")
     item_ids = table["item_id"].to_pylist()
-    rows = {item_id: row for row, item_id in enumerate(item_ids)}
-    if len(rows) < len(item_ids):
+    if pc.count_distinct(table["item_id"]).as_py() < len(item_ids):
         raise_duplicate(item_ids, lambda row: f"{path} row {row}")
-    columns = [name for name in texts if name != "item_id"]
-    titles = [title or "" for title in table["title"].to_pylist()]
-    return Catalog(path, sha256, item_ids, titles, columns, rows, {name: table[name].combine_chunks() for name in columns}, image_column)
+    texts = streamed or {name: table[name].combine_chunks() for name in columns}
+    return Catalog(path, sha256, item_ids, columns, texts, image_column, present, by_path)
 
 
 def raise_duplicate(item_ids: list[str], where: Callable[[int], str]) -> None:
@@ -346,6 +386,18 @@ class SessionLog:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         events = np.arange(offsets[-1]) + np.repeat(self.offsets[which] - offsets[:-1], lengths)
         return SessionLog([self.session_ids[i] for i in which], self.rows[events], offsets, self.start[which])
+
+    def moved(self, place: np.ndarray) -> "SessionLog":
+        """With the items' new rows `place` (N,), without the events of those at -1; ValueError where no session keeps two."""
+        rows = place[self.rows].astype(np.int32)
+        session = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+        count = np.bincount(session[rows >= 0], minlength=len(self))
+        which = np.flatnonzero(count >= 2)
+        if not len(which):
+            raise ValueError("no session of two events")
+        offsets = np.concatenate([[0], np.cumsum(count[which])]).astype(np.int64)
+        kept = rows[(rows >= 0) & (count >= 2)[session]]
+        return SessionLog([self.session_ids[i] for i in which], kept, offsets, self.start[which], self.dropped)
 
     def ids_sha256(self) -> str:
         digest = hashlib.sha256()

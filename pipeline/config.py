@@ -40,7 +40,8 @@ class DataConfig(Section):
     max_prefix: Positive = 20  # a session is cut to its last so many events before it is used as a prefix
     text: list[str] = ["title", "description"]  # item columns shown to the MLLM, in this order
     attributes: list[str] | None = None  # item columns it learns to write; null: every other text column
-    on_bad_image: Literal["error", "text_only"] = "error"  # an image that cannot be decoded stops the run, or counts as none
+    # an image that cannot be decoded stops the run, counts as none, or keeps its item out of the embeddings (and counts as none before)
+    on_bad_image: Literal["error", "skip", "text_only"] = "error"
 
 
 class ShopConfig(Section):
@@ -164,9 +165,14 @@ class DistillConfig(Section):
 
 
 class ExportConfig(Section):
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "int8"] = "float32"  # of the vectors; int8 with a scale for each row and half
+    format: Literal["parquet", "npy"] = "parquet"  # npy: knowledge.npy, transition.npy and item_ids.txt beside the Parquet parts
     shard_rows: Positive = 1024  # items a part: the unit of resume, and of work for a process
-    token_budget: Positive = 16384  # padded tokens a batch
+    token_budget: Positive = 4096  # tokens a batch, padding included; for a GPU rather 16384 and more
+    max_pixels: Positive | None = None  # images are scaled down to so many pixels; null: as in training
+    workers: Count = 1  # processes that decode and tokenise ahead; 0: a thread
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None  # null: as in training
+    compile: bool = False  # torch.compile; sequences are padded to a few lengths for it
     keep: Positive = 2  # published versions kept
 
 

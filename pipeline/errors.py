@@ -18,3 +18,6 @@ class UserError(Exception):
         line = " ".join(message.split())
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
         self.code = code
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, int]]:
+        return UserError, (str(self), self.code)  # as it comes back from a worker process

@@ -1,131 +1,203 @@
 """Batch export: every item through the unified MLLM once, into a published version of `run/embeddings`.
 
-The catalogue is cut into shards of fixed rows. A shard is computed whole, by one process, and sorted by length only
-inside itself, so its bytes do not depend on how many processes there are or how often the export was interrupted.
-Finished shards of an interrupted export of the same model and catalogue are kept; any other is computed.
+The catalogue is cut into parts of fixed rows. A part is computed whole (`parts.py`), by one process (`shards.py`), in
+batches that do not reach beyond it (`batches.py`), so its bytes do not depend on how many processes there are or how often
+they were interrupted. Here it is decided what must be computed, and how the result is published.
 """
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from pipeline import prompts
-from pipeline.artifact import Staging, Version, canonical_json, embeddings_schema, open_verified, published, stage, write_part
+from pipeline.artifact import HALVES, Version, canonical_json, environment, open_verified, published, vectors_of
+from pipeline.batches import Source
 from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import BackboneConfig, Config, DataConfig
 from pipeline.errors import ARTIFACT, UserError
-from pipeline.mllm import Encoder, Mllm, embed, load_mllm
-from pipeline.progress import Steps
+from pipeline.mllm import Encoder, load_mllm
+from pipeline.parts import Base, Exporter, Work, is_part
 from pipeline.prompts import Prompts
+from pipeline.shards import Shards, current_pointer
+
+COMPILED_LENGTHS = 32  # sequences are padded to multiples of this for torch.compile
+RECIPE = {  # what else than its content makes an item's vector, and how to say that it changed
+    "mllm_sha256": "the MLLM",
+    "prompts_version": "the prompts",
+    "dtype": "the type of the vectors",
+    "max_pixels": "the image budget",
+    "on_bad_image": "what is done about bad images",
+}
 
 
 @dataclass(frozen=True)
 class Exported:
-    version: Version
+    version: Version | None  # None: parts are left, to other --shard runs
     rows: int
     dim: int
     made: bool  # False: the published version already was of this model and catalogue
+    work: Work = field(default_factory=Work)
+    left: int = 0  # parts not there yet
+    parts: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
-def export(config: Config, run: Path, data: Path) -> Exported:
-    """Item embeddings e(v) = [k(v) ; p(v)] of a data folder's items by `run/mllm`. Raises `UserError`."""
+def export(config: Config, run: Path, data: Path, update: bool = False, share: tuple[int, int] = (1, 1)) -> Exported:
+    """Item embeddings e(v) = [k(v) ; p(v)] of a data folder's items by `run/mllm`. Raises `UserError`.
+
+    `update` keeps the vectors of unchanged items; `share` (i, n) does the i-th of n shares only, and publishes if that is all.
+    """
+    with environment(run / "embeddings"):
+        return _export(config, run, data, update, share)
+
+
+def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[int, int]) -> Exported:
+    root = run / "embeddings"
     model = open_verified(run / "mllm", "mllm", "run `tpad distill` first")
-    catalog = load_catalog(data)
-    facts = {"catalogue_sha256": catalog.sha256, "mllm_sha256": model.manifest_sha256, "dtype": config.export.dtype}
-    layout = {"shard_rows": config.export.shard_rows, "token_budget": config.export.token_budget}
-    fingerprint = hashlib.sha256(canonical_json(facts | layout)).hexdigest()
-    before = published(run / "embeddings", "embeddings")
-    if before is not None and before.manifest["fingerprint"] == fingerprint:
-        return Exported(before, before.manifest["rows"], before.manifest["dim"], made=False)
-    if model.manifest["catalogue_sha256"] != catalog.sha256:
-        # new items are welcome: their content is all the model needs
-        facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
-    mllm, backbone, settings = load_mllm(model.path)
+    settings = json.loads((model.path / "mllm.json").read_text(encoding="utf-8"))
     if settings["prompts"] != prompts.VERSION:
         raise UserError(
             f"the MLLM was trained with prompts of version {settings['prompts']} ({model.path}); run `tpad distill` again", ARTIFACT
         )
-    accelerator = Accelerator()
-    mllm.to(accelerator.device).eval()
-    views = Prompts(catalog, DataConfig.model_validate(settings["data"]))
-    encoder = Encoder(BackboneConfig.model_validate(settings["backbone"]), backbone, catalog, cache_bytes=0)
-    firsts = range(0, len(catalog), config.export.shard_rows)
-    parts = [
-        (f"part-{n:05d}.parquet", np.arange(first, min(first + config.export.shard_rows, len(catalog)))) for n, first in enumerate(firsts)
-    ]
-
-    def work(folder: Path) -> None:
-        mine = parts[accelerator.process_index :: accelerator.num_processes]
-        with Steps("export", sum(len(rows) for _, rows in mine), show=accelerator.is_main_process) as progress:
-            for name, rows in mine:
-                if not _finished(folder / name, catalog, rows):
-                    write_part(folder / name, _shard(rows, mllm, encoder, views, config, accelerator.device))
-                progress.advance(by=len(rows))
-        accelerator.wait_for_everyone()
-
-    def publish(staging: Staging) -> Version:
-        manifest = facts | {
-            "fingerprint": fingerprint,
-            "rows": len(catalog),
-            "dim": settings["dim"],
-            "metric": "cosine",
-            "parts": [{"name": name, "rows": len(rows)} for name, rows in parts],
-            "backbone": Path(settings["backbone"]["name"]).name,  # of a local folder, its name
-            "revision": settings["backbone"]["revision"],
-            "weights_sha256": next(f["sha256"] for f in model.manifest["files"] if f["name"] == "weights.safetensors"),
-            "prompts": {"version": prompts.VERSION, "text": views.shown},
-            "pooling": "last attended token",
-            "max_pixels": settings["backbone"]["max_pixels"],
-            "sessions_sha256": model.manifest["sessions_sha256"],
-        }
-        return staging.publish(manifest, config.export.keep)
-
-    if accelerator.is_main_process:
-        with stage(run / "embeddings", "embeddings", fingerprint) as staging:
-            broadcast_object_list([str(staging.path)])
-            work(staging.path)
-            version = publish(staging)
-    else:
-        folder = [""]
-        broadcast_object_list(folder)
-        work(Path(folder[0]))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        version = open_verified(run / "embeddings", "embeddings", "")
-    return Exported(version, len(catalog), settings["dim"], made=True)
-
-
-def _finished(path: Path, catalog: Catalog, rows: np.ndarray) -> bool:
-    """Whether an interrupted export of the same fingerprint left this part whole."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return bool(file.read()["item_id"].to_pylist() == [catalog.item_ids[row] for row in rows])
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def _shard(rows: np.ndarray, mllm: Mllm, encoder: Encoder, views: Prompts, config: Config, device: Any) -> pa.Table:
-    sequences = [encoder.encode(views.item(int(row))) for row in rows]
-    features = embed(mllm, encoder, sequences, ("knowledge", "transition"), config.export.token_budget, device)
-    dim = features["knowledge"].shape[1]
-    schema = embeddings_schema(dim, config.export.dtype)
-    columns = {
-        "item_id": [encoder.catalog.item_ids[row] for row in rows],
-        "has_image": [views.has_image(int(row)) for row in rows],
-        "has_text": [bool(views.text(int(row))) for row in rows],
-        "n_tokens": [len(s) for s in sequences],
+    trained = BackboneConfig.model_validate(settings["backbone"])
+    backbone_config = trained.model_copy(
+        update={"max_pixels": config.export.max_pixels or trained.max_pixels, "attention": config.export.attention or trained.attention}
+    )
+    catalog = load_catalog(data, stream=True)
+    recipe = {
+        "mllm_sha256": model.manifest_sha256,
+        "prompts_version": prompts.VERSION,
+        "dtype": config.export.dtype,
+        "max_pixels": backbone_config.max_pixels,
+        "on_bad_image": config.data.on_bad_image,
     }
-    for half, values in features.items():
-        if not (finite := np.isfinite(values).all(1)).all():
-            item = columns["item_id"][int(np.argmin(finite))]
-            raise UserError(f"the MLLM gives features that are not finite (item {item}); run `tpad distill --fresh`", ARTIFACT)
-        flat = pa.array(values.astype(config.export.dtype).reshape(-1))
-        columns[half] = pa.FixedSizeListArray.from_arrays(flat, type=schema.field(half).type)
-    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    layout = {"shard_rows": config.export.shard_rows, "token_budget": config.export.token_budget, "format": config.export.format}
+    facts = recipe | layout | {"catalogue_sha256": catalog.sha256}
+    pointer = current_pointer(root)
+    before = published(root, "embeddings")
+    if before is not None and all(before.manifest.get(key) == value for key, value in facts.items()) and not (update and catalog.by_path):
+        return Exported(before, before.manifest["rows"], before.manifest["dim"], made=False)
+    notes, base = [], None
+    if update and before is not None:
+        changed = [what for key, what in RECIPE.items() if before.manifest.get(key) != recipe[key]]
+        if changed:
+            notes.append(f"a full export, not an update: {' and '.join(changed)} changed")
+        else:
+            base = Base(before, catalog.item_ids)
+    elif update:
+        notes.append("a full export: there is nothing to update yet")
+    fingerprint = hashlib.sha256(canonical_json(facts | {"base": base and base.version.manifest_sha256})).hexdigest()
+    facts["fingerprint"] = fingerprint
+    bounds = range(0, len(catalog), config.export.shard_rows)
+    parts = {f"part-{n:05d}.parquet": np.arange(first, min(first + bounds.step, len(catalog))) for n, first in enumerate(bounds)}
+    skips = config.data.on_bad_image == "skip"
+    shards = Shards(root, "embeddings", fingerprint, lambda path, name: is_part(path, catalog, parts[name], skips))
+    if not shards.begin(pointer):
+        return _export(config, run, data, update, share)
+
+    mllm, backbone, _ = load_mllm(model.path, backbone_config, merge=True)
+    if model.manifest["catalogue_sha256"] != catalog.sha256:
+        # new items are welcome: their content is all the model needs
+        facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
+    data_config = DataConfig.model_validate(settings["data"]).model_copy(update={"on_bad_image": "error"})
+    source = Source(
+        catalog,
+        Prompts(catalog, data_config),
+        Encoder(backbone_config, backbone, catalog, cache_bytes=0),
+        config.export.token_budget,
+        config.data.on_bad_image,
+        COMPILED_LENGTHS if config.export.compile else 1,
+    )
+    exporter = Exporter(config.export, shards, parts, source, mllm, base, settings["dim"])
+    names = list(parts)[share[0] - 1 :: share[1]]
+    with shards:
+        exporter.run(names, wait=share == (1, 1))
+    if left := shards.left(list(parts)):
+        return Exported(None, len(catalog), settings["dim"], True, exporter.work, len(left), len(parts), notes)
+
+    def finish() -> dict[str, Any]:
+        folder = shards.staging.path
+        manifest = _manifest(folder, list(parts), facts, settings, model, source.views.shown, catalog if skips else None)
+        (folder / "README.md").write_text(_card(manifest), encoding="utf-8")
+        if config.export.format == "npy":
+            _write_arrays(folder, manifest)
+        return manifest
+
+    version = shards.publish(finish, config.export.keep)
+    return Exported(version, version.manifest["rows"], settings["dim"], True, exporter.work, 0, len(parts), notes)
+
+
+# --- what is published
+
+
+def _manifest(
+    folder: Path,
+    parts: list[str],
+    facts: dict[str, Any],
+    settings: dict[str, Any],
+    model: Version,
+    shown: list[str],
+    catalog: Catalog | None,
+) -> dict[str, Any]:
+    """`catalog`: where items may have been skipped, and must be listed."""
+    counts = {name: pq.read_metadata(folder / name).num_rows for name in parts}
+    manifest = facts | {
+        "rows": sum(counts.values()),
+        "dim": settings["dim"],
+        "metric": "cosine",
+        "parts": [{"name": name, "rows": rows} for name, rows in counts.items()],
+        "backbone": Path(settings["backbone"]["name"]).name,  # of a local folder, its name
+        "revision": settings["backbone"]["revision"],
+        "weights_sha256": next(f["sha256"] for f in model.manifest["files"] if f["name"] == "weights.safetensors"),
+        "prompts": {"version": prompts.VERSION, "text": shown},
+        "pooling": "last attended token",
+        "sessions_sha256": model.manifest["sessions_sha256"],
+    }
+    if catalog is not None:
+        there = {item for name in parts for item in pq.read_table(folder / name, columns=["item_id"])["item_id"].to_pylist()}
+        manifest["skipped"] = [item for item in catalog.item_ids if item not in there]
+    return manifest
+
+
+def _card(manifest: dict[str, Any]) -> str:
+    dim, dtype = manifest["dim"], manifest["dtype"]
+    scale = " (int8; multiply a row by its `knowledge_scale` or `transition_scale`)" if dtype == "int8" else ""
+    revision = f", revision {manifest['revision']}" if manifest["revision"] else ""
+    return f"""# Item embeddings
+
+{manifest["rows"]} items. One row an item, in the order of the catalogue, in `part-*.parquet`:
+
+- `item_id`
+- `knowledge`: {dim} x {dtype}{scale}, what the item is
+- `transition`: {dim} x {dtype}, what people move on to from it
+- `has_image`, `has_text`: what of it the model was shown; `n_tokens`: how long its prompt was
+- `content_sha256`: of what the model was shown
+
+Both vectors have length one: compare by inner product or cosine. They were made by a unified MLLM (TPAD, arXiv
+2504.10538) on the backbone `{manifest["backbone"]}`{revision}, whose licence and limits they inherit, from the columns
+{", ".join(f"`{name}`" for name in manifest["prompts"]["text"])} and the image, by the {manifest["pooling"]}. The transition half
+has seen training sessions only. `manifest.json` has the sha256 of every file here, of the catalogue and of the weights.
+"""
+
+
+def _write_arrays(folder: Path, manifest: dict[str, Any]) -> None:
+    """knowledge.npy and transition.npy (N, D), and item_ids.txt, a line each; written part by part."""
+    dtype = np.dtype("float32" if manifest["dtype"] == "int8" else manifest["dtype"])
+    shape = (manifest["rows"], manifest["dim"])
+    names = [part["name"] for part in manifest["parts"]]
+    for half in HALVES:
+        with open(folder / f"{half}.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            )
+            for name in names:
+                columns = [half, f"{half}_scale"] if manifest["dtype"] == "int8" else [half]
+                file.write(np.ascontiguousarray(vectors_of(pq.read_table(folder / name, columns=columns), half), dtype).tobytes())
+    with open(folder / "item_ids.txt", "w", encoding="utf-8") as ids:
+        for name in names:
+            ids.writelines(f"{item}\n" for item in pq.read_table(folder / name, columns=["item_id"])["item_id"].to_pylist())

@@ -10,6 +10,7 @@ tower once.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -81,9 +83,11 @@ class Encoder:
             raise UserError(f"backbone family `{family}` is not supported (backbone.name); supported: {', '.join(FAMILIES)}", USAGE)
         self.family = FAMILIES[family]
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        self._text: dict[str, list[int]] = {}
+        self._text: dict[str, list[int]] = {}  # those of the templates come first, so they are always kept
+        self._most_texts = 2**20 if cache_bytes else 100
         self._pictures: dict[int, Picture] = {}
         self._room = cache_bytes
+        self.picture_seconds = 0.0  # spent on decoding images and making them what the vision tower takes
         self.head, self.tail = self._frame()
 
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -98,7 +102,9 @@ class Encoder:
     def tokens(self, text: str) -> list[int]:
         found = self._text.get(text)
         if found is None:
-            found = self._text[text] = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            found = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            if len(self._text) < self._most_texts:
+                self._text[text] = found
         return found
 
     def encode(self, parts: Iterable[Part]) -> Encoded:
@@ -121,10 +127,23 @@ class Encoder:
                 out.ids += answer
         return out
 
+    def length(self, parts: Iterable[Part]) -> int:
+        """How long `encode` will make the sequence of an item's parts, known without decoding its image."""
+        count = len(self.head)
+        for part in parts:
+            if part.kind == "text":
+                count += min(len(self.tokens(" " + part.text)), self.config.max_text_tokens)
+            elif part.kind == "image":
+                count += self.family.tokens(self, part.row)
+            elif part.kind == "turn":
+                count += len(self.tail)
+        return count
+
     def picture(self, row: int) -> Picture:
         """An item's image; kept in memory while there is room."""
         found = self._pictures.get(row)
         if found is None:
+            began = time.perf_counter()
             image = self.catalog.image(row)
             assert image is not None, "the prompt asked for an image the item lacks"
             ids, tensors = self.family.encode(self, image)
@@ -133,25 +152,27 @@ class Encoder:
             if size <= self._room:
                 self._room -= size
                 self._pictures[row] = found
+            self.picture_seconds += time.perf_counter() - began
         return found
 
-    def collate(self, batches: Mapping[str, Sequence[Encoded]]) -> dict[str, dict[str, Tensor]]:
+    def collate(self, batches: Mapping[str, Sequence[Encoded]], round_to: int = 1) -> dict[str, dict[str, Tensor]]:
         """Right-padded tensors of each batch of B sequences of at most L tokens, and the pictures of all of them.
 
         A batch: `input_ids`, `attention_mask` (B, L); `read_at` (R,) and `answer_at` (A,), flat positions in (B * L) of the
         features to read and of the tokens before each answer token; `answers` (A,); `picture_at` (I,), which picture
-        each image in it is, in their order. "pictures": what the vision tower takes for the distinct ones.
+        each image in it is, in their order. "pictures": what the vision tower takes for the distinct ones. L is a
+        multiple of `round_to`.
         """
         distinct: dict[bytes, Picture] = {}
         place: dict[bytes, int] = {}
         for picture in (p for sequences in batches.values() for s in sequences for p in s.pictures):
             place.setdefault(picture.key, len(place))
             distinct.setdefault(picture.key, picture)
-        out = {name: self._collate(sequences, place) for name, sequences in batches.items()}
+        out = {name: self._collate(sequences, place, round_to) for name, sequences in batches.items()}
         return out | {"pictures": self.family.stack([p.tensors for p in distinct.values()]) if distinct else {}}
 
-    def _collate(self, sequences: Sequence[Encoded], place: dict[bytes, int]) -> dict[str, Tensor]:
-        length = max(map(len, sequences))
+    def _collate(self, sequences: Sequence[Encoded], place: dict[bytes, int], round_to: int) -> dict[str, Tensor]:
+        length = math.ceil(max(map(len, sequences)) / round_to) * round_to
         ids = np.full((len(sequences), length), self.pad, np.int64)
         mask = np.zeros((len(sequences), length), np.int64)
         reads, before, answers = [], [], []
@@ -178,27 +199,48 @@ class Family(NamedTuple):
     """How the models of a family take an image."""
 
     encode: Callable[[Encoder, Image.Image], tuple[list[int], dict[str, Tensor]]]  # its token ids and tensors
+    tokens: Callable[[Encoder, int], int]  # how many ids that of an item is, known without decoding it
     stack: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]  # the tensors of n images as the vision tower takes them
     typed: bool  # mm_token_type_ids are mandatory
 
 
 def _idefics3_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
     pixels = encoder.image_processor(images=[[image]], do_image_splitting=False, return_tensors="pt")["pixel_values"][0]
-    vision = encoder.hf_config.vision_config
-    count = (vision.image_size // vision.patch_size) ** 2 // encoder.hf_config.scale_factor**2
+    count = _idefics3_tokens(encoder) - 3
     fake, whole = encoder.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
     return [fake, whole, *[encoder.hf_config.image_token_id] * count, fake], {"pixel_values": pixels}
+
+
+def _idefics3_tokens(encoder: Encoder, row: int = 0) -> int:
+    vision = encoder.hf_config.vision_config
+    return int((vision.image_size // vision.patch_size) ** 2 // encoder.hf_config.scale_factor**2) + 3
 
 
 def _idefics3_stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack([i["pixel_values"] for i in images])}  # (n, 1, 3, H, W)
 
 
-def _qwen_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-    size = dict(encoder.image_processor.size)  # in pixels, of which "shortest_edge" is the least and "longest_edge" the most
+def _qwen_size(encoder: Encoder) -> dict[str, int]:
+    """In pixels, of which "shortest_edge" is the least and "longest_edge" the most."""
+    size = dict(encoder.image_processor.size)
     if most := encoder.config.max_pixels:
         size |= {"shortest_edge": min(most, size["shortest_edge"]), "longest_edge": most}
-    out = encoder.image_processor(images=[image], return_tensors="pt", size=size)
+    return size
+
+
+def _qwen_tokens(encoder: Encoder, row: int) -> int:
+    width, height = encoder.catalog.image_size(row)
+    size = _qwen_size(encoder)
+    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    try:
+        patches = encoder.image_processor.get_number_of_image_patches(height, width, limits)
+    except (ValueError, ZeroDivisionError):  # a picture of no or of absurd proportions, which does not come this far
+        return 2
+    return int(patches // encoder.image_processor.merge_size**2) + 2
+
+
+def _qwen_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
+    out = encoder.image_processor(images=[image], return_tensors="pt", size=_qwen_size(encoder))
     count = int(out["image_grid_thw"].prod()) // encoder.image_processor.merge_size**2
     config = encoder.hf_config
     ids = [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]
@@ -209,7 +251,8 @@ def _qwen_stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([i[name] for i in images]) for name in ("pixel_values", "image_grid_thw")}  # (patches, .), (n, 3)
 
 
-_IDEFICS3, _QWEN = Family(_idefics3_image, _idefics3_stack, typed=False), Family(_qwen_image, _qwen_stack, typed=True)
+_IDEFICS3 = Family(_idefics3_image, _idefics3_tokens, _idefics3_stack, typed=False)
+_QWEN = Family(_qwen_image, _qwen_tokens, _qwen_stack, typed=True)
 FAMILIES = {"idefics3": _IDEFICS3, "smolvlm": _IDEFICS3, "qwen2_vl": _QWEN, "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN}
 
 
@@ -432,10 +475,14 @@ def save_mllm(folder: Path, model: Mllm, backbone: Backbone, settings: dict[str,
     write_json(folder / "mllm.json", settings)
 
 
-def load_mllm(folder: Path) -> tuple[Mllm, Backbone, dict[str, Any]]:
-    """What `save_mllm` wrote (its files must have been verified): model, backbone, settings."""
+def load_mllm(folder: Path, config: BackboneConfig | None = None, merge: bool = False) -> tuple[Mllm, Backbone, dict[str, Any]]:
+    """What `save_mllm` wrote (its files must have been verified): model, backbone, settings.
+
+    `config` overrides settings of the backbone that no weight depends on; `merge` puts adapters into the weights they
+    adapt: the same model, to be used and not trained.
+    """
     settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
-    config = BackboneConfig.model_validate(settings["backbone"])
+    config = config or BackboneConfig.model_validate(settings["backbone"])
     if config.name == "tiny":
         model = _from_config(AutoConfig.from_pretrained(folder), config)
         backbone = Backbone(model, AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil"))
@@ -444,4 +491,14 @@ def load_mllm(folder: Path) -> tuple[Mllm, Backbone, dict[str, Any]]:
     backbone = _adapted(backbone, config)
     mllm = Mllm(backbone.model, settings["heads"], settings["dim"])
     load_trainable(mllm, load_file(folder / "weights.safetensors"), str(folder / "weights.safetensors"))
+    if merge:
+        merge_adapters(backbone.model)
     return mllm, backbone, settings
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Adds every adapter into the weight it adapts, in its place: the same model, faster."""
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in adapted:
+        module.merge()
+        model.set_submodule(name, module.get_base_layer())

@@ -52,7 +52,7 @@ class Prompts:
         self.shown = [c for c in config.text if c in catalog.columns]
         written = catalog.columns if config.attributes is None else config.attributes
         self.columns = list(dict.fromkeys([*self.shown, *written]))
-        self._image: dict[int, bool] = {}
+        self._decodes: dict[int, bool] = {}
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -61,18 +61,17 @@ class Prompts:
         return ". ".join(text for column in self.shown if (text := self.catalog.text(row, column)))
 
     def has_image(self, row: int) -> bool:
-        """Whether the item has an image to show: one that cannot be decoded counts as none under `text_only`."""
-        found = self._image.get(row)
-        if found is None:
-            found = self.catalog.has_image(row)
-            if found and self.on_bad_image == "text_only":
-                try:
-                    self.catalog.image(row)
-                except UserError as error:
-                    print(f"warning: {error}; shown as text only", file=sys.stderr)
-                    found = False
-            self._image[row] = found
-        return found
+        """Whether the item has an image to show: one that cannot be decoded counts as none, unless it is an error."""
+        if self.on_bad_image == "error" or not self.catalog.has_image(row):
+            return self.catalog.has_image(row)
+        if row not in self._decodes:
+            try:
+                self.catalog.image(row)
+                self._decodes[row] = True
+            except UserError as error:
+                print(f"warning: {error}; shown as text only", file=sys.stderr)
+                self._decodes[row] = False
+        return self._decodes[row]
 
     def _block(self, row: int, view: View) -> list[Part]:
         text = self.text(row) if view.text else ""

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifact import Version, canonical_json, read_embeddings
+from pipeline.artifact import HALVES, Embeddings, Version, canonical_json, read_embeddings
 from pipeline.catalog import Catalog, Split, load_catalog, load_sessions, split_by_time
 from pipeline.config import Config
-from pipeline.errors import ARTIFACT, UserError
+from pipeline.errors import ARTIFACT, DATA, UserError
 from recommender.evaluate import cases_of
-from recommender.model import whiten
+from recommender.model import Whitening, fit_whitening
 from recommender.sessions import Windows, pack
+
+SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels")  # of two embeddings' manifests: equal content has equal vectors
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Inputs:
     catalog: Catalog
     split: Split
     content: np.ndarray  # (N, 2D) whitened
+    whitening: dict[str, Whitening]  # of each half
     counts: np.ndarray  # (N,) events in the training sessions
     embeddings: Version
     fingerprint: str
@@ -36,19 +39,44 @@ def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
     """Everything read and held against each other: embeddings of another catalogue, or ones that have seen the test, are refused."""
     embeddings = read_embeddings(run / "embeddings")
     catalog = load_catalog(data)
+    check_catalogue(embeddings, catalog, run)
     split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
     made_of = embeddings.version.manifest
-    if made_of["catalogue_sha256"] != catalog.sha256 or embeddings.item_ids != catalog.item_ids:
-        raise UserError(f"embeddings are of another catalogue ({run / 'embeddings'}, {data}); run `tpad export-embeddings`", ARTIFACT)
     if made_of["sessions_sha256"] != split.train.ids_sha256():
         raise UserError(
             f"embeddings were distilled from other training sessions ({run / 'embeddings'}, {data}); "
             "run `tpad distill` and `tpad export-embeddings` with the same data, data.valid and data.test",
             ARTIFACT,
         )
+    if made_of.get("skipped"):
+        catalog, split = without_skipped(catalog, split, set(made_of["skipped"]))
     counts = np.bincount(split.train.rows, minlength=len(catalog))
-    content = np.concatenate([whiten(half, counts > 0) for half in (embeddings.knowledge, embeddings.transition)], axis=1)
-    return Inputs(catalog, split, content, counts, embeddings.version, fingerprint(config, catalog, split, embeddings.version))
+    whitening = {half: fit_whitening(getattr(embeddings, half), counts > 0) for half in HALVES}
+    content = whitened(embeddings, whitening)
+    return Inputs(catalog, split, content, whitening, counts, embeddings.version, fingerprint(config, catalog, split, embeddings.version))
+
+
+def check_catalogue(embeddings: Embeddings, catalog: Catalog, run: Path) -> None:
+    made_of, skipped = embeddings.version.manifest, set(embeddings.version.manifest.get("skipped", []))
+    if made_of["catalogue_sha256"] != catalog.sha256 or embeddings.item_ids != [i for i in catalog.item_ids if i not in skipped]:
+        where = f"{run / 'embeddings'}, {catalog.path}"
+        raise UserError(f"embeddings are of another catalogue ({where}); run `tpad export-embeddings`", ARTIFACT)
+
+
+def whitened(embeddings: Embeddings, whitening: dict[str, Whitening]) -> np.ndarray:
+    """(N, 2D)"""
+    return np.concatenate([whitening[half](getattr(embeddings, half)) for half in HALVES], axis=1)
+
+
+def without_skipped(catalog: Catalog, split: Split, skipped: set[str]) -> tuple[Catalog, Split]:
+    """Items that were left out of the embeddings leave the catalogue and the sessions too: they cannot be recommended."""
+    place = np.cumsum([item not in skipped for item in catalog.item_ids]) - 1
+    place[[catalog.row[item] for item in skipped]] = -1
+    rest = catalog.only([item for item in catalog.item_ids if item not in skipped])
+    try:
+        return rest, Split(*(log.moved(place) for log in (split.train, split.valid, split.test)))
+    except ValueError:
+        raise UserError(f"no session is left without the items skipped for their images ({catalog.path}); mend them", DATA) from None
 
 
 def fingerprint(config: Config, catalog: Catalog, split: Split, embeddings: Version) -> str:

@@ -15,7 +15,7 @@ An item without training events has no id vector: the id channel neither reads n
 model such items during training. Position t reads only events up to t, so one pass answers every prefix of a session.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -262,6 +262,22 @@ class SessionModel(nn.Module):
         model.load_state_dict(tensors)
         return model
 
+    def over(self, rows: Tensor, content: Tensor) -> "SessionModel":
+        """The same model over another catalogue: `rows` (N,) says which item here each of its items is, -1 for a new one,
+        which is then known by its `content` (N, content_dim) alone, as one without training events is."""
+        tensors, count, old = dict(self.state_dict()), len(rows), rows.clamp(min=0)
+        tensors |= {"content": content, "known": self.known[old] & (rows >= 0), "log_count": self.log_count[old]}
+        if self.config.ids:
+            place = torch.full((self.config.items,), -1)
+            place[rows[rows >= 0]] = (rows >= 0).nonzero()[:, 0]
+            pairs = torch.stack([place[self.followers.keys // self.config.items], place[self.followers.keys % self.config.items]])
+            kept = (pairs >= 0).all(0)  # not those of items that are gone
+            keys, order = (pairs[0] * count + pairs[1])[kept].sort()
+            tensors |= {"ids.weight": self.ids.weight[old], "followers.keys": keys, "followers.counts": self.followers.counts[kept][order]}
+            tensors["followers.totals"] = torch.bincount(keys // count, weights=tensors["followers.counts"], minlength=count).float()
+            tensors["followers.distinct"] = torch.bincount(keys // count, minlength=count).float()
+        return SessionModel.restored(replace(self.config, items=count), tensors)
+
     def tables(self, known: Tensor | None = None, generator: torch.Generator | None = None) -> Tables:
         """The item tables. `known` (N,) says whose id may be used (training: a random part); `generator` draws dropout."""
         known = self.known if known is None else known
@@ -373,12 +389,19 @@ def dropout(values: Tensor, rate: float, generator: torch.Generator | None) -> T
     return values * kept.to(values.device) / (1 - rate)
 
 
-def whiten(vectors: np.ndarray, fitted_on: np.ndarray) -> np.ndarray:
+class Whitening(NamedTuple):
+    mean: np.ndarray  # (D,)
+    axes: np.ndarray  # (D, D)
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, D) float32"""
+        return np.asarray((vectors - self.mean) @ self.axes, np.float32)
+
+
+def fit_whitening(vectors: np.ndarray, fitted_on: np.ndarray) -> Whitening:
     """PCA-whitening of (N, D), with mean and covariance of the rows `fitted_on` (N,) bool only; directions that carry
     next to nothing there are left small and not blown up."""
     mean = vectors[fitted_on].mean(0, dtype=np.float64)
-    centred = vectors - mean
-    values, axes = np.linalg.eigh(np.atleast_2d(np.cov(centred[fitted_on], rowvar=False)))
+    values, axes = np.linalg.eigh(np.atleast_2d(np.cov((vectors - mean)[fitted_on], rowvar=False)))
     values = np.maximum(values, 0)
-    whitened = centred @ axes / np.sqrt(values + 0.01 * max(values.mean(), 1e-12))
-    return np.asarray(whitened, np.float32)
+    return Whitening(mean, axes / np.sqrt(values + 0.01 * max(values.mean(), 1e-12)))

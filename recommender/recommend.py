@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.artifact import Version, canonical_json, open_verified
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.index import build_index, load_index, save_index, top_items
-from recommender.model import ModelConfig, SessionModel
+from recommender.model import ModelConfig, SessionModel, Whitening
 from recommender.sessions import pad_prefixes
 
 DENSE_ITEMS = 20_000
@@ -42,11 +43,20 @@ class Recommendation:
 
 
 def write_model(
-    folder: Path, model: SessionModel, item_ids: Sequence[str], titles: Sequence[str], counts: np.ndarray, samples: list[list[str]]
+    folder: Path,
+    model: SessionModel,
+    item_ids: Sequence[str],
+    titles: Sequence[str],
+    counts: np.ndarray,
+    samples: list[list[str]],
+    whitening: dict[str, Whitening],
 ) -> None:
-    """The files of the published session model: weights, settings, items, index and a few sessions to try."""
+    """The files of the published session model: weights, settings, items, index, a few sessions to try, and the whitening
+    that an item added later needs."""
     model = model.cpu().eval()
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    axes = {f"{half}.{name}": array for half, of in whitening.items() for name, array in of._asdict().items()}
+    save_arrays(axes, folder / "whitening.safetensors")
     (folder / "config.json").write_bytes(canonical_json(asdict(model.config)))
     (folder / "samples.json").write_bytes(canonical_json(samples))
     items = pa.table(
@@ -157,6 +167,6 @@ def check_embeddings(run: Path, version: Version) -> None:
     if digest != version.manifest["embeddings_manifest_sha256"]:
         raise UserError(
             f"embeddings {name} are not those the session model was trained on, {version.manifest['embeddings_version']} ({run}); "
-            "run `tpad train-sbr`",
+            "run `tpad index`, or `tpad train-sbr` to train anew",
             ARTIFACT,
         )

@@ -25,7 +25,7 @@ from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.progress import Steps
 from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, print_results, read_ceiling
-from recommender.inputs import Inputs, load_inputs
+from recommender.inputs import SAME_VECTORS, Inputs, load_inputs
 from recommender.metrics import summarise, summarise_buckets
 from recommender.model import ModelConfig, SessionModel
 from recommender.recommend import write_model
@@ -273,6 +273,7 @@ def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metr
         "fingerprint": inputs.fingerprint,
         "embeddings_manifest_sha256": inputs.embeddings.manifest_sha256,
         "embeddings_version": inputs.embeddings.name,
+        "vectors": {key: inputs.embeddings.manifest.get(key) for key in SAME_VECTORS},
         "catalogue_sha256": inputs.catalog.sha256,
         "sessions_sha256": inputs.split.train.ids_sha256(),
         "settings": config.sbr.model_dump() | {"seed": config.seed},
@@ -281,6 +282,6 @@ def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metr
     test = inputs.split.test
     samples = [[inputs.catalog.item_ids[row] for row in test.session(i)[-config.data.max_prefix :]] for i in range(min(len(test), 20))]
     with stage(run / "sbr", "sbr") as staging:
-        write_model(staging.path, model, inputs.catalog.item_ids, inputs.catalog.titles, inputs.counts, samples)
+        write_model(staging.path, model, inputs.catalog.item_ids, inputs.catalog.titles, inputs.counts, samples, inputs.whitening)
         (staging.path / "metrics.json").write_bytes(canonical_json(metrics))
         return staging.publish(manifest)

@@ -1,12 +1,13 @@
 """A small data folder and a run with published embeddings, as `tpad export-embeddings` leaves it, without any MLLM."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import embeddings_schema, stage, write_part
+from pipeline.artifact import HALVES, embeddings_schema, stage, vector_columns, write_part
 from pipeline.catalog import load_catalog, load_sessions, split_by_time
 from pipeline.config import Config
 
@@ -39,23 +40,32 @@ def write_data(data: Path, items: int = 60, sessions: int = 400, cold: int = 8, 
     return group
 
 
-def publish_embeddings(run: Path, data: Path, group: np.ndarray, config: Config, seed: int = 0, **wrong: str) -> None:
-    """Noisy vectors of the groups; `wrong` overrides entries of the manifest."""
+def publish_embeddings(
+    run: Path,
+    data: Path,
+    group: np.ndarray,
+    config: Config,
+    seed: int = 0,
+    halves: np.ndarray | None = None,
+    skipped: Sequence[int] = (),
+    **wrong: str,
+) -> None:
+    """Noisy vectors of the groups, or `halves` (2, N, D), without the rows `skipped`; `wrong` overrides entries of the manifest."""
     rng = np.random.default_rng(seed)
     catalog = load_catalog(data)
-    train = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test).train
-    halves = [
-        (np.eye(GROUPS)[group] @ rng.normal(size=(GROUPS, DIM)) + 0.2 * rng.normal(size=(len(group), DIM))).astype(np.float32)
-        for _ in range(2)
-    ]
-    vectors = [pa.FixedSizeListArray.from_arrays(pa.array(half.ravel()), DIM) for half in halves]
-    flags = [pa.array([True] * len(group))] * 2
-    columns = [pa.array(catalog.item_ids), *vectors, *flags, pa.array([5] * len(group), pa.int32())]
-    table = pa.table(
-        [c.cast(f.type) for c, f in zip(columns, embeddings_schema(DIM, "float32"), strict=True)], schema=embeddings_schema(DIM, "float32")
-    )
-    facts = {"dim": DIM, "dtype": "float32", "rows": len(group), "parts": [{"name": "part-00000.parquet", "rows": len(group)}]}
-    facts |= {"catalogue_sha256": catalog.sha256, "sessions_sha256": train.ids_sha256()} | wrong
+    if halves is None:
+        noise = [np.eye(GROUPS)[group] @ rng.normal(size=(GROUPS, DIM)) + 0.2 * rng.normal(size=(len(group), DIM)) for _ in range(2)]
+        halves = np.stack(noise).astype(np.float32)
+    kept = [row for row in range(len(catalog)) if row not in skipped]
+    facts = {"dim": DIM, "dtype": "float32", "rows": len(kept), "parts": [{"name": "part-00000.parquet", "rows": len(kept)}]}
+    facts |= {"catalogue_sha256": catalog.sha256, "skipped": [catalog.item_ids[row] for row in skipped]} | wrong
+    if "sessions_sha256" not in facts:
+        facts["sessions_sha256"] = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test).train.ids_sha256()
+    schema = embeddings_schema(DIM, "float32")
+    columns = {"item_id": [catalog.item_ids[row] for row in kept], "has_image": [True] * len(kept), "has_text": [True] * len(kept)}
+    columns |= {"n_tokens": [5] * len(kept), "content_sha256": [bytes(32)] * len(kept)}
+    for half, values in zip(HALVES, halves, strict=True):
+        columns |= vector_columns(half, values[kept], schema)
     with stage(run / "embeddings", "embeddings") as staging:
-        write_part(staging.path / "part-00000.parquet", table)
+        write_part(staging.path / "part-00000.parquet", pa.table({name: columns[name] for name in schema.names}, schema=schema))
         staging.publish(facts)

@@ -42,17 +42,23 @@ def publish(root: Path, text: str = "content", keep: int = 2, kind: str = "mllm"
         return staging.publish({"backbone": "tiny", "text": text}, keep=keep)
 
 
-def table(rows: int = 2500, dim: int = 8, dtype: str = "float32", first: int = 0) -> pa.Table:
-    schema = embeddings_schema(dim, dtype)  # type: ignore[arg-type]
-    random_values = np.random.default_rng(first).normal(size=(2, rows * dim)).astype(dtype)
-    halves = [pa.FixedSizeListArray.from_arrays(pa.array(v), type=schema.field("knowledge").type) for v in random_values]
-    ids = pa.array([f"item {first + i}" for i in range(rows)])
-    flags = pa.array([i % 3 == 0 for i in range(rows)])
-    return pa.table([ids, *halves, flags, pa.array([True] * rows), pa.array([7] * rows, pa.int32())], schema=schema)
+def table(rows: int = 2500, dim: int = 8, dtype: artifact.Dtype = "float32", first: int = 0) -> pa.Table:
+    schema = embeddings_schema(dim, dtype)
+    draw = np.random.default_rng(first)
+    columns: dict[str, Any] = {
+        "item_id": [f"item {first + i}" for i in range(rows)],
+        "has_image": [i % 3 == 0 for i in range(rows)],
+        "has_text": [True] * rows,
+        "n_tokens": [7] * rows,
+        "content_sha256": [draw.bytes(32) for _ in range(rows)],
+    }
+    for half in artifact.HALVES:
+        columns |= artifact.vector_columns(half, draw.normal(size=(rows, dim)).astype(np.float32), schema)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
-def publish_embeddings(root: Path, tables: list[pa.Table], dim: int = 8, dtype: str = "float32", **changes: Any) -> Version:
-    with stage(root, "embeddings", "fingerprint") as staging:
+def publish_embeddings(root: Path, tables: list[pa.Table], dim: int = 8, dtype: artifact.Dtype = "float32", **changes: Any) -> Version:
+    with stage(root, "embeddings") as staging:
         parts = []
         for number, part in enumerate(tables):
             write_part(staging.path / f"part-{number:05d}.parquet", part)
@@ -224,28 +230,16 @@ def test_publishing_mends_a_damaged_artifact(tmp_path: Path) -> None:
     assert open_verified(tmp_path, "mllm", HINT).manifest["text"] == "again"
 
 
-def test_staging_is_kept_for_the_same_fingerprint_only(tmp_path: Path) -> None:
-    def interrupted(fingerprint: str | None) -> list[str]:
-        with pytest.raises(KeyboardInterrupt), stage(tmp_path, "embeddings", fingerprint) as staging:
-            found = sorted(p.name for p in staging.path.iterdir())
-            (staging.path / f"part-{len(found)}").write_text("done")
-            (staging.path / ".part-9.tmp").write_text("half")
-            (staging.path / artifact.MANIFEST).write_text("{}")
-            raise KeyboardInterrupt
-        return found
-
-    assert interrupted("one") == []
-    assert interrupted("one") == ["part-0"]
-    assert interrupted("one") == ["part-0", "part-1"]
-    assert interrupted("two") == []
-    assert interrupted("two") == ["part-0"]
-    assert interrupted(None) == []
-    assert not (tmp_path / artifact.STAGING).exists()
-    assert interrupted("two") == []
-    with stage(tmp_path, "embeddings", "two") as staging:
-        staging.publish({})
-    assert [f["name"] for f in open_verified(tmp_path, "embeddings", HINT).manifest["files"]] == ["part-0"]
-    assert interrupted("two") == []  # published: the next one starts empty
+def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), stage(tmp_path, "mllm") as staging:
+        (staging.path / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == [artifact.LOCK]
+    (tmp_path / artifact.STAGING).mkdir()  # as a kill leaves it
+    (tmp_path / artifact.STAGING / "half").write_text("half")
+    (tmp_path / ".current.123.tmp").write_text("{")
+    assert [f["name"] for f in publish(tmp_path).manifest["files"]] == ["adapter/weights.bin", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "current", "v0001"]
 
 
 def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
@@ -262,9 +256,9 @@ def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
     assert subprocess.run(command, check=False, cwd=REPOSITORY).returncode == 0
 
 
-def publish_forever(root: Path, fingerprint: str | None) -> None:
+def publish_forever(root: Path) -> None:
     while True:
-        with stage(root, "mllm", fingerprint) as staging:
+        with stage(root, "mllm") as staging:
             text = str(time.monotonic_ns()) * 100
             for name in "abcdefgh":
                 (staging.path / name).write_text(text)
@@ -275,7 +269,7 @@ def test_a_reader_sees_whole_versions_only_while_writers_are_killed(tmp_path: Pa
     publish(tmp_path)
     names: set[str] = set()
     for kill in range(8):
-        writer = multiprocessing.get_context("fork").Process(target=publish_forever, args=(tmp_path, "one" if kill % 2 else None))
+        writer = multiprocessing.get_context("fork").Process(target=publish_forever, args=(tmp_path,))
         writer.start()
         try:
             before, end = len(names), time.monotonic() + 10
@@ -324,7 +318,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_old_version(tmp_pa
     done = write_in_subprocess(tmp_path, "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))")
     assert done.returncode == ENVIRONMENT and "file too large" in done.stdout and done.stdout.count("\n") == 1, done.stderr
     assert {p: p.read_bytes() for p in files_of(tmp_path)} == before
-    with pytest.raises(UserError, match="no space left on device") as caught, stage(tmp_path, "mllm", "fingerprint"):
+    with pytest.raises(UserError, match="no space left on device") as caught, stage(tmp_path, "mllm"):
         Path("/dev/full").write_text("x")
     assert caught.value.code == ENVIRONMENT
     assert open_verified(tmp_path, "mllm", HINT).name == "v0001"
@@ -372,7 +366,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_embeddings_come_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+def test_embeddings_come_back_bit_for_bit(tmp_path: Path, dtype: artifact.Dtype) -> None:
     tables = [table(1500, 8, dtype), table(3, 8, dtype, first=1500)]
     publish_embeddings(tmp_path, tables, dtype=dtype)
     back = read_embeddings(tmp_path)
@@ -386,6 +380,20 @@ def test_embeddings_come_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     assert back.version.name == "v0001"
 
 
+def test_int8_halves_come_back_within_half_a_step_of_their_scale(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    values[5] = 0
+    schema = embeddings_schema(8, "int8")
+    columns = {name: rows for name, rows in zip(table(300).column_names, table(300).columns, strict=True) if name not in artifact.HALVES}
+    for half in artifact.HALVES:
+        columns |= artifact.vector_columns(half, values, schema)
+    publish_embeddings(tmp_path, [pa.table({name: columns[name] for name in schema.names}, schema=schema)], dtype="int8")
+    back = read_embeddings(tmp_path)
+    assert back.knowledge.dtype == np.float32
+    assert (np.abs(back.knowledge - values) <= np.abs(values).max(1, keepdims=True) / 127 * 0.501).all()
+    np.testing.assert_array_equal(back.knowledge, back.transition)
+
+
 def test_a_part_has_the_promised_layout_and_always_the_same_bytes(tmp_path: Path) -> None:
     rows = table(2500)
     write_part(tmp_path / "a", rows)
@@ -394,8 +402,8 @@ def test_a_part_has_the_promised_layout_and_always_the_same_bytes(tmp_path: Path
     with pq.ParquetFile(tmp_path / "a") as file:
         groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
         assert [g.num_rows for g in groups] == [1024, 1024, 452]
-        assert {groups[0].column(n).compression for n in range(6)} == {"ZSTD"}
-        assert not any("DICTIONARY" in e for n in range(6) for e in groups[0].column(n).encodings)
+        assert {groups[0].column(n).compression for n in range(7)} == {"ZSTD"}
+        assert not any("DICTIONARY" in e for n in range(7) for e in groups[0].column(n).encodings)
         assert file.schema_arrow.equals(embeddings_schema(8, "float32"))
 
 

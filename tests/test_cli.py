@@ -392,7 +392,13 @@ def test_embeddings_newer_than_the_session_model_are_refused(run: Path, tmp_path
         staging.publish({key: value for key, value in old.manifest.items() if key not in OWN_KEYS} | {"fingerprint": "another"})
     before = contents(copy)
     done = tpad("recommend", "--run", copy, "--session", "p0001")
-    refused(done, 4, "embeddings v0002 are not those the session model was trained on, v0001", f"({copy})", "run `tpad train-sbr`")
+    refused(
+        done,
+        4,
+        "embeddings v0002 are not those the session model was trained on, v0001",
+        f"({copy})",
+        "run `tpad index`, or `tpad train-sbr`",
+    )
     assert contents(copy) == before
 
 

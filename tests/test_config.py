@@ -47,12 +47,12 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one(tmp_pat
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    message = refusal(tmp_path, "seed: x\nsbr:\n  epoch: 3\n  lr: -1\nexport: {dtype: int8}\n", "data.valid=2", "shop.itms=3")
+    message = refusal(tmp_path, "seed: x\nsbr:\n  epoch: 3\n  lr: -1\nexport: {dtype: int4}\n", "data.valid=2", "shop.itms=3")
     for part in (
         "`seed` = 'x': input should be a valid integer (my.yaml:1)",
         "unknown key `sbr.epoch` (my.yaml:3); did you mean `epochs`?",
         "`sbr.lr` = -1: input should be greater than 0 (my.yaml:4)",
-        "`export.dtype` = 'int8': input should be 'float32' or 'float16' (my.yaml:5)",
+        "`export.dtype` = 'int4': input should be 'float32', 'float16' or 'int8' (my.yaml:5)",
         "`data.valid` = 2: input should be less than 1 (--set data.valid=2)",
         "unknown key `shop.itms` (--set shop.itms=3); did you mean `items`?",
     ):

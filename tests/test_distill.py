@@ -145,7 +145,7 @@ def test_smile_aligns_too(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> No
 def test_killed_in_every_phase_it_ends_with_the_weights_of_an_undisturbed_run(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     for phase in PHASES:
         process = start(distill_run, tmp_path, tiny_data)
-        kill_when(process, tmp_path / "distill" / phase / "step-000002" / "state.json")
+        kill_when(process, (tmp_path / "distill" / phase / "step-000002" / "state.json").exists)
         assert not (tmp_path / "distill" / phase / f"step-{STEPS:06d}").exists()  # so it was killed inside this phase
     assert not (tmp_path / "mllm" / "current").exists()
     assert distill_run(tmp_path, tiny_data)

@@ -2,8 +2,14 @@
 
 import io
 import json
+import random
 import shutil
 import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny import ENVIRONMENT, contents
 from tiny_run import PHASES, distill_run, export_run, kill_when, published_folder, settings, start
 
 from pipeline.artifact import read_embeddings
 from pipeline.catalog import load_catalog
 from pipeline.errors import ARTIFACT, DATA, UserError
+from pipeline.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.export import export
 
 
@@ -46,7 +54,7 @@ def test_columns_and_manifest_are_those_of_the_contract(tiny_run: Path, tiny_dat
     item_ids: list[str] = []
     for part in manifest["parts"]:
         table = pq.read_table(folder / part["name"])
-        assert table.column_names == ["item_id", "knowledge", "transition", "has_image", "has_text", "n_tokens"]
+        assert table.column_names == ["item_id", "knowledge", "transition", "has_image", "has_text", "n_tokens", "content_sha256"]
         for half in ("knowledge", "transition"):
             assert pa.types.is_fixed_size_list(table.schema.field(half).type)
             assert table.schema.field(half).type.list_size == manifest["dim"] == 16
@@ -108,26 +116,179 @@ def test_a_second_export_is_up_to_date_and_another_layout_is_not(tiny_run: Path,
     np.testing.assert_allclose(one.transition, two.transition, atol=1e-5)
 
 
+def staged(run: Path) -> Path:
+    """Where an unfinished export keeps its parts."""
+    return next((run / "embeddings").glob(".staging-*"), run / "nowhere")
+
+
 def test_a_killed_export_goes_on_and_ends_with_the_same_bytes(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     undisturbed, run = model_only(tiny_run, tmp_path / "undisturbed"), model_only(tiny_run, tmp_path / "run")
     export_run(undisturbed, tiny_data, "export.shard_rows=1")
-    staging = run / "embeddings" / ".staging"
     process = start(export_run, run, tiny_data, "export.shard_rows=1")
-    kill_when(process, staging / "part-00003.parquet")
+    kill_when(process, lambda: (staged(run) / "part-00003.parquet").exists())
     assert not (run / "embeddings" / "current").exists()
-    staged = {path.name: path.stat().st_mtime_ns for path in staging.glob("part-*.parquet")}
-    assert 4 <= len(staged) < 40
-    damaged = staging / "part-00001.parquet"
+    before = {path.name: path.stat().st_mtime_ns for path in staged(run).glob("part-*.parquet")}
+    assert 4 <= len(before) < 40
+    damaged = staged(run) / "part-00001.parquet"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 3] ^= 1  # no longer what was written: made again
     damaged.write_bytes(data)
     export_run(run, tiny_data, "export.shard_rows=1")
-    assert parts(run) == parts(undisturbed)
-    assert (published_folder(run, "embeddings") / "manifest.json").read_bytes() == (
-        published_folder(undisturbed, "embeddings") / "manifest.json"
-    ).read_bytes()
+    assert contents(published_folder(run, "embeddings")) == contents(published_folder(undisturbed, "embeddings"))
     kept = {path.name: path.stat().st_mtime_ns for path in published_folder(run, "embeddings").glob("part-*.parquet")}
-    assert [name for name in staged if kept[name] != staged[name]] == ["part-00001.parquet"]
+    assert [name for name in before if kept[name] != before[name]] == ["part-00001.parquet"]
+
+
+def a_version_or_another(run: Path, stop: threading.Event, seen: list[str]) -> None:
+    """A reader that looks all the time. What it reads is whole, or reading raises."""
+    while not stop.is_set():
+        found = read_embeddings(run / "embeddings")
+        assert len(found.item_ids) == len(found.knowledge) == 40
+        seen.append(found.version.manifest["dtype"])
+
+
+@pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.slow)])
+def test_however_often_it_is_killed_the_bytes_are_those_of_a_quiet_run(tiny_run: Path, tiny_data: Path, tmp_path: Path, kills: int) -> None:
+    """And a reader sees the version before or the version after, nothing between."""
+    small = "export.shard_rows=4"
+    undisturbed, run = model_only(tiny_run, tmp_path / "undisturbed"), model_only(tiny_run, tmp_path / "run")
+    for folder in (undisturbed, run):
+        export_run(folder, tiny_data, "export.dtype=float16")
+    began = time.monotonic()
+    export_run(undisturbed, tiny_data, small)
+    usual = time.monotonic() - began
+    stop, seen = threading.Event(), []
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(a_version_or_another, run, stop, seen)
+        draw = random.Random(0)
+        for kill in range(kills):
+            process = start(export_run, run, tiny_data, small, f"export.workers={kill % 2}")
+            process.join(draw.random() * usual * 1.2)
+            process.kill()
+            process.join()
+        export_run(run, tiny_data, small)
+        stop.set()
+        reader.result()
+    assert "float16" in seen
+    assert contents(published_folder(run, "embeddings")) == contents(published_folder(undisturbed, "embeddings"))
+    assert [path.name for path in (run / "embeddings").iterdir() if path.name.startswith((".staging", ".work"))] == []
+
+
+def test_two_processes_at_once_give_the_bytes_of_one(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    undisturbed, run = model_only(tiny_run, tmp_path / "undisturbed"), model_only(tiny_run, tmp_path / "run")
+    export_run(undisturbed, tiny_data, "export.shard_rows=2")
+    processes = [start(export_run, run, tiny_data, "export.shard_rows=2") for _ in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert contents(published_folder(run, "embeddings")) == contents(published_folder(undisturbed, "embeddings"))
+    assert published_folder(run, "embeddings").name == "v0001"
+
+
+def test_shares_are_done_one_by_one_and_the_last_one_publishes(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = model_only(tiny_run, tmp_path / "run")
+    left = []
+    for number in (2, 3, 1):
+        found = export(settings(), run, tiny_data, share=(number, 3))
+        left.append(found.left)
+        assert (found.version is None) == (found.left > 0)
+        assert (run / "embeddings" / "current").exists() == (found.left == 0)
+    assert left == [2, 1, 0]
+    assert parts(run) == parts(tiny_run)
+
+
+def test_workers_and_threads_change_no_byte(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = model_only(tiny_run, tmp_path / "run")
+    export_run(run, tiny_data, "export.workers=2")
+    assert parts(run) == parts(tiny_run)
+
+
+def test_an_item_alone_has_the_vector_it_has_in_the_full_export(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = model_only(tiny_run, tmp_path / "run")
+    export_run(run, tiny_data, "export.token_budget=1")
+    alone, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    np.testing.assert_allclose(alone.knowledge, whole.knowledge, atol=1e-5)
+    np.testing.assert_allclose(alone.transition, whole.transition, atol=1e-5)
+
+
+# --- updates
+
+
+def by_id(run: Path) -> dict[str, tuple[bytes, bytes]]:
+    found = read_embeddings(run / "embeddings")
+    return {item: (k.tobytes(), t.tobytes()) for item, k, t in zip(found.item_ids, found.knowledge, found.transition, strict=True)}
+
+
+def test_an_update_computes_what_is_new_or_changed_and_keeps_the_rest(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Also where items were added before, between and after the others, or removed: rows move, vectors stay."""
+    data = change_items(tiny_data, tmp_path / "data", {3: png("red"), 5: None}, {9: "another title"})
+    table = pq.read_table(data / "items.parquet")
+    rows = table.to_pylist()
+    new = [rows[n] | {"item_id": f"new-{n}", "title": f"new thing {n}"} for n in range(3)]
+    rows = [new[0], *rows[:20], new[1], *rows[25:], new[2]]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), data / "items.parquet")
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    found = export(settings(), run, data, update=True)
+    assert found.notes == []
+    assert found.work.items == 6
+    assert found.version is not None and found.version.name == "v0002"
+    before, after = by_id(tiny_run), by_id(run)
+    assert list(after) == [row["item_id"] for row in rows]
+    changed = {"p0003", "p0005", "p0009"}
+    for item, vectors in after.items():
+        assert (vectors == before.get(item)) == (item in before and item not in changed), item
+    again = model_only(tiny_run, tmp_path / "full")
+    export_run(again, data)
+    one, other = read_embeddings(run / "embeddings"), read_embeddings(again / "embeddings")
+    np.testing.assert_allclose(one.knowledge, other.knowledge, atol=1e-5)
+    for flags in ("has_image", "has_text"):
+        np.testing.assert_array_equal(getattr(one, flags), getattr(other, flags))
+    assert not export(settings(), run, data, update=True).made
+    assert not export(settings(), run, data).made
+
+
+def test_an_update_that_cannot_be_one_says_why(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = model_only(tiny_run, tmp_path / "run")
+    assert "nothing to update" in export(settings(), run, tiny_data, update=True).notes[0]
+    found = export(settings("export.dtype=float16", "export.max_pixels=256"), run, tiny_data, update=True)
+    assert found.notes == ["a full export, not an update: the type of the vectors and the image budget changed"]
+    assert found.work.items == 40
+
+
+# --- other forms
+
+
+@pytest.mark.slow
+def test_a_compiled_export_gives_the_same_vectors(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = model_only(tiny_run, tmp_path / "run")
+    export_run(run, tiny_data, "export.compile=true")
+    compiled, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    np.testing.assert_allclose(compiled.knowledge, whole.knowledge, atol=1e-5)
+
+
+def test_int8_and_arrays_are_the_same_vectors(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = model_only(tiny_run, tmp_path / "run")
+    export_run(run, tiny_data, "export.dtype=int8", "export.format=npy")
+    folder = published_folder(run, "embeddings")
+    found, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    for half in ("knowledge", "transition"):
+        values = getattr(whole, half)
+        assert (np.abs(getattr(found, half) - values) <= np.abs(values).max(1, keepdims=True) / 127 * 0.51).all()
+        np.testing.assert_array_equal(np.load(folder / f"{half}.npy"), getattr(found, half))
+    assert (folder / "item_ids.txt").read_text().split("\n")[:-1] == found.item_ids
+    assert "int8" in (folder / "README.md").read_text()
+
+
+def test_other_programs_read_the_halves(tiny_run: Path) -> None:
+    duckdb, pandas, polars = (pytest.importorskip(name) for name in ("duckdb", "pandas", "polars"))
+    whole = read_embeddings(tiny_run / "embeddings")
+    files = str(published_folder(tiny_run, "embeddings") / "part-*.parquet")
+    rows = duckdb.sql(f"SELECT item_id, knowledge FROM '{files}' ORDER BY item_id").fetchall()
+    assert [item for item, _ in rows] == whole.item_ids
+    np.testing.assert_array_equal(np.array([vector for _, vector in rows], np.float32), whole.knowledge)
+    frame = pandas.read_parquet(published_folder(tiny_run, "embeddings") / "part-00000.parquet", columns=["item_id", "transition"])
+    np.testing.assert_array_equal(np.stack(frame["transition"]), whole.transition[:16])
+    np.testing.assert_array_equal(polars.read_parquet(files, columns=["knowledge"])["knowledge"].to_numpy(), whole.knowledge)
 
 
 # --- damage
@@ -159,6 +320,22 @@ def test_a_damaged_model_is_refused_and_a_missing_one_named(tiny_run: Path, tiny
         export_run(run, tiny_data)
     assert error.value.code == ARTIFACT
     assert not (run / "embeddings").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_version(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    before = contents(published_folder(run, "embeddings"))
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); import tiny_run; from pathlib import Path\n"
+    code += "try: tiny_run.export_run(Path(sys.argv[1]), Path(sys.argv[2]), 'export.shard_rows=8')\n"
+    code += "except tiny_run.UserError as error: print(error); sys.exit(error.code)"
+    command = [sys.executable, "-c", code, str(run), str(tiny_data)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("\n")) == (ENVIRONMENT_ERROR, 1), done.stderr
+    assert "file too large" in done.stdout
+    assert contents(published_folder(run, "embeddings")) == before
+    export_run(run, tiny_data, "export.shard_rows=8")
+    assert published_folder(run, "embeddings").name == "v0002"
+    assert sorted(path.name for path in (run / "embeddings").iterdir()) == [".lock", "current", "v0001", "v0002"]
 
 
 # --- items that lack something, and pictures that cannot be read
@@ -224,3 +401,13 @@ def test_or_the_item_is_shown_as_text_only(tiny_data: Path, tmp_path: Path, capf
     assert not found[0].has_image[7]
     assert found[0].has_image.sum() == 39
     np.testing.assert_array_equal(found[0].knowledge, found[1].knowledge)
+
+
+def test_or_the_item_is_left_out_and_listed(tiny_run: Path, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
+    run = model_only(tiny_run, tmp_path / "run")
+    export_run(run, data, "data.on_bad_image=skip")
+    found = read_embeddings(run / "embeddings")
+    assert "row 7" in capfd.readouterr().err
+    assert found.item_ids == [f"p{row:04d}" for row in range(40) if row != 7]
+    assert found.version.manifest["skipped"] == ["p0007"]

@@ -113,6 +113,19 @@ def test_an_item_has_the_same_features_alone_and_in_any_batch(made: Made) -> Non
     np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1, atol=1e-5)
 
 
+def test_no_feature_depends_on_the_attention_mask(made: Made) -> None:
+    """Padding is on the right and attention causal, which is why the export leaves the mask out."""
+    batches = made.encoder.collate({"items": made.items(*ITEMS)})
+    with torch.no_grad():
+        masked = made.mllm.eval()(batches, {"items": ("knowledge",)})["items.knowledge"]
+        del batches["items"]["attention_mask"]
+        torch.testing.assert_close(made.mllm(batches, {"items": ("knowledge",)})["items.knowledge"], masked, atol=1e-5, rtol=0)
+
+
+def test_the_length_of_a_sequence_is_known_before_its_picture_is_decoded(made: Made) -> None:
+    assert [made.encoder.length(made.prompts.item(row)) for row in ROW.values()] == [len(s) for s in made.items(*ITEMS)]
+
+
 def test_picture_and_text_both_matter(made: Made) -> None:
     red, blue, none, untitled, long, again = made.features(made.items(*ITEMS), 10_000)
     np.testing.assert_allclose(red, again, atol=1e-5)
@@ -243,6 +256,9 @@ def test_a_saved_model_comes_back_exactly(made: Made, tmp_path: Path) -> None:
     assert [s.ids for s in sequences] == [s.ids for s in made.items(*ITEMS)]
     before = made.features(made.items(*ITEMS), 10_000)
     np.testing.assert_array_equal(embed(again.eval(), encoder, sequences, ("knowledge",), 10_000, "cpu")["knowledge"], before)
+    merged, _, _ = load_mllm(tmp_path, merge=True)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    np.testing.assert_allclose(embed(merged.eval(), encoder, sequences, ("knowledge",), 10_000, "cpu")["knowledge"], before, atol=1e-5)
 
 
 def test_weights_of_another_model_are_refused(tiny: Made, tmp_path: Path) -> None:

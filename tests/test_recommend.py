@@ -12,11 +12,13 @@ import pytest
 import torch
 from standin_run import publish_embeddings, write_data
 
+from pipeline.artifact import read_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
 from recommender import recommend
 from recommender.batch import recommend_file
 from recommender.recommend import Recommender
+from recommender.refresh import refresh
 from recommender.train import train_sbr
 
 SETTINGS = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32"])
@@ -75,6 +77,56 @@ def test_seen_items_are_left_out_on_request_and_no_place_is_lost(recommender: Re
     found = ids(recommender.recommend(session, 10, exclude_seen=True))
     assert len(found) == 10
     assert not set(session) & set(found)
+
+
+def test_new_items_are_recommended_without_training(run: Path, recommender: Recommender, tmp_path: Path) -> None:
+    """Items come, go and move; those that stay score as before, and a new one like the cold item whose vectors it has."""
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    items = pq.read_table(later / "data" / "items.parquet").to_pylist()
+    found = read_embeddings(run / "embeddings")
+    order = [*range(59, 20, -1), 55, 55, *range(20)]  # without item-020, and 55, which is cold, twice more
+    named = [f"new-{n}" if 39 <= n <= 40 else items[row]["item_id"] for n, row in enumerate(order)]
+    pq.write_table(pa.table({"item_id": named, "title": named}), later / "data" / "items.parquet")
+    halves = np.stack([found.knowledge[order], found.transition[order]])
+    publish_embeddings(later, later / "data", np.zeros(len(order), int), SETTINGS, halves=halves, sessions_sha256="as before")
+    with pytest.raises(UserError, match="tpad index"):
+        Recommender.load(later)
+    done = refresh(later, later / "data")
+    assert (done.added, done.removed, done.made) == (2, 1, True)
+    assert not refresh(later, later / "data").made
+    new = Recommender.load(later)
+    for session in recommender.samples[:5]:
+        session = [item for item in session if item != "item-020"]
+        score = {item.item_id: item.score for item in new.recommend(session, len(named)).items}
+        assert set(score) == set(named)
+        assert score["new-39"] == pytest.approx(score["item-055"] if "item-055" not in session else score["new-40"], abs=1e-4)
+        assert ids(new.recommend(["new-39"], 5))
+        before = {item.item_id: item.score for item in recommender.recommend(session, 60).items}
+        same = [item for item in before if item in score]
+        assert len(same) == 59
+        best = sorted(same, key=lambda item: -before[item])[:10]
+        assert len(set(best) & set(sorted(same, key=lambda item: -score[item])[:10])) >= 8
+
+
+def test_an_index_over_vectors_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    publish_embeddings(later, later / "data", np.zeros(60, int), SETTINGS, seed=1, mllm_sha256="another")
+    with pytest.raises(UserError, match="run `tpad train-sbr`") as error:
+        refresh(later, later / "data")
+    assert error.value.code == ARTIFACT
+
+
+def test_items_skipped_for_their_images_are_not_recommended(run: Path, tmp_path: Path) -> None:
+    later = tmp_path / "run"
+    shutil.copytree(run / "data", later / "data")
+    group = write_data(later / "data")
+    publish_embeddings(later, later / "data", group, SETTINGS, skipped=[3, 57])
+    train_sbr(SETTINGS, later, later / "data")
+    trained = Recommender.load(later)
+    found = trained.recommend(["item-003", "item-004"], 60)
+    assert len(found.items) == 58
+    assert found.unknown == ["item-003"]
+    assert not {"item-003", "item-057"} & set(ids(found))
 
 
 def test_an_unknown_id_is_named_and_ignored(recommender: Recommender) -> None:

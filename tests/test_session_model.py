@@ -8,7 +8,7 @@ import torch
 
 from recommender.evaluate import model_ranks
 from recommender.index import build_index, top_items
-from recommender.model import ModelConfig, SessionModel, whiten
+from recommender.model import ModelConfig, SessionModel, fit_whitening
 from recommender.sessions import PAD, pack, pad_prefixes
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
@@ -155,12 +155,12 @@ def test_whitening_is_fitted_on_training_items_alone() -> None:
     rng = np.random.default_rng(0)
     vectors = (rng.normal(size=(300, 8)) @ (np.eye(8) + 0.3 * rng.normal(size=(8, 8))) + 3).astype(np.float32)
     fitted = np.arange(300) < 200
-    white = whiten(vectors, fitted)
+    white = fit_whitening(vectors, fitted)(vectors)
     assert np.allclose(white[fitted].mean(0), 0, atol=1e-4)
     assert np.allclose(np.cov(white[fitted], rowvar=False), np.eye(8), atol=0.25)
     moved = vectors.copy()
     moved[~fitted] += 100
-    assert np.allclose(whiten(moved, fitted)[fitted], white[fitted])
+    assert np.allclose(fit_whitening(moved, fitted)(moved)[fitted], white[fitted])
 
 
 def test_ranks_of_a_window_are_those_of_its_prefixes() -> None:

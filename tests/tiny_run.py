@@ -23,6 +23,7 @@ from transformers import (
 
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
+from pipeline.errors import UserError as UserError
 from pipeline.export import export
 
 PHASES = ("knowledge", "transfer", "align")
@@ -32,7 +33,8 @@ TINY = [
     *("backbone.tiny.vision_dim=16", "backbone.tiny.vision_layers=1", "backbone.tiny.dim=32", "backbone.tiny.layers=1"),
 ]
 STEPS = 6
-TRAINING = ["distill.dim=16", "distill.checkpoint_every=2", "distill.critic.warmup=2", "distill.probe.every=3", "export.shard_rows=16"]
+TRAINING = ["distill.dim=16", "distill.checkpoint_every=2", "distill.critic.warmup=2", "distill.probe.every=3"]
+TRAINING += ["export.shard_rows=16", "export.workers=0"]
 TRAINING += [f"distill.{phase}.{setting}" for phase in PHASES for setting in (f"steps={STEPS}", "batch=8")]
 SETTINGS = [*SHOP, *TINY, *TRAINING]
 
@@ -80,10 +82,10 @@ def start(work: Callable[..., object], *args: object) -> BaseProcess:
     return process
 
 
-def kill_when(process: BaseProcess, path: Path) -> None:
-    """SIGKILL as soon as `path` is there."""
+def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> None:
+    """SIGKILL as soon as it is so."""
     deadline = time.monotonic() + 600
-    while not path.exists() and process.is_alive() and time.monotonic() < deadline:
+    while not reached() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
     process.kill()
     process.join()

@@ -1,0 +1,177 @@
+"""What the export feeds the model: rows measured, cut into batches by real tokens, decoded and tokenised ahead of it.
+
+Two jobs, so that nothing is decoded before its turn: `plan` measures the rows of a part (tokens of the text, grid of the
+picture) and cuts them into batches; `load` decodes and collates one batch. Both are functions of the rows alone, in
+whatever process they run, and so are the bytes of a part.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.catalog import Catalog
+from pipeline.errors import DATA, ENVIRONMENT, UserError
+from pipeline.mllm import Encoded, Encoder
+from pipeline.prompts import Prompts, View
+
+K = TypeVar("K")
+R = TypeVar("R")
+
+NEAR = 0.95  # a batch ends where the next sequence is shorter than this share of its longest one ...
+FILLED = 1 / 16  # ... if it is filled to this share: small leftovers are better computed than launched one by one
+
+
+def cut(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Positions of sequences in batches, longest first, of at most `token_budget` tokens with their padding, or of one sequence."""
+    batches: list[list[int]] = []
+    full = True
+    for at in np.argsort(-lengths, kind="stable").tolist():
+        if not full:
+            longest, size = lengths[batches[-1][0]], len(batches[-1])
+            far = lengths[at] < NEAR * longest and size * longest >= FILLED * token_budget
+            full = far or (size + 1) * longest > token_budget
+        if full:
+            batches.append([])
+        batches[-1].append(at)
+        full = False
+    return [np.array(batch) for batch in batches]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of the n rows of a part: their contents, and the batches of those that must go through the model."""
+
+    contents: np.ndarray  # (n, 32) uint8, sha256 of what the model is shown of an item
+    kept: np.ndarray  # (n,) bool: content as in the version that is updated
+    batches: list[np.ndarray]  # positions in the part
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`at` (B,) positions in the part, without those of pictures that cannot be decoded, where these are skipped."""
+
+    at: np.ndarray
+    tensors: dict[str, dict[str, Tensor]]  # as `Mllm` takes them
+    n_tokens: np.ndarray  # (B,)
+    has_image: np.ndarray  # (B,) bool
+    has_text: np.ndarray  # (B,) bool
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # it took to encode ...
+    decoding: float = 0.0  # ... of which on pictures
+
+
+@dataclass
+class Source:
+    """The items as the model is shown them."""
+
+    catalog: Catalog
+    views: Prompts  # that takes every picture for decodable: it turns out when its batch is loaded
+    encoder: Encoder
+    token_budget: int
+    on_bad_image: Literal["error", "skip", "text_only"]
+    round_to: int = 1  # lengths are padded to multiples of this
+
+    def plan(self, rows: np.ndarray, known: np.ndarray) -> Plan:
+        """`known` (n, 32): contents of the rows in the version that is updated, zeros where it has none."""
+        contents = np.stack([self._content(int(row)) for row in rows])
+        kept = (contents == known).all(1)
+        at = np.flatnonzero(~kept)
+        lengths = np.array([self.encoder.length(self.views.item(int(rows[n]))) for n in at], np.int64)
+        return Plan(contents, kept, [at[batch] for batch in cut(lengths, self.token_budget)])
+
+    def _content(self, row: int) -> np.ndarray:
+        text, image = self.views.text(row).encode(), self.catalog.image_bytes(row)
+        digest = hashlib.sha256(b"%d %d " % (len(text), -1 if image is None else len(image)) + text + (image or b"")).digest()
+        return np.frombuffer(digest, np.uint8)
+
+    def load(self, rows: np.ndarray, at: np.ndarray) -> Batch:
+        began, before = time.perf_counter(), self.encoder.picture_seconds
+        found: list[tuple[int, Encoded, bool, bool]] = []
+        faults = []
+        for place in at.tolist():
+            row = int(rows[place])
+            view, shown = View(image=self.catalog.has_image(row), text=True), None
+            try:
+                shown = self.encoder.encode(self.views.item(row, view))
+            except UserError as error:
+                if error.code != DATA or self.on_bad_image == "error":
+                    raise
+                faults.append(str(error))
+                if self.on_bad_image == "text_only":
+                    view = View(image=False, text=True)
+                    shown = self.encoder.encode(self.views.item(row, view))
+            if shown is not None:
+                found.append((place, shown, view.image, bool(self.views.text(row))))
+        if not found:
+            return Batch(np.empty(0, np.int64), {}, np.empty(0, np.int32), np.empty(0, bool), np.empty(0, bool), faults)
+        places, sequences, has_image, has_text = zip(*found, strict=True)
+        tensors = self.encoder.collate({"items": sequences}, self.round_to)
+        del tensors["items"]["attention_mask"]  # padding is on the right and attention causal: no token ever looks at it
+        n_tokens = np.array([len(shown) for shown in sequences], np.int32)
+        seconds, decoding = time.perf_counter() - began, self.encoder.picture_seconds - before
+        return Batch(np.array(places), tensors, n_tokens, np.array(has_image), np.array(has_text), faults, seconds, decoding)
+
+
+# --- work ahead of the model
+
+_source: Source | None = None  # of a worker
+
+
+def plan(rows: np.ndarray, known: np.ndarray) -> Plan:
+    assert _source is not None
+    return _source.plan(rows, known)
+
+
+def load(rows: np.ndarray, at: np.ndarray) -> Batch:
+    assert _source is not None
+    return _source.load(rows, at)
+
+
+def _begin(source: Source, parent: int | None) -> None:
+    global _source
+    _source = source
+    if parent is not None:
+        torch.set_num_threads(1)
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker does not outlive the process it works for, whatever ends that."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def loader(source: Source, workers: int) -> Executor:
+    """Where `plan` and `load` run: so many processes, or a thread of this one."""
+    if workers == 0:
+        return ThreadPoolExecutor(1, initializer=_begin, initargs=(source, None))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (source, os.getpid()))
+    pool.submit(int).result()  # forks them now, before there are threads, locks or a busy device
+    return pool
+
+
+def ahead(pool: Executor, work: Callable[..., R], jobs: Iterable[tuple[K, tuple[Any, ...]]], depth: int) -> Iterator[tuple[K, R]]:
+    """(key, work(*arguments)) of each job, in order, `depth` of them under way while the one before is used."""
+    begun: deque[tuple[K, Any]] = deque()
+    try:
+        for key, arguments in jobs:
+            begun.append((key, pool.submit(work, *arguments)))
+            if len(begun) > depth:
+                key, future = begun.popleft()
+                yield key, future.result()
+        for key, future in begun:
+            yield key, future.result()
+    except BrokenExecutor:
+        raise UserError("a worker process died, perhaps for want of memory (export.workers); set it to 0", ENVIRONMENT) from None

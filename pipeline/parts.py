@@ -1,0 +1,298 @@
+"""The parts of an export computed: batches in, vectors out, one Parquet file each.
+
+The model computes in this thread; `batches.py` reads ahead of it, and a thread behind it takes the vectors off the device
+and writes. Where a version is updated, rows of unchanged content are taken from it, bit for bit.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.artifact import HALVES, Version, embeddings_schema, read_part, vector_columns
+from pipeline.batches import Batch, Plan, Source, ahead, load, loader, plan
+from pipeline.catalog import Catalog
+from pipeline.config import ExportConfig
+from pipeline.errors import ARTIFACT, UserError
+from pipeline.mllm import Mllm
+from pipeline.progress import Steps
+from pipeline.shards import Shards
+
+BEHIND = 8  # results not yet written, at most
+WAIT_SECONDS = 0.1  # between looks at the last parts, which other processes have in hand
+
+
+@dataclass
+class Work:
+    """What this process did."""
+
+    items: int = 0
+    tokens: int = 0
+    padded: int = 0  # tokens with their padding
+    seconds: float = 0.0
+    computing: float = 0.0  # of these, the model was at work
+    encoding: float = 0.0  # seconds of the workers, at texts and pictures ...
+    decoding: float = 0.0  # ... of which at pictures
+
+    @property
+    def padding(self) -> float:
+        """The share of the computed tokens that was padding."""
+        return 1 - self.tokens / max(self.padded, 1)
+
+
+def is_part(path: Path, catalog: Catalog, rows: np.ndarray, skips: bool) -> bool:
+    """Whether an interrupted export of the same fingerprint, or another process, left this part whole."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            found = file.read()["item_id"].to_pylist()
+    except (OSError, pa.ArrowException):
+        return False
+    wanted = [catalog.item_ids[row] for row in rows]
+    return bool(found == wanted or (skips and found == [item for item in wanted if item in set(found)]))
+
+
+class Base:
+    """The version that is updated: its contents and vectors by the rows of the new catalogue."""
+
+    def __init__(self, version: Version, item_ids: list[str]) -> None:
+        self.version = version
+        self.parts = [(version.path / part["name"], part["rows"]) for part in version.manifest["parts"]]
+        self.bounds = np.cumsum([0, *(rows for _, rows in self.parts)])
+        columns = ["item_id", "content_sha256"]
+        found = pa.concat_tables([pq.read_table(path, columns=columns, page_checksum_verification=True) for path, _ in self.parts])
+        self.place = pc.index_in(pa.array(item_ids, pa.string()), found["item_id"]).fill_null(-1).to_numpy()  # (N,) row there, or -1
+        self.contents = np.frombuffer(b"".join(found["content_sha256"].to_pylist()), np.uint8).reshape(-1, 32)
+        self._read: tuple[int, pa.Table] | None = None
+
+    def contents_of(self, rows: np.ndarray) -> np.ndarray:
+        """(n, 32), zeros for items it does not have"""
+        place = self.place[rows]
+        return np.where(place[:, None] < 0, np.uint8(0), self.contents[place])
+
+    def take(self, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
+        """Its rows of items that it has, in their order."""
+        place = self.place[rows]
+        number = np.searchsorted(self.bounds, place, side="right") - 1
+        order = np.argsort(number, kind="stable")
+        tables = [self._part(n, schema).take(place[number == n] - self.bounds[n]) for n in np.unique(number)]
+        return pa.concat_tables(tables).take(np.argsort(order))
+
+    def _part(self, number: int, schema: pa.Schema) -> pa.Table:
+        if self._read is None or self._read[0] != number:
+            path, rows = self.parts[number]
+            self._read = number, read_part(path, schema, rows, "run `tpad export-embeddings` without --update first")
+        return self._read[1]
+
+
+@dataclass
+class Part:
+    """A part on its way: what its batches have given so far."""
+
+    name: str
+    rows: np.ndarray
+    plan: Plan
+    vectors: dict[str, np.ndarray]  # (n, D) float32 each
+    left: int  # batches
+    n_tokens: np.ndarray
+    has_image: np.ndarray
+    has_text: np.ndarray
+    computed: np.ndarray  # (n,) bool: neither kept nor skipped
+
+
+class Writer:
+    """A thread behind the model. `put` waits while it is far behind, and raises what went wrong there."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.begun: deque[Future[None]] = deque()
+
+    def put(self, work: Callable[..., None], *arguments: Any) -> None:
+        self.begun.append(self.pool.submit(work, *arguments))
+        while len(self.begun) > BEHIND or (self.begun and self.begun[0].done()):
+            self.begun.popleft().result()
+
+    def drain(self) -> None:
+        while self.begun:
+            self.begun.popleft().result()
+
+
+class Clock:
+    """How long the model was at work: on a GPU by events in its stream, which runs behind this thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.spans: list[tuple[Any, Any]] = []
+        self.device, self.told = device, 0.0
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self.began = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self.spans.append((self.began, self._now()))
+        if len(self.spans) > 1000:  # the early ones are long over
+            self.told += self._sum(self.spans[:500])
+            self.spans = self.spans[500:]
+
+    def _sum(self, spans: list[tuple[Any, Any]]) -> float:
+        if self.device.type != "cuda":
+            return float(sum(end - begin for begin, end in spans))
+        return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1000
+
+    def seconds(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.told + self._sum(self.spans)
+
+
+class Exporter:
+    """The parts of one export, as far as this process computes them."""
+
+    def __init__(
+        self,
+        config: ExportConfig,
+        shards: Shards,
+        parts: dict[str, np.ndarray],
+        source: Source,
+        mllm: Mllm,
+        base: Base | None,
+        dim: int,
+    ) -> None:
+        self.shards, self.parts, self.source, self.base, self.dim = shards, parts, source, base, dim
+        self.schema = embeddings_schema(dim, config.dtype)
+        self.workers = config.workers
+        self.device = own_device()
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # threads that wait for a reader's core wait long
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - self.workers))
+        self.mllm = mllm.to(self.device).eval()
+        if config.compile:
+            self.mllm.backbone.model = torch.compile(self.mllm.backbone.model, dynamic=True)
+        self.writer = Writer()
+        self.clock = Clock(self.device)
+        self.work = Work()
+
+    def run(self, names: list[str], wait: bool) -> None:
+        """Computes what nobody else computes, until all parts are there, or, without `wait`, until others have the rest in hand."""
+        began = time.perf_counter()
+        total = sum(len(self.parts[name]) for name in names)
+        pool = loader(self.source, self.workers)
+        try:
+            with torch.inference_mode(), Steps("export", total, self._done(names)) as progress:
+                while self.shards.left(names):
+                    before = self.work.items
+                    for part, batch in ahead(pool, load, self._batches(pool, names), self.workers + 1):
+                        self._compute(part, batch)
+                        progress.advance(f"{self.work.padding:.1%} padding", by=len(batch.at))
+                    self.writer.drain()
+                    progress.advance(by=self._done(names) - progress.done)
+                    if self.work.items == before:
+                        if not wait:
+                            break
+                        time.sleep(WAIT_SECONDS)
+        finally:
+            self.writer.pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+        self.work.seconds, self.work.computing = time.perf_counter() - began, self.clock.seconds()
+
+    def _done(self, names: list[str]) -> int:
+        left = set(self.shards.left(names))
+        return sum(len(self.parts[name]) for name in names if name not in left)
+
+    def _batches(self, pool: Executor, names: list[str]) -> Iterator[tuple[Part, tuple[np.ndarray, np.ndarray]]]:
+        """The batches of the parts that this process claims, as arguments of `load`."""
+        claims = ((name, (self.parts[name], self._known(name))) for name in self.shards.take(names))
+        for name, planned in ahead(pool, plan, claims, 1):
+            rows = self.parts[name]
+            n = len(rows)
+            part = Part(
+                *(name, rows, planned, {half: np.zeros((n, self.dim), np.float32) for half in HALVES}, len(planned.batches)),
+                *(np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)),
+            )
+            if not planned.batches:
+                self.writer.put(self._finish, part)
+            for at in planned.batches:
+                yield part, (rows, at)
+
+    def _known(self, name: str) -> np.ndarray:
+        rows = self.parts[name]
+        return np.zeros((len(rows), 32), np.uint8) if self.base is None else self.base.contents_of(rows)
+
+    def _compute(self, part: Part, batch: Batch) -> None:
+        out: dict[str, Tensor] = {}
+        if len(batch.at):
+            with self.clock:
+                out = self.mllm({of: on_device(tensors, self.device) for of, tensors in batch.tensors.items()}, {"items": HALVES})
+        self.work.items += len(batch.at)
+        self.work.tokens += int(batch.n_tokens.sum())
+        self.work.padded += batch.tensors["items"]["input_ids"].numel() if len(batch.at) else 0
+        self.work.encoding += batch.seconds
+        self.work.decoding += batch.decoding
+        for fault in batch.faults:
+            print(f"warning: {fault}; {'left out' if self.source.on_bad_image == 'skip' else 'shown as text only'}", file=sys.stderr)
+        self.writer.put(self._collect, part, batch, out)
+
+    # what follows runs in the writer's thread
+
+    def _collect(self, part: Part, batch: Batch, out: dict[str, Tensor]) -> None:
+        for half in HALVES if out else ():
+            values = out[f"items.{half}"].cpu().numpy()
+            if not (finite := np.isfinite(values).all(1)).all():
+                item = self.source.catalog.item_ids[part.rows[batch.at[int(np.argmin(finite))]]]
+                raise UserError(f"the MLLM gives features that are not finite (item {item}); run `tpad distill --fresh`", ARTIFACT)
+            part.vectors[half][batch.at] = values
+        part.n_tokens[batch.at], part.has_image[batch.at], part.has_text[batch.at] = batch.n_tokens, batch.has_image, batch.has_text
+        part.computed[batch.at] = True
+        part.left -= 1
+        if not part.left:
+            self._finish(part)
+
+    def _finish(self, part: Part) -> None:
+        at = np.flatnonzero(part.computed)
+        columns = {
+            "item_id": pa.array([self.source.catalog.item_ids[row] for row in part.rows[at]], pa.string()),
+            "has_image": part.has_image[at],
+            "has_text": part.has_text[at],
+            "n_tokens": part.n_tokens[at],
+            "content_sha256": pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(32), len(at), [None, pa.py_buffer(part.plan.contents[at].tobytes())]
+            ),
+        }
+        for half, values in part.vectors.items():
+            columns |= vector_columns(half, values[at], self.schema)
+        table = pa.table({name: columns[name] for name in self.schema.names}, schema=self.schema)
+        if self.base is not None and part.plan.kept.any():
+            kept = np.flatnonzero(part.plan.kept)
+            order = np.argsort(np.concatenate([at, kept]))
+            table = pa.concat_tables([table, self.base.take(part.rows[kept], self.schema)]).take(order)
+        self.shards.add(part.name, table)
+
+
+def own_device() -> torch.device:
+    """The accelerator of this process; the CPU where there is none, or `accelerate launch --cpu` says so."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or os.environ.get("ACCELERATE_USE_CPU") == "True":
+        return torch.device("cpu")
+    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+
+
+def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}

@@ -1,0 +1,68 @@
+"""The trained session model over the items as they are now: what `tpad index` does. Nothing is trained.
+
+An item that came after the training is known by its content alone, as any item without training events is. Its vector is
+whitened as those of the training run were; the others keep their ids, counts and followers. The FAISS index is built anew.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import load_file
+
+from pipeline.artifact import HALVES, OWN_KEYS, Version, canonical_json, open_verified, read_embeddings, stage
+from pipeline.catalog import load_catalog
+from pipeline.errors import ARTIFACT, UserError
+from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
+from recommender.model import Whitening
+from recommender.recommend import load_model, write_model
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    version: Version
+    added: int
+    removed: int
+    made: bool  # False: the session model already is over these embeddings
+
+
+def refresh(run: Path, data: Path) -> Refreshed:
+    """Publishes `run/sbr` again, over the current embeddings of the items in `data`."""
+    before = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
+    embeddings = read_embeddings(run / "embeddings")
+    made_of = embeddings.version.manifest
+    if before.manifest["embeddings_manifest_sha256"] == embeddings.version.manifest_sha256:
+        return Refreshed(before, 0, 0, made=False)
+    if before.manifest.get("vectors") != {key: made_of.get(key) for key in SAME_VECTORS}:
+        raise UserError(f"the session model was trained on vectors of another MLLM or image budget ({run}); run `tpad train-sbr`", ARTIFACT)
+    catalog = load_catalog(data)
+    check_catalogue(embeddings, catalog, run)
+    items = pq.read_table(before.path / "items.parquet", page_checksum_verification=True)
+    old = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
+    rows = np.array([old.get(item_id, -1) for item_id in embeddings.item_ids])
+    arrays = load_file(before.path / "whitening.safetensors")
+    whitening = {half: Whitening(*(arrays[f"{half}.{name}"] for name in Whitening._fields)) for half in HALVES}
+    model = load_model(before.path).over(torch.as_tensor(rows), torch.as_tensor(whitened(embeddings, whitening)))
+    if not model.known.any():
+        raise UserError(f"none of the items the session model was trained on is left ({data}); run `tpad train-sbr`", ARTIFACT)
+    there = set(embeddings.item_ids)
+    samples = [[item for item in session if item in there] for session in json.loads((before.path / "samples.json").read_bytes())]
+    samples = [session for session in samples if session] or [embeddings.item_ids[:1]]
+    titles = [catalog.titles[catalog.row[item_id]] for item_id in embeddings.item_ids]
+    counts = np.where(rows < 0, 0, items["count"].to_numpy()[rows])
+    manifest = {key: value for key, value in before.manifest.items() if key not in OWN_KEYS} | {
+        "fingerprint": hashlib.sha256(canonical_json([before.manifest["fingerprint"], embeddings.version.manifest_sha256])).hexdigest(),
+        "embeddings_manifest_sha256": embeddings.version.manifest_sha256,
+        "embeddings_version": embeddings.version.name,
+        "catalogue_sha256": catalog.sha256,
+    }
+    manifest["model"] |= {"items": len(rows)}
+    with stage(run / "sbr", "sbr") as staging:
+        write_model(staging.path, model, embeddings.item_ids, titles, counts, samples, whitening)
+        (staging.path / "metrics.json").write_bytes((before.path / "metrics.json").read_bytes())
+        version = staging.publish(manifest)
+    return Refreshed(version, int((rows < 0).sum()), len(old) - int((rows >= 0).sum()), made=True)

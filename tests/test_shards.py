@@ -1,0 +1,162 @@
+"""Several processes make one version: every part once while all live, none lost when some die, hang or come late."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import shards as module
+from pipeline.artifact import open_verified, stage
+from pipeline.errors import ARTIFACT, UserError
+from pipeline.shards import Shards, current_pointer
+
+NAMES = [f"part-{n:05d}.parquet" for n in range(12)]
+FORK = multiprocessing.get_context("fork")  # no torch here
+
+
+def whole(path: Path, name: str) -> bool:
+    try:
+        return bool(pq.read_table(path, page_checksum_verification=True)["name"].to_pylist() == [name])
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def open_shards(root: Path, fingerprint: str = "one") -> Shards:
+    shards = Shards(root, "embeddings", fingerprint, whole)
+    assert shards.begin(current_pointer(root))
+    return shards
+
+
+def work(root: Path, log: Path, seconds: float = 0.0, fingerprint: str = "one") -> None:
+    """What a process does: takes parts until there are none left, and publishes; a line of the log for each part."""
+    with open_shards(root, fingerprint) as shards:
+        while shards.left(NAMES):
+            for name in shards.take(NAMES):
+                with log.open("a") as file:
+                    file.write(f"{name} {os.getpid()}\n")
+                time.sleep(seconds)
+                shards.add(name, pa.table({"name": [name]}))
+            time.sleep(0.01)
+    shards.publish(lambda: {"fingerprint": fingerprint}, 2)
+
+
+def begin(*arguments: Any) -> Any:
+    process = FORK.Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def logged(log: Path) -> list[list[str]]:
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_each_part_is_made_once_and_one_version_published(tmp_path: Path) -> None:
+    root, log = tmp_path / "root", tmp_path / "log"
+    processes = [begin(root, log, 0.01) for _ in range(3)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(name for name, _ in logged(log)) == NAMES
+    assert len({pid for _, pid in logged(log)}) > 1
+    assert [file["name"] for file in open_verified(root, "embeddings", "").manifest["files"]] == NAMES
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "current", "v0001"]
+
+
+def test_the_claim_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
+    root, log = tmp_path / "root", tmp_path / "log"
+    process = begin(root, log, 60.0)
+    wait_for(lambda: logged(log))
+    process.kill()
+    process.join()
+    with open_shards(root) as shards:
+        assert next(shards.take(NAMES)) == NAMES[0]
+
+
+def test_a_process_that_hangs_delays_nobody_for_long_and_does_no_harm_when_it_wakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    root, log = tmp_path / "root", tmp_path / "log"
+    process = begin(root, log, 0.2)
+    wait_for(lambda: logged(log))
+    os.kill(process.pid, signal.SIGSTOP)
+    work(root, log)
+    version = open_verified(root, "embeddings", "")
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0
+    assert open_verified(root, "embeddings", "") == version
+
+
+def test_a_slow_process_keeps_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STALE_SECONDS", 0.4)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
+    root, log = tmp_path / "root", tmp_path / "log"
+    processes = [begin(root, log, 0.6) for _ in range(2)]
+    for process in processes:
+        process.join()
+    assert sorted(name for name, _ in logged(log)) == NAMES
+
+
+def test_a_claim_of_another_machine_counts_until_it_is_stale(tmp_path: Path) -> None:
+    """As where locks do not reach from one to the other."""
+    with open_shards(tmp_path) as shards:
+        claim = shards.work / f"{NAMES[0]}.claim"
+        claim.write_text("some-other-host")
+        assert next(shards.take(NAMES)) == NAMES[1]
+        os.utime(claim, (time.time() - 2 * module.STALE_SECONDS,) * 2)
+        assert next(shards.take(NAMES)) == NAMES[0]
+
+
+def test_another_export_is_refused_while_one_is_alive_and_clears_away_a_dead_one(tmp_path: Path) -> None:
+    with open_shards(tmp_path, "one") as shards:
+        name = next(shards.take(NAMES))
+        shards.add(name, pa.table({"name": [name]}))
+        next(shards.take(NAMES))
+        with pytest.raises(UserError, match="another tpad is exporting here") as error:
+            open_shards(tmp_path, "two")
+        assert error.value.code == ARTIFACT
+    assert open_shards(tmp_path, "one").left(NAMES) == NAMES[1:]
+    assert open_shards(tmp_path, "two").left(NAMES) == NAMES
+    assert open_shards(tmp_path, "one").left(NAMES) == NAMES
+
+
+def test_a_part_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
+    with open_shards(tmp_path) as shards:
+        for name in shards.take(NAMES[:3]):
+            shards.add(name, pa.table({"name": [name]}))
+    (shards.staging.path / NAMES[1]).write_bytes(b"PAR1")
+    work(tmp_path, tmp_path / "log")
+    assert [name for name, _ in logged(tmp_path / "log")] == [NAMES[1], *NAMES[3:]]
+
+
+def test_a_kill_between_rename_and_pointer_costs_no_part(tmp_path: Path) -> None:
+    root, log = tmp_path / "root", tmp_path / "log"
+    with stage(root, "embeddings") as staging:
+        staging.publish({"fingerprint": "before"})
+    pointer = current_pointer(root)
+    work(root, log)
+    (root / "current").write_bytes(pointer)  # as if killed just before
+    work(root, log)
+    assert len(logged(log)) == len(NAMES)
+    assert open_verified(root, "embeddings", "").name == "v0002"
+
+
+def test_a_version_published_meanwhile_is_noticed(tmp_path: Path) -> None:
+    pointer = current_pointer(tmp_path)
+    work(tmp_path, tmp_path / "log")
+    assert not Shards(tmp_path, "embeddings", "one", whole).begin(pointer)
