@@ -51,5 +51,5 @@ class Steps:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.done > self.first:
+        elif self.done > self.first and not isinstance(error, Exception):  # an error is one line, its own
             self._line()
