@@ -292,7 +292,8 @@ def open_parquet(path: Path, hint: str) -> pq.ParquetFile:
 
 
 def _open(path: Path, metadata: Any) -> pq.ParquetFile:
-    return pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, buffer_size=2**20)
+    # without pre_buffer, which would hold all row groups that were read
+    return pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, pre_buffer=False, buffer_size=2**20)
 
 
 def unreadable(path: Path, error: Exception) -> UserError:

@@ -342,6 +342,7 @@ def test_a_wrong_setting_is_named_with_its_line(run: Path, tmp_path: Path, text:
         (["train-sbr", "--set", "sbr.epoch=3"], ["unknown key `sbr.epoch` (--set sbr.epoch=3)", "did you mean `epochs`?"]),
         (["train-sbr", "--set", "sbr.epochs=many"], ["`sbr.epochs` = 'many'", "(--set sbr.epochs=many)"]),
         (["train-sbr", "--config", "none.yaml"], ["No such file", "none.yaml"]),
+        (["export-embeddings", "--shard", "5/4"], ["--shard '5/4'", "2/4"]),
         (["recommend", "-k", "0"], ["'-k'", "greater than or equal to 1", "tpad recommend --help"]),
         (["recommend", "--session", " , "], ["--session names no item"]),
         (["recommend", "--sessions", "some.csv"], ["--out"]),
