@@ -62,7 +62,7 @@ class Separable(nn.Module):
     """The critic f(x, y) = g(x) . h(y), g and h MLPs of one hidden layer.
 
     Separable, because all N^2 pairs of a batch then cost 2 N passes through an MLP and one matrix product, where an MLP of
-    the concatenated pair costs N^2 passes. Any smooth f is such a product, given features enough.
+    the concatenated pair costs N^2 passes. Given features enough, such products reach any smooth f.
     """
 
     def __init__(self, x_dim: int, y_dim: int, hidden: int) -> None:
@@ -132,7 +132,7 @@ class MINE(nn.Module):
 
     The gradient of a logarithm of a batch's mean is biased, so it is divided by a running mean of the batches' in place of
     its own. The estimate itself stays biased upwards, the more the smaller the batch, and has the variance of `NWJ`. A mean
-    that forgets fast lets the critic run away after one freak batch: at 6 nats and a decay of 0.9 two of twenty did.
+    that forgets fast lets the critic run away after one freak batch, the more likely the larger I.
     """
 
     log_mean: Tensor

@@ -155,7 +155,7 @@ def test_killed_in_every_phase_it_ends_with_the_weights_of_an_undisturbed_run(ti
 
 def test_killed_with_a_learned_critic_it_goes_on_with_the_critic_it_had(smile_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = without_align(smile_run, tmp_path / "run")
-    kill_when(start(distill_run, run, tiny_data, SMILE), (run / "distill" / "align" / "step-000004" / "state.json").exists)
+    kill_when(start(distill_run, run, tiny_data, SMILE), (run / "distill" / "align" / "step-000002" / "state.json").exists)
     assert distill_run(run, tiny_data, SMILE)
     assert same(weights(run), weights(smile_run))
     assert losses(run) == losses(smile_run)
