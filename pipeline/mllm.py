@@ -163,11 +163,8 @@ class Encoder:
         each image in it is, in their order. "pictures": what the vision tower takes for the distinct ones. L is a
         multiple of `round_to`.
         """
-        distinct: dict[bytes, Picture] = {}
-        place: dict[bytes, int] = {}
-        for picture in (p for sequences in batches.values() for s in sequences for p in s.pictures):
-            place.setdefault(picture.key, len(place))
-            distinct.setdefault(picture.key, picture)
+        distinct = {p.key: p for sequences in batches.values() for s in sequences for p in s.pictures}  # in order of their first use
+        place = {key: n for n, key in enumerate(distinct)}
         out = {name: self._collate(sequences, place, round_to) for name, sequences in batches.items()}
         return out | {"pictures": self.family.stack([p.tensors for p in distinct.values()]) if distinct else {}}
 

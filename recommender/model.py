@@ -75,8 +75,9 @@ class Followers(nn.Module):
         self.items = items
         self.register_buffer("keys", torch.as_tensor(keys))
         self.register_buffer("counts", torch.as_tensor(counts, dtype=torch.float32))
-        self.register_buffer("totals", torch.bincount(self.keys // items, weights=self.counts, minlength=items).float())
-        self.register_buffer("distinct", torch.bincount(self.keys // items, minlength=items).float())
+        totals, distinct = tally(self.keys, self.counts, items)
+        self.register_buffer("totals", totals)
+        self.register_buffer("distinct", distinct)
         self.discount = nn.Parameter(torch.zeros(()))  # the logit of d
         self.recency = nn.Parameter(torch.zeros(max_prefix))
         self.evidence = nn.Parameter(torch.tensor([-1.0, 0.3]))  # weight: constant, and per log of the item's transitions
@@ -133,6 +134,12 @@ class Followers(nn.Module):
         line, entry = self.entries(rows)
         value = self.share(self.counts[entry], self.totals[rows][line], self.distinct[rows][line]) * weights[case, position][line]
         scores.index_put_((case[line], self.keys[entry] % self.items), value, accumulate=True)
+
+
+def tally(keys: Tensor, counts: Tensor, items: int) -> tuple[Tensor, Tensor]:
+    """How many transitions start at each item, and to how many different followers, both (N,)."""
+    source = keys // items
+    return torch.bincount(source, weights=counts, minlength=items).float(), torch.bincount(source, minlength=items).float()
 
 
 class SessionGraph(nn.Module):
@@ -274,8 +281,7 @@ class SessionModel(nn.Module):
             kept = (pairs >= 0).all(0)  # not those of items that are gone
             keys, order = (pairs[0] * count + pairs[1])[kept].sort()
             tensors |= {"ids.weight": self.ids.weight[old], "followers.keys": keys, "followers.counts": self.followers.counts[kept][order]}
-            tensors["followers.totals"] = torch.bincount(keys // count, weights=tensors["followers.counts"], minlength=count).float()
-            tensors["followers.distinct"] = torch.bincount(keys // count, minlength=count).float()
+            tensors["followers.totals"], tensors["followers.distinct"] = tally(keys, tensors["followers.counts"], count)
         return SessionModel.restored(replace(self.config, items=count), tensors)
 
     def tables(self, known: Tensor | None = None, generator: torch.Generator | None = None) -> Tables:

@@ -280,7 +280,10 @@ def test_int8_and_arrays_are_the_same_vectors(tiny_run: Path, tiny_data: Path, t
 
 
 def test_other_programs_read_the_halves(tiny_run: Path) -> None:
-    duckdb, pandas, polars = (pytest.importorskip(name) for name in ("duckdb", "pandas", "polars"))
+    import duckdb
+    import pandas
+    import polars
+
     whole = read_embeddings(tiny_run / "embeddings")
     files = str(published_folder(tiny_run, "embeddings") / "part-*.parquet")
     rows = duckdb.sql(f"SELECT item_id, knowledge FROM '{files}' ORDER BY item_id").fetchall()
