@@ -1,27 +1,17 @@
-"""The two stages of TPAD (arXiv 2504.10538) as three phases: their objectives side by side, and one loop.
+"""The loop that trains the MLLM, phase after phase, and the unified MLLM that comes out.
 
-    knowledge  K learns what items are: it writes their texts, and its views of an item agree  -> table of k(v)
-    transfer   T learns what follows what: next-item retrieval, split into t(v) and c(v)       -> table of t(v)
-    align      K gains a second head p(v) that takes over t(v): the unified MLLM               -> published
-
-The paper's public text gives this structure; losses and prompts are this project's own choices. Only training
-sessions are ever read. Every random choice is a function of (seed, phase, step): a run that was killed and resumed, or
-spread over processes, is the same run. Every process computes the loss of the whole global batch from gathered
-features; a gradient flows only where a feature was made, so the loss times the number of processes undoes the
-averaging of distributed data parallel.
+What a phase's steps hold and minimise is in `phases.py`. A gradient flows only where a feature was made, so the loss
+times the number of processes undoes the averaging of distributed data parallel.
 """
 
 import hashlib
 import json
 import math
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -31,274 +21,13 @@ from pipeline.artifact import canonical_json, published, stage
 from pipeline.catalog import SessionLog, load_catalog, load_sessions, split_by_time
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.config import Config, PhaseConfig
-from pipeline.critic import Critic, club, club_bound, smile
 from pipeline.errors import USAGE, UserError
-from pipeline.mllm import Backbone, Encoded, Encoder, Mllm, build_backbone, embed, load_trainable, save_mllm, trainable_state
-from pipeline.mutual_information import info_nce
+from pipeline.mllm import Backbone, Encoder, Mllm, build_backbone, embed, load_trainable, save_mllm, trainable_state
+from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Tensors, Transfer
 from pipeline.progress import Steps
-from pipeline.prompts import Prompts, View
+from pipeline.prompts import Prompts
 
-Tensors = dict[str, Tensor]
-Critics = dict[str, Critic]
 TABLE_ROWS = 4096  # items embedded at a time for a table
-
-
-class Group:
-    """The processes of a run: gathering that keeps the gradient of what was made here."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.rank, self.world = accelerator, accelerator.process_index, accelerator.num_processes
-
-    def gather(self, x: Tensor) -> Tensor:
-        """(b, ...) of every process -> (B, ...), in order of the processes."""
-        if self.world == 1:
-            return x
-        parts = list(self.accelerator.gather(x.detach()).split(len(x)))
-        parts[self.rank] = x
-        return torch.cat(parts)
-
-    def total(self, x: Tensor) -> Tensor:
-        if self.world == 1:
-            return x
-        summed: Tensor = self.accelerator.reduce(x.detach().clone(), "sum")
-        return summed + x - x.detach()
-
-    def share(self, of: np.ndarray) -> np.ndarray:
-        """This process's contiguous share of a global batch."""
-        part: np.ndarray = np.array_split(of, self.world)[self.rank]
-        return part
-
-
-def drawn(count: int, batch: int, step: int, *key: int) -> np.ndarray:
-    """The indices below `count` of a step: shuffled epochs one after the other, cut into batches."""
-    at = np.arange(step * batch, (step + 1) * batch)
-    orders = {int(e): np.random.default_rng([*key, int(e)]).permutation(count) for e in np.unique(at // count)}
-    return np.array([orders[int(place // count)][place % count] for place in at])
-
-
-@dataclass
-class Phase:
-    """What a phase works on. Each kind below says which sequences make a step, and what is to be minimised."""
-
-    config: Config
-    prompts: Prompts
-    encoder: Encoder
-    train: SessionLog
-    group: Group
-    tables: Tensors  # what earlier phases found: "knowledge" k(v) and "transition" t(v), each (N, D)
-
-    name: ClassVar[str]
-    number: ClassVar[int]
-    heads: ClassVar[dict[str, tuple[str, ...]]]  # by name of the sequences
-    new: ClassVar[tuple[str, ...]]  # heads that no earlier phase has trained
-
-    @property
-    def settings(self) -> PhaseConfig:
-        settings: PhaseConfig = getattr(self.config.distill, self.name)
-        return settings
-
-    def rng(self, step: int, *more: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, self.number, step, *more])
-
-    def drawn(self, count: int, step: int) -> np.ndarray:
-        return drawn(count, self.settings.batch, step, self.config.seed, self.number)
-
-    def __len__(self) -> int:
-        return self.settings.steps
-
-    def __getitem__(self, step: int) -> tuple[dict[str, Tensors], Tensors]:
-        """This process's tensors of a step, and facts about its whole global batch."""
-        sequences, facts = self.work(step)
-        return self.encoder.collate(sequences), facts
-
-    def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
-        raise NotImplementedError
-
-    def critics(self) -> Critics:
-        """Those of this phase's losses, untrained."""
-        return {}
-
-    def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
-        raise NotImplementedError
-
-    def unseen(self, facts: Tensors) -> np.ndarray:
-        """Rows to probe the bounds on: always the first of one order that are not in this step's batch."""
-        return np.empty(0, np.int64)
-
-    def probe(self, features: Tensors, rows: Tensor, critics: Critics) -> dict[str, float]:
-        """The bounds on the (n, D) features, by head, of such rows."""
-        return {}
-
-    def _others(self, rows: np.ndarray, seen: Tensor) -> np.ndarray:
-        order = np.random.default_rng([self.config.seed, self.number]).permutation(rows)
-        others: np.ndarray = order[~np.isin(order, seen.cpu().numpy())][: self.config.distill.probe.items]
-        return others
-
-
-class Knowledge(Phase):
-    """Stage 1. L_gen over the items' texts, and L_view between two views of an item."""
-
-    name, number = "knowledge", 0
-    heads: ClassVar = {"items": ("knowledge",)}
-    new = ("knowledge",)
-
-    def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
-        rows = self.drawn(len(self.prompts), step)
-        pairs = [self.prompts.pair(int(row), self.rng(step, n)) for n, row in enumerate(rows)]
-        sequences = [
-            self.encoder.encode(self.prompts.knowledge(int(rows[n]), pairs[n][side], self.rng(step, int(n), side)))
-            for side in (0, 1)
-            for n in self.group.share(np.arange(len(rows)))
-        ]
-        return {"items": sequences}, {"paired": torch.tensor([a != b for a, b in pairs])}
-
-    def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
-        cfg = self.config.distill.knowledge
-        one, other = (self.group.gather(side)[facts["paired"]] for side in out["items.knowledge"].chunk(2))
-        view = (info_nce(one, other, cfg.temperature) + info_nce(other, one, cfg.temperature)) / 2 if len(one) else one.sum()
-        return {"generation": cfg.generation * out["items.nll"], "view": cfg.view * view}
-
-
-class Transfer(Phase):
-    """Stage 2, first half. Next-item retrieval and generation over training sessions; t(v) kept apart from c(v)."""
-
-    name, number = "transfer", 1
-    heads: ClassVar = {"sessions": ("session",), "items": ("transition", "content")}
-    new = ("session", "transition", "content")
-
-    @cached_property
-    def target_share(self) -> np.ndarray:
-        """(N,) how often an item is the next one in the training sessions, as a share."""
-        follows = np.ones(len(self.train.rows), bool)
-        follows[self.train.offsets[:-1]] = False
-        counts = np.bincount(self.train.rows[follows], minlength=len(self.prompts))
-        share: np.ndarray = counts / counts.sum()
-        return share
-
-    def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
-        cfg = self.config.distill.transfer
-        windows = [self._window(int(s), self.rng(step, n)) for n, s in enumerate(self.drawn(len(self.train), step))]
-        target = np.full((cfg.batch, cfg.items), -1)
-        for b, window in enumerate(windows):
-            target[b, : len(window) - 1] = window[1:]
-        # every item stands once among the candidates, so no negative is false
-        candidates, place = np.unique(target[target >= 0], return_inverse=True)
-        target[target >= 0] = place
-        even = np.resize(candidates, math.ceil(len(candidates) / self.group.world) * self.group.world)
-        sequences = {
-            "sessions": [self._session(windows[b], self.rng(step, b, 1)) for b in self.group.share(np.arange(cfg.batch))],
-            "items": [self._item(int(row), self.rng(step, int(row), 2)) for row in self.group.share(even)],
-        }
-        came = 1 - (1 - self.target_share[candidates]) ** len(place)  # probability to be a candidate of this batch
-        facts = {
-            "target": torch.from_numpy(target),
-            "candidates": torch.from_numpy(candidates),
-            "log_q": torch.from_numpy(np.log(came)).float(),
-        }
-        return sequences, facts
-
-    def _view(self, row: int, rng: np.random.Generator) -> View:
-        cfg = self.config.distill.transfer
-        return self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
-
-    def _session(self, rows: np.ndarray, rng: np.random.Generator) -> Encoded:
-        return self.encoder.encode(self.prompts.session(rows, [self._view(int(row), rng) for row in rows[:-1]]))
-
-    def _item(self, row: int, rng: np.random.Generator) -> Encoded:
-        return self.encoder.encode(self.prompts.item(row, self._view(row, rng)))
-
-    def _window(self, session: int, rng: np.random.Generator) -> np.ndarray:
-        rows, length = self.train.session(session), self.config.distill.transfer.items + 1
-        first = rng.integers(max(0, len(rows) - length) + 1)
-        return rows[first : first + length]
-
-    def critics(self) -> Critics:
-        return {"club": club(self.config.distill, self.group.accelerator.device)}
-
-    def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
-        cfg = self.config.distill.transfer
-        asked = facts["target"] >= 0  # (B, n)
-        local = out["sessions.session"].new_zeros(len(asked) // self.group.world, cfg.items, self.config.distill.dim)
-        local[asked.chunk(self.group.world)[self.group.rank]] = out["sessions.session"]
-        session = self.group.gather(local)[asked]
-        transition, content = (self.group.gather(out[f"items.{head}"])[: len(facts["candidates"])] for head in ("transition", "content"))
-        known = self.tables["knowledge"][facts["candidates"]]
-        return {
-            "retrieval": cfg.retrieval * info_nce(session, transition, 1.0, facts["log_q"], facts["target"][asked]),
-            "generation": cfg.generation * out["sessions.nll"],
-            "tie": cfg.tie * info_nce(content, known, cfg.temperature),
-            # only c(v) gives way: pulled at from both sides, t(v) would rather collapse
-            "disentangle": cfg.disentangle * club_bound(critics["club"], transition.detach(), content),
-        }
-
-    def unseen(self, facts: Tensors) -> np.ndarray:
-        return self._others(np.flatnonzero(self.target_share), facts["candidates"])
-
-    def probe(self, features: Tensors, rows: Tensor, critics: Critics) -> dict[str, float]:
-        return {"club_bound": critics["club"].measure(features["transition"], features["content"])}
-
-
-class Align(Phase):
-    """Stage 2, second half: transitional pattern alignment. K, still writing texts, takes over t(v) in a head of its own."""
-
-    name, number = "align", 2
-    heads: ClassVar = {"items": ("knowledge", "transition")}
-    new = ("transition",)
-
-    def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
-        cfg, rows = self.config.distill.align, self.drawn(len(self.prompts), step)
-        sequences = []
-        for n in self.group.share(np.arange(len(rows))):
-            row, rng = int(rows[n]), self.rng(step, int(n))
-            view = self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
-            sequences.append(self.encoder.encode(self.prompts.knowledge(row, view, rng)))
-        return {"items": sequences}, {"rows": torch.from_numpy(rows)}
-
-    def critics(self) -> Critics:
-        cfg, device = self.config.distill, self.group.accelerator.device
-        return {"club": club(cfg, device)} | ({"smile": smile(cfg, device)} if cfg.align.bound == "smile" else {})
-
-    def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
-        cfg = self.config.distill.align
-        knowledge, pattern = self.group.gather(out["items.knowledge"]), self.group.gather(out["items.transition"])
-        known, transition = self.tables["knowledge"][facts["rows"]], self.tables["transition"][facts["rows"]]
-        learned = critics.get("smile")
-        align = -learned.bound(pattern, transition) if learned else info_nce(pattern, transition, cfg.temperature)
-        return {
-            "align": cfg.align * align,
-            "relation": cfg.relation * relation_loss(pattern, transition, cfg.temperature),
-            "generation": cfg.generation * out["items.nll"],
-            "keep": cfg.keep * (1 - (knowledge * known).sum(-1)).mean(),
-            # only k(v) gives way, against `keep`: p(v) has t(v) to follow
-            "disentangle": cfg.disentangle * club_bound(critics["club"], pattern.detach(), knowledge),
-        }
-
-    def unseen(self, facts: Tensors) -> np.ndarray:
-        return self._others(np.arange(len(self.prompts)), facts["rows"])
-
-    def probe(self, features: Tensors, rows: Tensor, critics: Critics) -> dict[str, float]:
-        pattern, transition, learned = features["transition"], self.tables["transition"][rows], critics.get("smile")
-        if learned:
-            nats = learned.measure(pattern, transition)
-        else:
-            nats = math.log(len(rows)) - float(info_nce(pattern, transition, self.config.distill.align.temperature))
-        return {"info_nce": nats, "club_bound": critics["club"].measure(pattern, features["knowledge"])}
-
-
-PHASES: tuple[type[Phase], ...] = (Knowledge, Transfer, Align)
-
-
-def relation_loss(x: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """KL between the batch's similarity structures: how y (N, D) sees each item's neighbours, reproduced under x (N, D).
-
-    The item-item form of relational distillation (RDist of LLaVA-KD, arXiv 2410.16236, is its token-level kin).
-    """
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    ours, theirs = ((z @ z.T / temperature).masked_fill(itself, -1e4).log_softmax(-1) for z in (x, y))
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-
-
-# --- the loop
 
 
 def learning_rate(settings: PhaseConfig, step: int) -> float:

@@ -21,8 +21,9 @@ import cli
 from pipeline.artifact import read_embeddings
 from pipeline.catalog import load_catalog, load_sessions, split_by_time
 from pipeline.config import Config
-from pipeline.distill import Align, _check_batches, drawn
+from pipeline.distill import _check_batches
 from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.phases import Align, drawn
 
 ROOT = Path(__file__).parents[1]
 
