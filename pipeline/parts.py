@@ -1,15 +1,18 @@
 """The parts of an export computed: batches in, vectors out, one Parquet file each.
 
-The model computes in this thread; `batches.py` reads ahead of it, and a thread behind it takes the vectors off the device
-and writes. Where a version is updated, rows of unchanged content are taken from it, bit for bit.
+`batches.py` reads ahead of the model, and a thread behind it takes the vectors off the device and writes. On a CPU the
+model computes several batches at a time, a core each: cores that share one batch mostly wait for each other. Where a
+version is updated, rows of unchanged content are taken from it, bit for bit.
 """
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,8 @@ from pipeline.mllm import Mllm
 from pipeline.progress import Steps
 from pipeline.shards import Shards
 
-BEHIND = 8  # results not yet written, at most
+LANES = 8  # batches the model computes at a time on a CPU, at most: more cores than that share batches
+BEHIND = 4  # batches not yet written, at most, beside those in the lanes
 WAIT_SECONDS = 0.1  # between looks at the last parts, which other processes have in hand
 
 
@@ -112,15 +116,15 @@ class Part:
 
 
 class Writer:
-    """A thread behind the model. `put` waits while it is far behind, and raises what went wrong there."""
+    """A thread behind the model. `put` waits while more than `behind` are on their way, and raises what went wrong there."""
 
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1)
+    def __init__(self, behind: int) -> None:
+        self.pool, self.behind = ThreadPoolExecutor(1), behind
         self.begun: deque[Future[None]] = deque()
 
     def put(self, work: Callable[..., None], *arguments: Any) -> None:
         self.begun.append(self.pool.submit(work, *arguments))
-        while len(self.begun) > BEHIND or (self.begun and self.begun[0].done()):
+        while len(self.begun) > self.behind or (self.begun and self.begun[0].done()):
             self.begun.popleft().result()
 
     def drain(self) -> None:
@@ -129,11 +133,22 @@ class Writer:
 
 
 class Clock:
-    """How long the model was at work: on a GPU by events in its stream, which runs behind this thread."""
+    """How long the model was at work, a lane: on a GPU by events in its stream, which runs behind the thread that feeds it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, lanes: int) -> None:
         self.spans: list[tuple[Any, Any]] = []
-        self.device, self.told = device, 0.0
+        self.device, self.lanes, self.told = device, lanes, 0.0
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        began = self._now()
+        yield
+        with self.lock:
+            self.spans.append((began, self._now()))
+            if len(self.spans) > 1000:  # the early ones are long over
+                self.told += self._sum(self.spans[:500])
+                self.spans = self.spans[500:]
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -141,15 +156,6 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
-
-    def __enter__(self) -> None:
-        self.began = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self.spans.append((self.began, self._now()))
-        if len(self.spans) > 1000:  # the early ones are long over
-            self.told += self._sum(self.spans[:500])
-            self.spans = self.spans[500:]
 
     def _sum(self, spans: list[tuple[Any, Any]]) -> float:
         if self.device.type != "cuda":
@@ -159,7 +165,7 @@ class Clock:
     def seconds(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return self.told + self._sum(self.spans)
+        return (self.told + self._sum(self.spans)) / self.lanes
 
 
 class Exporter:
@@ -179,13 +185,14 @@ class Exporter:
         self.schema = embeddings_schema(dim, config.dtype)
         self.workers = config.workers
         self.device = own_device()
-        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # threads that wait for a reader's core wait long
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - self.workers))
+        self.threads = torch.get_num_threads()
+        self.lanes = min(LANES, self.threads) if self.device.type == "cpu" and not config.compile else 1
         self.mllm = mllm.to(self.device).eval()
         if config.compile:
             self.mllm.backbone.model = torch.compile(self.mllm.backbone.model, dynamic=True)
-        self.writer = Writer()
-        self.clock = Clock(self.device)
+        self.writer = Writer(self.lanes + BEHIND)
+        self.model = ThreadPoolExecutor(self.lanes)
+        self.clock = Clock(self.device, self.lanes)
         self.work = Work()
 
     def run(self, names: list[str], wait: bool) -> None:
@@ -193,11 +200,12 @@ class Exporter:
         began = time.perf_counter()
         total = sum(len(self.parts[name]) for name in names)
         pool = loader(self.source, self.workers)
+        torch.set_num_threads(self.threads // self.lanes)  # of each lane
         try:
-            with torch.inference_mode(), Steps("export", total, self._done(names)) as progress:
+            with Steps("export", total, self._done(names)) as progress:
                 while self.shards.left(names):
                     before = self.work.items
-                    for part, batch in ahead(pool, load, self._batches(pool, names), self.workers + 1):
+                    for part, batch in ahead(pool, load, self._batches(pool, names), self.workers + self.lanes):
                         self._compute(part, batch)
                         progress.advance(f"{self.work.padding:.1%} padding", by=len(batch.at))
                     self.writer.drain()
@@ -207,8 +215,9 @@ class Exporter:
                             break
                         time.sleep(WAIT_SECONDS)
         finally:
-            self.writer.pool.shutdown(cancel_futures=True)
-            pool.shutdown(cancel_futures=True)
+            for each in (self.model, self.writer.pool, pool):
+                each.shutdown(cancel_futures=True)
+            torch.set_num_threads(self.threads)
         self.work.seconds, self.work.computing = time.perf_counter() - began, self.clock.seconds()
 
     def _done(self, names: list[str]) -> int:
@@ -235,10 +244,6 @@ class Exporter:
         return np.zeros((len(rows), 32), np.uint8) if self.base is None else self.base.contents_of(rows)
 
     def _compute(self, part: Part, batch: Batch) -> None:
-        out: dict[str, Tensor] = {}
-        if len(batch.at):
-            with self.clock:
-                out = self.mllm({of: on_device(tensors, self.device) for of, tensors in batch.tensors.items()}, {"items": HALVES})
         self.work.items += len(batch.at)
         self.work.tokens += int(batch.n_tokens.sum())
         self.work.padded += batch.tensors["items"]["input_ids"].numel() if len(batch.at) else 0
@@ -246,11 +251,20 @@ class Exporter:
         self.work.decoding += batch.decoding
         for fault in batch.faults:
             print(f"warning: {fault}; {'left out' if self.source.on_bad_image == 'skip' else 'shown as text only'}", file=sys.stderr)
-        self.writer.put(self._collect, part, batch, out)
+        self.writer.put(self._collect, part, batch, self.model.submit(self._forward, batch))
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        if not len(batch.at):
+            return {}
+        with self.clock.running(), torch.inference_mode():
+            tensors = {of: on_device(found, self.device) for of, found in batch.tensors.items()}
+            out: dict[str, Tensor] = self.mllm(tensors, {"items": HALVES})
+            return out
 
     # what follows runs in the writer's thread
 
-    def _collect(self, part: Part, batch: Batch, out: dict[str, Tensor]) -> None:
+    def _collect(self, part: Part, batch: Batch, computed: "Future[dict[str, Tensor]]") -> None:
+        out = computed.result()
         for half in HALVES if out else ():
             values = out[f"items.{half}"].cpu().numpy()
             if not (finite := np.isfinite(values).all(1)).all():
