@@ -31,11 +31,12 @@ import torch
 from PIL import Image
 
 from pipeline.artifact import open_verified, read_embeddings
+from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config, save_config
 from pipeline.distill import publish
 from pipeline.export import export
-from pipeline.mllm import Encoder, Mllm, build_backbone, load_mllm
+from pipeline.mllm import Encoder, Mllm, load_mllm
 from pipeline.parts import own_device
 from pipeline.prompts import Prompts
 

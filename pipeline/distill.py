@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 
 from pipeline import prompts
 from pipeline.artifact import canonical_json, published, stage
+from pipeline.backbone import Backbone, build_backbone
 from pipeline.catalog import SessionLog, load_catalog, load_sessions, split_by_time
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.config import Config, PhaseConfig
 from pipeline.errors import USAGE, UserError
-from pipeline.mllm import Backbone, Encoder, Mllm, build_backbone, embed, load_trainable, save_mllm, trainable_state
+from pipeline.mllm import Encoder, Mllm, embed, load_trainable, save_mllm, trainable_state
 from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Tensors, Transfer
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts

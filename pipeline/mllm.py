@@ -1,17 +1,14 @@
 """The multimodal LLM: parts in, features out.
 
-`Encoder` turns prompt parts into token ids and image tensors; `Mllm` is the backbone (any Hugging Face
-image-text-to-text model with LoRA, or the built-in tiny Idefics3 trained in full) with named linear heads on the
-last hidden state. Processors with a video part do not load without torchvision, so images and text are encoded
-here by image processor and tokenizer alone. Of all batches of a step, each distinct picture goes through the vision
-tower once.
+`Encoder` turns prompt parts into token ids and image tensors; `Mllm` is the backbone with named linear heads on the last
+hidden state. Of all batches of a step, each distinct picture goes through the vision tower once.
 """
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,32 +16,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    Idefics3Config,
-    Idefics3ImageProcessorPil,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from pipeline.artifact import write_json
+from pipeline.backbone import Backbone, adapted, from_config, published_backbone
 from pipeline.catalog import Catalog
-from pipeline.config import BackboneConfig, TinyConfig
-from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
-from pipeline.prompts import Part, Prompts
+from pipeline.config import BackboneConfig
+from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.families import FAMILIES, Processor
+from pipeline.prompts import Part
 
 IMAGE_CACHE_BYTES = 1 << 30  # of encoded images kept, so that an epoch after the first decodes nothing
 FIRST_SCALE, MAX_SCALE = 4.0, 100.0  # of the session head's logits: soft at first, while the features still say little
-SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 
 
 class Picture(NamedTuple):
@@ -71,14 +57,14 @@ class Encoded:
 class Encoder:
     """Parts of one catalogue's items -> `Encoded` -> padded tensors.
 
-    `tokenizer` and `image_processor` are the backbone's own; `model_type` picks how an image becomes tokens.
+    The backbone's `model_type` picks how an image becomes tokens.
     """
 
-    def __init__(self, config: BackboneConfig, backbone: "Backbone", catalog: Catalog, cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
+    def __init__(self, config: BackboneConfig, backbone: Backbone, catalog: Catalog, cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
         self.config, self.catalog = config, catalog
-        self.tokenizer, self.image_processor = backbone.tokenizer, backbone.image_processor
-        self.hf_config = backbone.model.config
-        family: str = self.hf_config.model_type
+        self.tokenizer = backbone.tokenizer
+        self.processor = Processor(backbone.model.config, backbone.tokenizer, backbone.image_processor, config.max_pixels)
+        family: str = backbone.model.config.model_type
         if family not in FAMILIES:
             raise UserError(f"backbone family `{family}` is not supported (backbone.name); supported: {', '.join(FAMILIES)}", USAGE)
         self.family = FAMILIES[family]
@@ -134,7 +120,7 @@ class Encoder:
             if part.kind == "text":
                 count += min(len(self.tokens(" " + part.text)), self.config.max_text_tokens)
             elif part.kind == "image":
-                count += self.family.tokens(self, part.row)
+                count += self.family.tokens(self.processor, self.catalog.image_size(part.row))
             elif part.kind == "turn":
                 count += len(self.tail)
         return count
@@ -146,7 +132,7 @@ class Encoder:
             began = time.perf_counter()
             image = self.catalog.image(row)
             assert image is not None, "the prompt asked for an image the item lacks"
-            ids, tensors = self.family.encode(self, image)
+            ids, tensors = self.family.encode(self.processor, image)
             found = Picture(hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest(), ids, tensors)
             size = sum(t.nbytes for t in tensors.values())
             if size <= self._room:
@@ -188,69 +174,8 @@ class Encoder:
             "picture_at": pictures,
         }
         if self.family.typed:
-            batch["mm_token_type_ids"] = ids == self.hf_config.image_token_id
+            batch["mm_token_type_ids"] = ids == self.processor.config.image_token_id
         return {name: torch.as_tensor(np.asarray(value, np.int64)) for name, value in batch.items()}
-
-
-class Family(NamedTuple):
-    """How the models of a family take an image."""
-
-    encode: Callable[[Encoder, Image.Image], tuple[list[int], dict[str, Tensor]]]  # its token ids and tensors
-    tokens: Callable[[Encoder, int], int]  # how many ids that of an item is, known without decoding it
-    stack: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]  # the tensors of n images as the vision tower takes them
-    typed: bool  # mm_token_type_ids are mandatory
-
-
-def _idefics3_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-    pixels = encoder.image_processor(images=[[image]], do_image_splitting=False, return_tensors="pt")["pixel_values"][0]
-    count = _idefics3_tokens(encoder) - 3
-    fake, whole = encoder.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
-    return [fake, whole, *[encoder.hf_config.image_token_id] * count, fake], {"pixel_values": pixels}
-
-
-def _idefics3_tokens(encoder: Encoder, row: int = 0) -> int:
-    vision = encoder.hf_config.vision_config
-    return int((vision.image_size // vision.patch_size) ** 2 // encoder.hf_config.scale_factor**2) + 3
-
-
-def _idefics3_stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {"pixel_values": torch.stack([i["pixel_values"] for i in images])}  # (n, 1, 3, H, W)
-
-
-def _qwen_size(encoder: Encoder) -> dict[str, int]:
-    """In pixels, of which "shortest_edge" is the least and "longest_edge" the most."""
-    size = dict(encoder.image_processor.size)
-    if most := encoder.config.max_pixels:
-        size |= {"shortest_edge": min(most, size["shortest_edge"]), "longest_edge": most}
-    return size
-
-
-def _qwen_tokens(encoder: Encoder, row: int) -> int:
-    width, height = encoder.catalog.image_size(row)
-    size = _qwen_size(encoder)
-    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-    try:
-        patches = encoder.image_processor.get_number_of_image_patches(height, width, limits)
-    except (ValueError, ZeroDivisionError):  # a picture of no or of absurd proportions, which does not come this far
-        return 2
-    return int(patches // encoder.image_processor.merge_size**2) + 2
-
-
-def _qwen_image(encoder: Encoder, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-    out = encoder.image_processor(images=[image], return_tensors="pt", size=_qwen_size(encoder))
-    count = int(out["image_grid_thw"].prod()) // encoder.image_processor.merge_size**2
-    config = encoder.hf_config
-    ids = [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]
-    return ids, {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
-
-
-def _qwen_stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([i[name] for i in images]) for name in ("pixel_values", "image_grid_thw")}  # (patches, .), (n, 3)
-
-
-_IDEFICS3 = Family(_idefics3_image, _idefics3_tokens, _idefics3_stack, typed=False)
-_QWEN = Family(_qwen_image, _qwen_tokens, _qwen_stack, typed=True)
-FAMILIES = {"idefics3": _IDEFICS3, "smolvlm": _IDEFICS3, "qwen2_vl": _QWEN, "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN}
 
 
 class Mllm(nn.Module):
@@ -359,108 +284,7 @@ def load_trainable(module: nn.Module, tensors: dict[str, Tensor], where: str) ->
             weight.copy_(tensors[name])
 
 
-# --- building, saving, loading
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A model with the two halves of its processor."""
-
-    model: Any  # a Hugging Face ...ForConditionalGeneration
-    tokenizer: Any
-    image_processor: Any
-
-
-def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backbone:
-    """The backbone as training starts from it: the tiny one drawn from `seed`, any other from its published weights."""
-    torch.manual_seed(seed)
-    if config.name == "tiny":
-        tokenizer = _train_tokenizer(config.tiny.vocab, prompts.words())
-        backbone = Backbone(_from_config(_tiny_config(config.tiny, tokenizer), config), tokenizer, _tiny_processor(config.tiny))
-    else:
-        backbone = _published(config)
-    return _adapted(backbone, config)
-
-
-def _adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
-    """Only the adapters of the language model train, or, without `lora`, every weight."""
-    if config.lora is not None:
-        decoder = next(name for name, module in backbone.model.named_modules() if module is backbone.model.get_decoder())
-        linear = [n for n, m in backbone.model.named_modules() if isinstance(m, nn.Linear) and n.startswith(decoder + ".")]
-        backbone.model.requires_grad_(False)
-        lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=linear)
-        inject_adapter_in_model(lora, backbone.model)
-    if config.gradient_checkpointing:
-        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return backbone
-
-
-def _published(config: BackboneConfig) -> Backbone:
-    name, revision = config.name, config.revision
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        # the PIL variant wherever it runs, so that the same picture gives the same pixels with and without torchvision
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT
-        ) from None
-    return Backbone(model, tokenizer, image_processor)
-
-
-def _from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
-    return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
-
-
-def _train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=max(vocab, 300), special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator((f" {text}" for text in texts), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=SPECIAL[0], eos_token=SPECIAL[1], extra_special_tokens=SPECIAL[2:])
-
-
-def _tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
-    vision = {
-        "hidden_size": tiny.vision_dim,
-        "intermediate_size": 4 * tiny.vision_dim,
-        "num_hidden_layers": tiny.vision_layers,
-        "num_attention_heads": tiny.heads,
-        "image_size": tiny.image_size,
-        "patch_size": tiny.patch,
-        "initializer_range": tiny.vision_dim**-0.5,
-    }
-    text = {
-        "model_type": "llama",
-        "vocab_size": len(tokenizer),
-        "hidden_size": tiny.dim,
-        "intermediate_size": 3 * tiny.dim,
-        "num_hidden_layers": tiny.layers,
-        "num_attention_heads": tiny.heads,
-        "num_key_value_heads": tiny.heads,
-        "pad_token_id": tokenizer.pad_token_id,
-        "initializer_range": tiny.dim**-0.5,
-    }
-    return Idefics3Config(
-        vision_config=vision,
-        text_config=text,
-        # the usual 0.02 suits widths of 2,500: at ours it starves attention, and the last token hardly sees the item
-        initializer_range=tiny.dim**-0.5,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=tiny.merge,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-
-
-def _tiny_processor(tiny: TinyConfig) -> Idefics3ImageProcessorPil:
-    side = {"longest_edge": tiny.image_size}
-    return Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
+# --- saving, loading
 
 
 def save_mllm(folder: Path, model: Mllm, backbone: Backbone, settings: dict[str, Any]) -> None:
@@ -481,11 +305,11 @@ def load_mllm(folder: Path, config: BackboneConfig | None = None, merge: bool = 
     settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
     config = config or BackboneConfig.model_validate(settings["backbone"])
     if config.name == "tiny":
-        model = _from_config(AutoConfig.from_pretrained(folder), config)
+        model = from_config(AutoConfig.from_pretrained(folder), config)
         backbone = Backbone(model, AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil"))
     else:
-        backbone = _published(config)
-    backbone = _adapted(backbone, config)
+        backbone = published_backbone(config)
+    backbone = adapted(backbone, config)
     mllm = Mllm(backbone.model, settings["heads"], settings["dim"])
     load_trainable(mllm, load_file(folder / "weights.safetensors"), str(folder / "weights.safetensors"))
     if merge:

@@ -15,10 +15,11 @@ from tiny_run import PHASES, TINY, distill_run, export_run, same, save_backbone,
 from torch import nn
 
 from pipeline.artifact import read_embeddings
+from pipeline.backbone import Backbone, build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config
 from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
-from pipeline.mllm import Backbone, Encoded, Encoder, Mllm, build_backbone, embed, load_mllm, load_trainable, save_mllm, trainable_state
+from pipeline.mllm import Encoded, Encoder, Mllm, embed, load_mllm, load_trainable, save_mllm, trainable_state
 from pipeline.prompts import NO_IMAGE, NO_TEXT, Part, Prompts, View
 
 FAMILIES = ("tiny", "smolvlm", "qwen3_vl")

@@ -1,0 +1,131 @@
+"""The backbone a run starts from: a model, its tokenizer, its image processor, and which of its weights train.
+
+Any Hugging Face image-text-to-text model of a family in `families.py`, with LoRA on its language model, or the built-in
+tiny Idefics3, drawn at random and trained in full. Processors with a video part do not load without torchvision, so the two
+halves of a processor are loaded apart.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Idefics3Config,
+    Idefics3ImageProcessorPil,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.config import BackboneConfig, TinyConfig
+from pipeline.errors import ENVIRONMENT, UserError
+from pipeline.prompts import Prompts
+
+SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model with the two halves of its processor."""
+
+    model: Any  # a Hugging Face ...ForConditionalGeneration
+    tokenizer: Any
+    image_processor: Any
+
+
+def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backbone:
+    """The backbone as training starts from it: the tiny one drawn from `seed`, any other from its published weights."""
+    torch.manual_seed(seed)
+    if config.name == "tiny":
+        tokenizer = _train_tokenizer(config.tiny.vocab, prompts.words())
+        backbone = Backbone(from_config(_tiny_config(config.tiny, tokenizer), config), tokenizer, _tiny_processor(config.tiny))
+    else:
+        backbone = published_backbone(config)
+    return adapted(backbone, config)
+
+
+def adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
+    """Only the adapters of the language model train, or, without `lora`, every weight."""
+    if config.lora is not None:
+        decoder = next(name for name, module in backbone.model.named_modules() if module is backbone.model.get_decoder())
+        linear = [n for n, m in backbone.model.named_modules() if isinstance(m, nn.Linear) and n.startswith(decoder + ".")]
+        backbone.model.requires_grad_(False)
+        lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=linear)
+        inject_adapter_in_model(lora, backbone.model)
+    if config.gradient_checkpointing:
+        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return backbone
+
+
+def published_backbone(config: BackboneConfig) -> Backbone:
+    name, revision = config.name, config.revision
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, revision=revision, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        # the PIL variant wherever it runs, so that the same picture gives the same pixels with and without torchvision
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT
+        ) from None
+    return Backbone(model, tokenizer, image_processor)
+
+
+def from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
+    return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+
+
+def _train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=max(vocab, 300), special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator((f" {text}" for text in texts), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=SPECIAL[0], eos_token=SPECIAL[1], extra_special_tokens=SPECIAL[2:])
+
+
+def _tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
+    vision = {
+        "hidden_size": tiny.vision_dim,
+        "intermediate_size": 4 * tiny.vision_dim,
+        "num_hidden_layers": tiny.vision_layers,
+        "num_attention_heads": tiny.heads,
+        "image_size": tiny.image_size,
+        "patch_size": tiny.patch,
+        "initializer_range": tiny.vision_dim**-0.5,
+    }
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": tiny.dim,
+        "intermediate_size": 3 * tiny.dim,
+        "num_hidden_layers": tiny.layers,
+        "num_attention_heads": tiny.heads,
+        "num_key_value_heads": tiny.heads,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": tiny.dim**-0.5,
+    }
+    return Idefics3Config(
+        vision_config=vision,
+        text_config=text,
+        # the usual 0.02 suits widths of 2,500: at ours it starves attention, and the last token hardly sees the item
+        initializer_range=tiny.dim**-0.5,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=tiny.merge,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+
+
+def _tiny_processor(tiny: TinyConfig) -> Idefics3ImageProcessorPil:
+    side = {"longest_edge": tiny.image_size}
+    return Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
