@@ -1,0 +1,78 @@
+"""What is lost when pictures or texts are missing at test time.
+
+    python benchmarks/missing.py artifacts/ablation/full-0 artifacts/ablation/no_view-0
+
+For each run: of a share of all items, drawn at random, the picture or the text is taken away; the MLLM as it was trained
+exports the catalogue that is left, and the session model as it was trained is put over it (`tpad index`). Printed is
+HR@10 on the test sessions, and how much of it was lost. The same items lose the same things in every run.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.artifact import open_verified, write_json
+from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.config import Config, load_config
+from pipeline.export import export
+from recommender.evaluate import cases_of, model_ranks
+from recommender.metrics import summarise
+from recommender.recommend import load_model
+from recommender.refresh import refresh
+
+SHARES = (0.3, 0.5)
+
+
+def without(items: pa.Table, what: str, share: float, config: Config, seed: int) -> pa.Table:
+    """The catalogue, where `share` of the items have no picture (`what`: images) or none of the shown columns (texts)."""
+    gone = pa.array(np.random.default_rng(seed).random(len(items)) < share)
+    columns = ["image"] if what == "images" else [name for name in config.data.text if name in items.column_names]
+    for name in columns:
+        column = items[name].combine_chunks()
+        items = items.set_column(items.column_names.index(name), name, pc.if_else(gone, pa.scalar(None, column.type), column))
+    return items
+
+
+def hit_rate(run: Path, data: Path, config: Config) -> float:
+    """HR@10 of the published session model on the test sessions."""
+    model = load_model(open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first").path)
+    split = split_by_time(load_sessions(data, load_catalog(data)), config.data.valid, config.data.test)
+    return summarise(model_ranks(model, cases_of(split.test, config.data.max_prefix)))["HR@10"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="runs that `tpad train-sbr` has ended")
+    parser.add_argument("--folder", type=Path, default=Path("artifacts/benchmark-missing"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print("| run | missing | HR@10 | lost |\n| --- | --- | --- | --- |", flush=True)
+    for run in args.runs:
+        config = load_config(run / "config.yaml")
+        data = run / json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]
+        whole = hit_rate(run, data, config)
+        print(f"| {run.name} | nothing | {whole:.4f} | |", flush=True)
+        for what in ("images", "texts"):
+            for share in SHARES:
+                shutil.rmtree(args.folder, ignore_errors=True)
+                (args.folder / "data").mkdir(parents=True)
+                for kind in ("mllm", "sbr"):
+                    shutil.copytree(run / kind, args.folder / kind)
+                shutil.copy(data / "sessions.parquet", args.folder / "data")
+                items = without(pq.read_table(data / "items.parquet"), what, share, config, args.seed)
+                pq.write_table(items, args.folder / "data" / "items.parquet")
+                write_json(args.folder / "run.json", {"data": "data"})
+                export(config, args.folder, args.folder / "data")
+                refresh(args.folder, args.folder / "data")
+                found = hit_rate(args.folder, args.folder / "data", config)
+                print(f"| {run.name} | {share:.0%} of the {what} | {found:.4f} | {1 - found / whole:.1%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
