@@ -133,7 +133,7 @@ class AlignConfig(PhaseConfig):
     withhold_text: Share = 0.15  # as in transfer
     withhold_image: Share = 0.15
     keep: Weight = 1.0  # weight of staying where stage 1 put k(v)
-    disentangle: Weight = 0.05  # weight of vCLUB-S between p(v) and k(v), a dimension
+    disentangle: Weight = 0.2  # weight of vCLUB-S between p(v) and k(v), a dimension
 
 
 class CriticConfig(Section):

@@ -1,7 +1,8 @@
 """The sample shop: drawn products, titles, and sessions from a law that is known, so the best possible score is known.
 
-A product has a kind (in its title and its silhouette), a style (only in its text) and a colour (only in its picture);
-material and motif are there too, and play no part. What a visitor opens next follows, from the last item (or, less often,
+A product has a kind (in its title and its silhouette), a style (only in its text) and a colour (only in its picture).
+It also has a model's name (only in its title) and a motif (in its picture, and in a column to learn to write), which play
+no part in what follows what. What a visitor opens next follows, from the last item (or, less often,
 an earlier one):
 
     P(j | i) = rule * R(j | i) + companion * C(j | i) + noise * popularity(j)
@@ -26,7 +27,6 @@ from pipeline.config import DataConfig, ShopConfig
 
 KINDS = ("mug", "kettle", "lamp", "chair", "table", "vase", "bowl", "clock", "cushion", "rug", "basket", "bottle")
 STYLES = ("Nordic", "Rustic", "Urban", "Coastal", "Retro", "Botanic", "Alpine", "Studio", "Heritage", "Desert")
-MATERIALS = ("oak", "steel", "cotton", "glass", "clay", "bamboo")
 MODELS = ("Alma", "Birk", "Cleo", "Dune", "Elin", "Faro", "Gaia", "Hugo", "Iris", "Juno", "Kito", "Luma", "Milo", "Nora", "Otis", "Pine")
 COLOURS = ((208, 48, 48), (232, 136, 32), (224, 200, 48), (64, 160, 72), (48, 176, 184), (56, 96, 200), (136, 72, 184), (96, 72, 56))
 MOTIFS = ("plain", "stripes", "dots", "checks")
@@ -94,7 +94,7 @@ class Law:
     style: np.ndarray
     colour: np.ndarray
     motif: np.ndarray
-    material: np.ndarray
+    model: np.ndarray
     cold: np.ndarray  # (N,) bool
     before: np.ndarray  # (N, N) P(j | i) before the launch of the cold items
     after: np.ndarray  # (N, N) after it
@@ -104,7 +104,7 @@ class Law:
 def build_law(config: ShopConfig) -> Law:
     rng = np.random.default_rng(config.seed)
     n = config.items
-    kind, style, colour, motif, material = (rng.integers(len(v), size=n) for v in (KINDS, STYLES, COLOURS, MOTIFS, MATERIALS))
+    kind, style, colour, motif, model = (rng.integers(len(v), size=n) for v in (KINDS, STYLES, COLOURS, MOTIFS, MODELS))
     cold = np.zeros(n, bool)
     cold[rng.choice(n, int(COLD * n), replace=False)] = True
     popularity = (1 + rng.permutation(n)) ** -0.4
@@ -127,7 +127,7 @@ def build_law(config: ShopConfig) -> Law:
         rows: np.ndarray = total / total.sum(1, keepdims=True)
         return rows
 
-    return Law(kind, style, colour, motif, material, cold, law(~cold), law(np.ones(n)), popularity)
+    return Law(kind, style, colour, motif, model, cold, law(~cold), law(np.ones(n)), popularity)
 
 
 def _affinity(size: int, shares: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
@@ -214,7 +214,6 @@ def _ceiling(law: Law, sessions: list[np.ndarray], max_prefix: int) -> dict[str,
 
 def _items_table(law: Law, shop: ShopConfig) -> pa.Table:
     rng = np.random.default_rng(shop.seed + 2)
-    model = rng.integers(len(MODELS), size=shop.items)
     images = [
         {"bytes": draw_product(KINDS[law.kind[i]], COLOURS[law.colour[i]], MOTIFS[law.motif[i]], shop.image_size, rng), "path": None}
         for i in range(shop.items)
@@ -222,10 +221,10 @@ def _items_table(law: Law, shop: ShopConfig) -> pa.Table:
     return pa.table(
         {
             "item_id": [_item_id(i) for i in range(shop.items)],
-            "title": [f"{STYLES[law.style[i]]} {KINDS[law.kind[i]]} {MODELS[model[i]]}" for i in range(shop.items)],
+            "title": [f"{STYLES[law.style[i]]} {KINDS[law.kind[i]]} {MODELS[law.model[i]]}" for i in range(shop.items)],
             "kind": [KINDS[k] for k in law.kind],
             "style": [STYLES[s] for s in law.style],
-            "material": [MATERIALS[m] for m in law.material],
+            "motif": [MOTIFS[m] for m in law.motif],
             "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         }
     )

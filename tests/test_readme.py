@@ -83,8 +83,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pictures").mkdir()
     for item in items:
         (folder / "pictures" / f"{item['item_id']}.png").write_bytes(item["image"]["bytes"])
-    lines = [f"{item['item_id']},{item['title']},{item['material']}" for item in items]
-    (folder / "items.csv").write_text("\n".join(["item_id,title,material", *lines]) + "\n")
+    lines = [f"{item['item_id']},{item['title']},{item['motif']}" for item in items]
+    (folder / "items.csv").write_text("\n".join(["item_id,title,motif", *lines]) + "\n")
     lines = [f"{event['session_id']},{event['item_id']},{event['timestamp']}" for event in log]
     (folder / "events.csv").write_text("\n".join(["session_id,item_id,timestamp", *lines]) + "\n")
     return folder
