@@ -194,6 +194,7 @@ def export_embeddings(
     overrides = [*(set_ or []), *(f"export.{key}={value}" for key, value in flags.items() if value is not None)]
     with errors(debug), open_run(config, data, run, overrides) as (settings, folder):
         share = parse_shard(shard)
+        from pipeline.artifact import halves_of
         from pipeline.export import export
 
         found = export(settings, run, folder, update, share)
@@ -205,7 +206,7 @@ def export_embeddings(
         if found.version is None:
             say(f"{found.left} of {found.parts} parts are left, for the other shards or `tpad export-embeddings`")
             return
-        size = f"{found.rows} items x ({found.dim} knowledge + {found.dim} transition)"
+        size = f"{found.rows} items x ({' + '.join(f'{found.dim} {half}' for half in halves_of(found.version.manifest))})"
         say(f"{size}: {found.version.path}{'' if found.made else ' (up to date)'}")
         following("index" if update and (run / "sbr" / "current").exists() and not found.notes else "train-sbr", run)
 

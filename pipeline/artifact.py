@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -371,14 +371,15 @@ def _again(hint: str) -> str:
 # ---------------------------------------------------------------- item embeddings
 
 
-def embeddings_schema(dim: int, dtype: Dtype) -> pa.Schema:
-    """Columns of an embeddings part, in this order; D = `dim` is the length of each half. An int8 half times its row's scale."""
+def embeddings_schema(dim: int, dtype: Dtype, halves: Sequence[str] = HALVES) -> pa.Schema:
+    """Columns of an embeddings part, in this order; D = `dim` is the length of each half. An int8 half times its row's scale.
+
+    An ablation may have one half only; its manifest lists it as `halves`."""
     vector = pa.list_(pa.field("element", VECTOR_TYPES[dtype], nullable=False), dim)
-    scales = {f"{half}_scale": pa.float32() for half in HALVES if dtype == "int8"}
+    scales = {f"{half}_scale": pa.float32() for half in halves if dtype == "int8"}
     columns = {
         "item_id": pa.string(),
-        "knowledge": vector,
-        "transition": vector,
+        **dict.fromkeys(halves, vector),
         **scales,
         "has_image": pa.bool_(),
         "has_text": pa.bool_(),
@@ -426,15 +427,32 @@ def write_part(path: Path, table: pa.Table) -> None:
 @dataclass(frozen=True)
 class Embeddings:
     item_ids: list[str]
-    knowledge: np.ndarray  # (N, D) float32, whatever the files hold
-    transition: np.ndarray  # (N, D) float32
+    vectors: dict[str, np.ndarray]  # of each half, (N, D) float32, whatever the files hold
     has_image: np.ndarray  # (N,) bool
     has_text: np.ndarray  # (N,) bool
     version: Version
 
+    @property
+    def knowledge(self) -> np.ndarray:
+        return self.vectors["knowledge"]
+
+    @property
+    def transition(self) -> np.ndarray:
+        return self.vectors["transition"]
+
+
+def halves_of(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Those that an embeddings version has: both, unless it says otherwise."""
+    halves = tuple(manifest.get("halves", HALVES))
+    if not halves or halves != tuple(half for half in HALVES if half in halves):
+        raise ValueError(f"halves: {halves}")
+    return halves
+
 
 def read_embeddings(root: Path) -> Embeddings:
-    """The current embeddings, in catalogue order. Their manifest has `dim`, `dtype`, `rows` (N) and `parts`: [{name, rows}]."""
+    """The current embeddings, in catalogue order. Their manifest has `dim`, `dtype`, `rows` (N) and `parts`: [{name, rows}].
+
+    `halves` stands there too, where it is one only."""
     hint = "run `tpad export-embeddings` first"
     return _following(root, "embeddings", hint, lambda version: _embeddings(version, hint))
 
@@ -443,12 +461,13 @@ def _embeddings(version: Version, hint: str) -> Embeddings:
     try:
         dim, dtype, rows = (version.manifest[k] for k in ("dim", "dtype", "rows"))
         parts = [(p["name"], p["rows"]) for p in version.manifest["parts"]]
-        schema = embeddings_schema(dim, dtype)
+        halves = halves_of(version.manifest)
+        schema = embeddings_schema(dim, dtype, halves)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(f"manifest lacks or has a wrong {error}", version.path / MANIFEST, hint) from None
     if not parts or rows != sum(n for _, n in parts):
         raise _damaged(f"{rows} rows promised, {sum(n for _, n in parts)} in the parts", version.path / MANIFEST, hint)
-    vectors = {half: np.empty((rows, dim), np.float32) for half in HALVES}
+    vectors = {half: np.empty((rows, dim), np.float32) for half in halves}
     flags = {flag: np.empty(rows, bool) for flag in ("has_image", "has_text")}
     item_ids: list[str] = []
     for name, count in parts:
@@ -463,7 +482,7 @@ def _embeddings(version: Version, hint: str) -> Embeddings:
         item_ids += table["item_id"].to_pylist()
     if len(set(item_ids)) != rows:
         raise _damaged("an item_id stands twice", version.path, hint)
-    return Embeddings(item_ids, vectors["knowledge"], vectors["transition"], flags["has_image"], flags["has_text"], version)
+    return Embeddings(item_ids, vectors, flags["has_image"], flags["has_text"], version)
 
 
 def read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:

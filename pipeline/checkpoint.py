@@ -82,6 +82,25 @@ class Checkpoints:
                 print(f"warning: checkpoint is damaged and left out: {reason} ({path})", file=sys.stderr)
         return None
 
+    def take_over(self, folder: Path, step: int) -> bool:
+        """Makes the checkpoint of `step` of another run in `folder` one of this run too, if it belongs to the same settings and data."""
+        name = f"step-{step:06d}"
+        temporary = self.folder / f".{name}.tmp"
+        try:
+            if (self.folder / name).exists() or _read_state(folder / name, step)["fingerprint"] != self.fingerprint:
+                return False
+            remove(temporary)
+            temporary.mkdir(parents=True)
+            for file in (TENSORS, STATE):
+                os.link(folder / name / file, temporary / file)  # no checkpoint is ever changed, so one may stand in two places
+            fsync_path(temporary)
+            os.rename(temporary, self.folder / name)
+            fsync_path(self.folder)
+        except (Damaged, OSError):  # it went in the meantime, or lies on another disk: then it is made again
+            remove(temporary)
+            return False
+        return True
+
     def clear(self) -> None:
         """Forgets every checkpoint, of whatever settings."""
         for step in self._steps():

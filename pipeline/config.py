@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import USAGE, UserError
 
@@ -152,8 +152,39 @@ class ProbeConfig(Section):
     items: Positive = 256  # at most
 
 
+VariantName = Literal[
+    "full",
+    "no_generation",
+    "no_disentangle",
+    "no_view",
+    "no_relation",
+    "knowledge",
+    "transfer",
+    "side_by_side",
+    "merge",
+    "frozen",
+]
+
+
+class MergeConfig(Section):
+    """How the variant `merge` composes the weights of K and T."""
+
+    method: Literal["cat", "svd"] = "cat"  # of adapters: their concatenation, exact; or svd, of the same rank as either
+    knowledge: Weight = 0.5  # share of what K has learned
+    transfer: Weight = 0.5  # share of what T has learned
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def whole_products(cls, value: Any) -> Any:
+        if value in ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"):
+            raise ValueError("would combine the factors A and B of the adapters separately, not their products; take cat or svd")
+        return value
+
+
 class DistillConfig(Section):
     dim: Positive = 64  # D: length of k(v), and of p(v)
+    variant: VariantName = "full"  # an ablation: what of the method is left out, see pipeline/variants.py
+    merge: MergeConfig = MergeConfig()
     checkpoint_every: Positive = 100  # steps
     workers: Count = 0  # processes that decode and tokenise ahead; 0: in line
     log_with: list[str] = []  # accelerate trackers beside metrics.jsonl, e.g. [tensorboard]
@@ -188,6 +219,14 @@ class SbrConfig(Section):
     content_dropout: Share = 0.0  # of the numbers of the whitened embeddings
     patience: Positive = 3  # epochs without a better validation MRR@20 before it stops
     seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published
+    models: list[Literal["ID-only", "content-only", "full"]] = ["ID-only", "content-only", "full"]  # those that are trained
+
+    @field_validator("models")
+    @classmethod
+    def with_full(cls, value: list[str]) -> list[str]:
+        if "full" not in value:
+            raise ValueError("must contain full, which is what is published")
+        return value
 
 
 class Config(Section):

@@ -7,6 +7,8 @@ times the number of processes undoes the averaging of distributed data parallel.
 import hashlib
 import json
 import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from pipeline.catalog import SessionLog, load_catalog, load_sessions, split_by_t
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.config import Config, PhaseConfig
 from pipeline.errors import USAGE, UserError
-from pipeline.mllm import Encoder, Mllm, embed, load_trainable, save_mllm, trainable_state
+from pipeline.mllm import Encoder, Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
 from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Tensors, Transfer
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts
+from pipeline.variants import VARIANTS, merged, side_by_side, varied
 
 TABLE_ROWS = 4096  # items embedded at a time for a table
 
@@ -55,18 +58,21 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
             for name, critic in critics.items():
                 found, states[name] = critic.state()
                 tensors |= _prefixed(f"critic/{name}/", found)
-            checkpoints.save(step, tensors, {"optimizer": state, "critics": states})
+            spent = seconds + time.perf_counter() - began
+            checkpoints.save(step, tensors, {"optimizer": state, "critics": states, "seconds": round(spent, 3)})
         accelerator.wait_for_everyone()
 
-    start = 0
+    start, seconds = 0, 0.0
     if (found := checkpoints.newest()) is not None:
         start, tensors, state = found
+        seconds = state.get("seconds", 0.0)
         load_trainable(mllm, {name: tensors[name] for name in named}, str(checkpoints.folder))
         unpack_optimizer(optimizer.optimizer, names, tensors, state["optimizer"])
         for name, critic in critics.items():
             critic.load(_below(f"critic/{name}/", tensors), state["critics"][name])
     else:
         centre_heads(phase, mllm)
+    began = time.perf_counter()
     metrics.resume(phase.name, start)
     loader = DataLoader(phase, sampler=range(start, settings.steps), batch_size=None, num_workers=phase.config.distill.workers)  # type: ignore[arg-type, var-annotated]
     with Interrupt() as interrupt, Steps(phase.name, settings.steps, start, accelerator.is_main_process) as progress:
@@ -196,8 +202,12 @@ def _entry(line: str) -> dict[str, Any] | None:
 # --- the stages
 
 
-def distill(config: Config, run: Path, data: Path, fresh: bool = False) -> bool:
-    """Both stages, from a data folder to `run/mllm`. False if the published MLLM was already made from the same inputs."""
+def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings: Sequence[Path] = ()) -> bool:
+    """Both stages, from a data folder to `run/mllm`. False if the published MLLM was already made from the same inputs.
+
+    A phase that one of the runs `siblings` has finished with the same settings and data is taken over from there.
+    """
+    variant, config = VARIANTS[config.distill.variant], varied(config)
     catalog = load_catalog(data)
     split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
     prints = _fingerprints(config, catalog.sha256, _log_sha256(split.train))
@@ -216,25 +226,37 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False) -> bool:
     encoder = Encoder(config.backbone, backbone, catalog)
     tables: Tensors = {}
     weights: dict[str, Tensors] = {}
-    base = {name: weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
-    for kind, fingerprint in zip(PHASES, prints, strict=True):
+    base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
+    if variant.frozen:
+        backbone.model.requires_grad_(False)
+    for kind, fingerprint in zip(PHASES, prints, strict=False):
         phase = kind(config, views, encoder, split.train, group, tables)
         torch.manual_seed(config.seed)
         heads = [head for of in kind.heads.values() for head in of]
         mllm = Mllm(backbone.model, heads, config.distill.dim)
-        begin(mllm, kind, _prefixed("backbone.", base), weights, config.distill.transfer.start)
+        begin(mllm, kind, base, weights, config.distill.transfer.start)
         checkpoints = Checkpoints(folder / kind.name, fingerprint)
         if fresh and accelerator.is_main_process:
             checkpoints.clear()
+        elif accelerator.is_main_process:
+            any(checkpoints.take_over(sibling / "distill" / kind.name, phase.settings.steps) for sibling in siblings)
         accelerator.wait_for_everyone()
         accelerator.free_memory()
         train_phase(phase, mllm, accelerator, checkpoints, metrics)
         weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
-        if kind is not Align:
-            head = heads[0] if kind is Knowledge else "transition"
-            tables[head] = feature_table(mllm, phase, head)
+        if kind.name == variant.last:
+            break
+        head = heads[0] if kind is Knowledge else "transition"
+        tables[head] = feature_table(mllm, phase, head)
+    for name, parameter in backbone.model.named_parameters():
+        parameter.requires_grad_(f"backbone.{name}" in base)  # frozen or not, they are published
     if accelerator.is_main_process:
-        publish(run, config, mllm, backbone, catalog.sha256, split.train.ids_sha256(), prints[-1])
+        unified: Mllm | SideBySide = mllm
+        if variant.published == "merge":
+            config, unified = merged(config, backbone, base, weights)
+        elif variant.published == "side_by_side":
+            unified = side_by_side(backbone, weights, config.distill.dim)
+        publish(run, config, unified, backbone, catalog.sha256, split.train.ids_sha256(), prints[-1])
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return True
@@ -252,7 +274,10 @@ def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tenso
 
 
 def _fingerprints(config: Config, catalogue: str, sessions: str) -> list[str]:
-    """Of each phase: everything its weights depend on. How often it is saved, or by how many processes, is not part of it."""
+    """Of each phase, and last of what is published: everything the weights depend on.
+
+    How often it is saved, or by how many processes, is not part of it.
+    """
     chain: dict[str, Any] = {
         "prompts": prompts.VERSION,
         "seed": config.seed,
@@ -263,9 +288,17 @@ def _fingerprints(config: Config, catalogue: str, sessions: str) -> list[str]:
         "catalogue": catalogue,
         "sessions": sessions,
     }
+    variant = VARIANTS[config.distill.variant]
+    if variant.frozen:
+        chain["frozen"] = True
     found = []
     for kind in PHASES:
         chain[kind.name] = getattr(config.distill, kind.name).model_dump()
+        found.append(hashlib.sha256(canonical_json(chain)).hexdigest())
+        if kind.name == variant.last:
+            break
+    if variant.last != Align.name:  # the same phases, and something else made of them
+        chain["published"] = config.distill.merge.model_dump() if variant.published == "merge" else variant.published
         found.append(hashlib.sha256(canonical_json(chain)).hexdigest())
     return found
 
@@ -302,15 +335,19 @@ def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, 
     return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
 
 
-def publish(run: Path, config: Config, mllm: Mllm, backbone: Backbone, catalogue: str, sessions: str, fingerprint: str) -> None:
+def publish(
+    run: Path, config: Config, mllm: Mllm | SideBySide, backbone: Backbone, catalogue: str, sessions: str, fingerprint: str
+) -> None:
     """The unified MLLM as a version of `run/mllm`."""
     settings = {
         "backbone": config.backbone.model_dump(),
         "data": config.data.model_dump(),
         "dim": config.distill.dim,
-        "heads": list(mllm.heads),
+        "heads": list(mllm.heads if isinstance(mllm, Mllm) else mllm.halves),
         "prompts": prompts.VERSION,
     }
+    if isinstance(mllm, SideBySide):
+        settings["side_by_side"] = True
     with stage(run / "mllm", "mllm") as staging:
         save_mllm(staging.path, mllm, backbone, settings)
         staging.publish({"fingerprint": fingerprint, "catalogue_sha256": catalogue, "sessions_sha256": sessions})

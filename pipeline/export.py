@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline import prompts
-from pipeline.artifact import HALVES, Version, canonical_json, environment, open_verified, published, vectors_of
+from pipeline.artifact import HALVES, Version, canonical_json, environment, halves_of, open_verified, published, vectors_of
 from pipeline.batches import Source
 from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import BackboneConfig, Config, DataConfig
@@ -69,6 +69,7 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         update={"max_pixels": config.export.max_pixels or trained.max_pixels, "attention": config.export.attention or trained.attention}
     )
     catalog = load_catalog(data, stream=True)
+    halves = [half for half in HALVES if half in settings["heads"]]  # an ablation may have one
     recipe = {
         "mllm_sha256": model.manifest_sha256,
         "prompts_version": prompts.VERSION,
@@ -113,7 +114,7 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         config.data.on_bad_image,
         COMPILED_LENGTHS if config.export.compile else 1,
     )
-    exporter = Exporter(config.export, shards, parts, source, mllm, base, settings["dim"])
+    exporter = Exporter(config.export, shards, parts, source, mllm, base, settings["dim"], halves)
     names = list(parts)[share[0] - 1 :: share[1]]
     with shards:
         exporter.run(names, wait=share == (1, 1))
@@ -158,6 +159,8 @@ def _manifest(
         "pooling": "last attended token",
         "sessions_sha256": model.manifest["sessions_sha256"],
     }
+    if (halves := [half for half in HALVES if half in settings["heads"]]) != list(HALVES):
+        manifest["halves"] = halves
     if catalog is not None:
         there = {item for name in parts for item in pq.read_table(folder / name, columns=["item_id"])["item_id"].to_pylist()}
         manifest["skipped"] = [item for item in catalog.item_ids if item not in there]
@@ -168,17 +171,20 @@ def _card(manifest: dict[str, Any]) -> str:
     dim, dtype = manifest["dim"], manifest["dtype"]
     scale = " (int8; multiply a row by its `knowledge_scale` or `transition_scale`)" if dtype == "int8" else ""
     revision = f", revision {manifest['revision']}" if manifest["revision"] else ""
+    halves = halves_of(manifest)
+    says = {"knowledge": f"{dim} x {dtype}{scale}, what the item is", "transition": f"{dim} x {dtype}, what people move on to from it"}
+    vectors = "\n".join(f"- `{half}`: {says[half]}" for half in halves)
+    lengths = "Both vectors have length one" if halves == HALVES else "The vector has length one"
     return f"""# Item embeddings
 
 {manifest["rows"]} items. One row an item, in the order of the catalogue, in `part-*.parquet`:
 
 - `item_id`
-- `knowledge`: {dim} x {dtype}{scale}, what the item is
-- `transition`: {dim} x {dtype}, what people move on to from it
+{vectors}
 - `has_image`, `has_text`: what of it the model was shown; `n_tokens`: how long its prompt was
 - `content_sha256`: of what the model was shown
 
-Both vectors have length one: compare by inner product or cosine. They were made by a unified MLLM (TPAD, arXiv
+{lengths}: compare by inner product or cosine. They were made by a unified MLLM (TPAD, arXiv
 2504.10538) on the backbone `{manifest["backbone"]}`{revision}, whose licence and limits they inherit, from the columns
 {", ".join(f"`{name}`" for name in manifest["prompts"]["text"])} and the image, by the {manifest["pooling"]}. The transition half
 has seen training sessions only. `manifest.json` has the sha256 of every file here, of the catalogue and of the weights.
@@ -190,7 +196,7 @@ def _write_arrays(folder: Path, manifest: dict[str, Any]) -> None:
     dtype = np.dtype("float32" if manifest["dtype"] == "int8" else manifest["dtype"])
     shape = (manifest["rows"], manifest["dim"])
     names = [part["name"] for part in manifest["parts"]]
-    for half in HALVES:
+    for half in halves_of(manifest):
         with open(folder / f"{half}.npy", "wb") as file:
             np.lib.format.write_array_header_1_0(
                 file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

@@ -236,6 +236,21 @@ class Mllm(nn.Module):
         return states
 
 
+class SideBySide(nn.Module):
+    """One model a half, each asked in a pass of its own: what the unified MLLM is held against."""
+
+    def __init__(self, halves: dict[str, Mllm]) -> None:
+        super().__init__()
+        self.halves = nn.ModuleDict(halves)
+
+    def forward(self, batches: dict[str, dict[str, Tensor]], heads: dict[str, Sequence[str]]) -> dict[str, Tensor]:
+        """As that of an `Mllm`."""
+        out: dict[str, Tensor] = {}
+        for half, mllm in self.halves.items():
+            out |= mllm(batches, {name: [half] for name, asked in heads.items() if half in asked})
+        return out
+
+
 def _shown(seen: Any, pictures: Tensor) -> Any:
     """What the vision tower gave for the distinct pictures -> the same for the images of a batch, by their numbers (I,)."""
 
@@ -287,7 +302,7 @@ def load_trainable(module: nn.Module, tensors: dict[str, Tensor], where: str) ->
 # --- saving, loading
 
 
-def save_mllm(folder: Path, model: Mllm, backbone: Backbone, settings: dict[str, Any]) -> None:
+def save_mllm(folder: Path, model: Mllm | SideBySide, backbone: Backbone, settings: dict[str, Any]) -> None:
     """The trained weights, the backbone's config, tokenizer and image processor, and `settings` to build it again."""
     backbone.model.config.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
@@ -296,7 +311,9 @@ def save_mllm(folder: Path, model: Mllm, backbone: Backbone, settings: dict[str,
     write_json(folder / "mllm.json", settings)
 
 
-def load_mllm(folder: Path, config: BackboneConfig | None = None, merge: bool = False) -> tuple[Mllm, Backbone, dict[str, Any]]:
+def load_mllm(
+    folder: Path, config: BackboneConfig | None = None, merge: bool = False
+) -> tuple[Mllm | SideBySide, Backbone, dict[str, Any]]:
     """What `save_mllm` wrote (its files must have been verified): model, backbone, settings.
 
     `config` overrides settings of the backbone that no weight depends on; `merge` puts adapters into the weights they
@@ -304,17 +321,27 @@ def load_mllm(folder: Path, config: BackboneConfig | None = None, merge: bool = 
     """
     settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
     config = config or BackboneConfig.model_validate(settings["backbone"])
-    if config.name == "tiny":
-        model = from_config(AutoConfig.from_pretrained(folder), config)
-        backbone = Backbone(model, AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    backbone = _saved_backbone(folder, config)
+    mllm: Mllm | SideBySide
+    if settings.get("side_by_side"):
+        other = _saved_backbone(folder, config)
+        models = zip(settings["heads"], (backbone, other), strict=True)
+        mllm = SideBySide({half: Mllm(of.model, [half], settings["dim"]) for half, of in models})
     else:
-        backbone = published_backbone(config)
-    backbone = adapted(backbone, config)
-    mllm = Mllm(backbone.model, settings["heads"], settings["dim"])
+        mllm = Mllm(backbone.model, settings["heads"], settings["dim"])
     load_trainable(mllm, load_file(folder / "weights.safetensors"), str(folder / "weights.safetensors"))
     if merge:
-        merge_adapters(backbone.model)
+        merge_adapters(mllm)
     return mllm, backbone, settings
+
+
+def _saved_backbone(folder: Path, config: BackboneConfig) -> Backbone:
+    """As it was before training, with adapters to be filled."""
+    if config.name != "tiny":
+        return adapted(published_backbone(config), config)
+    model = from_config(AutoConfig.from_pretrained(folder), config)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return adapted(Backbone(model, AutoTokenizer.from_pretrained(folder), processor), config)
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from pipeline.batches import Batch, Plan, Source, ahead, load, loader, plan
 from pipeline.catalog import Catalog
 from pipeline.config import ExportConfig
 from pipeline.errors import ARTIFACT, UserError
-from pipeline.mllm import Mllm
+from pipeline.mllm import Mllm, SideBySide
 from pipeline.progress import Steps
 from pipeline.shards import Shards
 
@@ -177,19 +177,22 @@ class Exporter:
         shards: Shards,
         parts: dict[str, np.ndarray],
         source: Source,
-        mllm: Mllm,
+        mllm: Mllm | SideBySide,
         base: Base | None,
         dim: int,
+        halves: Sequence[str] = HALVES,
     ) -> None:
-        self.shards, self.parts, self.source, self.base, self.dim = shards, parts, source, base, dim
-        self.schema = embeddings_schema(dim, config.dtype)
+        self.shards, self.parts, self.source, self.base, self.dim, self.halves = shards, parts, source, base, dim, halves
+        self.schema = embeddings_schema(dim, config.dtype, halves)
         self.workers = config.workers
         self.device = own_device()
         self.threads = torch.get_num_threads()
         self.lanes = min(LANES, self.threads) if self.device.type == "cpu" and not config.compile else 1
         self.mllm = mllm.to(self.device).eval()
         if config.compile:
-            self.mllm.backbone.model = torch.compile(self.mllm.backbone.model, dynamic=True)
+            for each in self.mllm.modules():
+                if isinstance(each, Mllm):
+                    each.backbone.model = torch.compile(each.backbone.model, dynamic=True)
         self.writer = Writer(self.lanes + BEHIND)
         self.model = ThreadPoolExecutor(self.lanes)
         self.clock = Clock(self.device, self.lanes)
@@ -231,7 +234,7 @@ class Exporter:
             rows = self.parts[name]
             n = len(rows)
             part = Part(
-                *(name, rows, planned, {half: np.zeros((n, self.dim), np.float32) for half in HALVES}, len(planned.batches)),
+                *(name, rows, planned, {half: np.zeros((n, self.dim), np.float32) for half in self.halves}, len(planned.batches)),
                 *(np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)),
             )
             if not planned.batches:
@@ -258,14 +261,14 @@ class Exporter:
             return {}
         with self.clock.running(), torch.inference_mode():
             tensors = {of: on_device(found, self.device) for of, found in batch.tensors.items()}
-            out: dict[str, Tensor] = self.mllm(tensors, {"items": HALVES})
+            out: dict[str, Tensor] = self.mllm(tensors, {"items": self.halves})
             return out
 
     # what follows runs in the writer's thread
 
     def _collect(self, part: Part, batch: Batch, computed: "Future[dict[str, Tensor]]") -> None:
         out = computed.result()
-        for half in HALVES if out else ():
+        for half in self.halves if out else ():
             values = out[f"items.{half}"].cpu().numpy()
             if not (finite := np.isfinite(values).all(1)).all():
                 item = self.source.catalog.item_ids[part.rows[batch.at[int(np.argmin(finite))]]]

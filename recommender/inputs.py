@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifact import HALVES, Embeddings, Version, canonical_json, read_embeddings
+from pipeline.artifact import Embeddings, Version, canonical_json, read_embeddings
 from pipeline.catalog import Catalog, Split, load_catalog, load_sessions, split_by_time
 from pipeline.config import Config
 from pipeline.errors import ARTIFACT, DATA, UserError
@@ -23,7 +23,7 @@ class Inputs:
 
     catalog: Catalog
     split: Split
-    content: np.ndarray  # (N, 2D) whitened
+    content: np.ndarray  # (N, 2D) whitened, or (N, D) where the embeddings have one half
     whitening: dict[str, Whitening]  # of each half
     counts: np.ndarray  # (N,) events in the training sessions
     embeddings: Version
@@ -51,7 +51,7 @@ def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
     if made_of.get("skipped"):
         catalog, split = without_skipped(catalog, split, set(made_of["skipped"]))
     counts = np.bincount(split.train.rows, minlength=len(catalog))
-    whitening = {half: fit_whitening(getattr(embeddings, half), counts > 0) for half in HALVES}
+    whitening = {half: fit_whitening(vectors, counts > 0) for half, vectors in embeddings.vectors.items()}
     content = whitened(embeddings, whitening)
     return Inputs(catalog, split, content, whitening, counts, embeddings.version, fingerprint(config, catalog, split, embeddings.version))
 
@@ -64,8 +64,8 @@ def check_catalogue(embeddings: Embeddings, catalog: Catalog, run: Path) -> None
 
 
 def whitened(embeddings: Embeddings, whitening: dict[str, Whitening]) -> np.ndarray:
-    """(N, 2D)"""
-    return np.concatenate([whitening[half](getattr(embeddings, half)) for half in HALVES], axis=1)
+    """(N, 2D), or (N, D) of embeddings with one half"""
+    return np.concatenate([whitening[half](vectors) for half, vectors in embeddings.vectors.items()], axis=1)
 
 
 def without_skipped(catalog: Catalog, split: Split, skipped: set[str]) -> tuple[Catalog, Split]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file
 
-from pipeline.artifact import HALVES, OWN_KEYS, Version, canonical_json, open_verified, read_embeddings, stage
+from pipeline.artifact import OWN_KEYS, Version, canonical_json, open_verified, read_embeddings, stage
 from pipeline.catalog import load_catalog
 from pipeline.errors import ARTIFACT, UserError
 from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
@@ -45,7 +45,7 @@ def refresh(run: Path, data: Path) -> Refreshed:
     old = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
     rows = np.array([old.get(item_id, -1) for item_id in embeddings.item_ids])
     arrays = load_file(before.path / "whitening.safetensors")
-    whitening = {half: Whitening(*(arrays[f"{half}.{name}"] for name in Whitening._fields)) for half in HALVES}
+    whitening = {half: Whitening(*(arrays[f"{half}.{name}"] for name in Whitening._fields)) for half in embeddings.vectors}
     model = load_model(before.path).over(torch.as_tensor(rows), torch.as_tensor(whitened(embeddings, whitening)))
     if not model.known.any():
         raise UserError(f"none of the items the session model was trained on is left ({data}); run `tpad train-sbr`", ARTIFACT)

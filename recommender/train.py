@@ -56,7 +56,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> Sbr
     folder = run / "sbr-train"
     runs: dict[str, list[Metrics]] = {}
     best: SessionModel | None = None
-    for name in MODELS:
+    for name in (name for name in MODELS if name in config.sbr.models):
         for seed in range(config.seed, config.seed + config.sbr.seeds):
             model = train_model(name, seed, config, inputs, windows[:2], accelerator, folder, fresh)
             runs.setdefault(name, []).append(summarise_buckets(gather_ranks(model, windows[2], accelerator), buckets))
