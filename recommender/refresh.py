@@ -63,6 +63,7 @@ def refresh(run: Path, data: Path) -> Refreshed:
     manifest["model"] |= {"items": len(rows)}
     with stage(run / "sbr", "sbr") as staging:
         write_model(staging.path, model, embeddings.item_ids, titles, counts, samples, whitening)
-        (staging.path / "metrics.json").write_bytes((before.path / "metrics.json").read_bytes())
+        for name in ("metrics.json", "ranks.parquet"):
+            (staging.path / name).write_bytes((before.path / name).read_bytes())
         version = staging.publish(manifest)
     return Refreshed(version, int((rows < 0).sum()), len(old) - int((rows >= 0).sum()), made=True)

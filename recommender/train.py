@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
@@ -29,7 +31,7 @@ from recommender.inputs import SAME_VECTORS, Inputs, load_inputs
 from recommender.metrics import summarise, summarise_buckets
 from recommender.model import ModelConfig, SessionModel
 from recommender.recommend import write_model
-from recommender.sessions import Windows, batches
+from recommender.sessions import PAD, Windows, batches
 
 MODELS = {"ID-only": (False, True), "content-only": (True, False), "full": (True, True)}  # name -> (content, ids)
 SCALAR_RATE = 3.0  # learning rate of biases and weights of components, over that of the matrices
@@ -55,17 +57,20 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> Sbr
     buckets = buckets_of(windows[2], inputs.counts)
     folder = run / "sbr-train"
     runs: dict[str, list[Metrics]] = {}
+    ranks: dict[str, np.ndarray] = {}  # of the first seed
     best: SessionModel | None = None
     for name in (name for name in MODELS if name in config.sbr.models):
         for seed in range(config.seed, config.seed + config.sbr.seeds):
             model = train_model(name, seed, config, inputs, windows[:2], accelerator, folder, fresh)
-            runs.setdefault(name, []).append(summarise_buckets(gather_ranks(model, windows[2], accelerator), buckets))
+            found = gather_ranks(model, windows[2], accelerator)
+            ranks.setdefault(name, found)
+            runs.setdefault(name, []).append(summarise_buckets(found, buckets))
             best = model if name == "full" and best is None else best
     assert best is not None
     if accelerator.is_main_process:
         ceiling = read_ceiling(data, config.data)
         metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling)
-        version = publish(run, config, inputs, best, metrics)
+        version = publish(run, config, inputs, best, metrics, rank_table(inputs, windows[2], ranks))
         remove(folder / "checkpoints")
         print_results(metrics)
     accelerator.wait_for_everyone()
@@ -268,7 +273,20 @@ def _lines(path: Path) -> Iterator[str]:
 # --- publishing
 
 
-def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metrics: dict[str, Any]) -> Version:
+def rank_table(inputs: Inputs, test: Windows, ranks: dict[str, np.ndarray]) -> pa.Table:
+    """Every case of the test: session_id, position and item_id of the target, and its rank by each trained model."""
+    window, place = np.nonzero(test.targets != PAD)
+    session = test.session[window]
+    position = 1 + np.arange(len(session)) - np.searchsorted(session, session)  # its cases are every position but the first
+    columns = {
+        "session_id": [inputs.split.test.session_ids[number] for number in session],
+        "position": pa.array(position, pa.int32()),
+        "item_id": [inputs.catalog.item_ids[row] for row in test.targets[window, place]],
+    }
+    return pa.table(columns | {name: pa.array(of, pa.float64()) for name, of in ranks.items()})
+
+
+def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metrics: dict[str, Any], ranks: pa.Table) -> Version:
     manifest = {
         "fingerprint": inputs.fingerprint,
         "embeddings_manifest_sha256": inputs.embeddings.manifest_sha256,
@@ -284,4 +302,5 @@ def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metr
     with stage(run / "sbr", "sbr") as staging:
         write_model(staging.path, model, inputs.catalog.item_ids, inputs.catalog.titles, inputs.counts, samples, inputs.whitening)
         (staging.path / "metrics.json").write_bytes(canonical_json(metrics))
+        pq.write_table(ranks, staging.path / "ranks.parquet", write_page_checksum=True)
         return staging.publish(manifest)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recommender.evaluate import prefixes_of
-from recommender.metrics import CUTOFFS, summarise, target_ranks
+from recommender.metrics import CUTOFFS, paired_bootstrap, summarise, target_ranks
 from recommender.sessions import PAD, batches, pack, pad_prefixes
 
 
@@ -68,3 +68,29 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
 
 def test_a_prefix_is_cut_to_its_last_events() -> None:
     assert pad_prefixes([[1, 2, 3, 4], [5], []], 3).tolist() == [[2, 3, 4], [5, PAD, PAD], [PAD, PAD, PAD]]
+
+
+def test_the_bootstrap_draws_whole_sessions() -> None:
+    """Against the same draws one by one, in plain Python."""
+    rng = np.random.default_rng(3)
+    session = np.repeat(np.arange(7), rng.integers(1, 5, 7))
+    ours, theirs = rng.random(len(session)), rng.random(len(session))
+    found = paired_bootstrap(ours, theirs, session + 100, draws=700, seed=5)
+    draws, means = np.random.default_rng(5), []
+    for picked in [line for size in (500, 200) for line in draws.integers(7, size=(size, 7))]:
+        values = [ours[case] - theirs[case] for number in picked for case in np.flatnonzero(session == number)]
+        means.append(np.mean(values))
+    assert found.mean == pytest.approx(np.mean(ours - theirs))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
+    assert found.p == pytest.approx(2 * (1 + min(np.sum(np.array(means) <= 0), np.sum(np.array(means) >= 0))) / 701)
+
+
+def test_the_bootstrap_tells_a_difference_from_none() -> None:
+    rng = np.random.default_rng(0)
+    session, base = np.repeat(np.arange(300), 3), rng.random(900)
+    better = paired_bootstrap(base + 0.1 + 0.1 * rng.normal(size=900), base, session)
+    assert better.low < 0.1 < better.high and better.low > 0.08 and better.p < 0.001
+    assert paired_bootstrap(base, base, session).p == 1
+    per_session = np.repeat(rng.normal(size=300), 3)  # what a session shares is one observation, not three
+    together, apart = (paired_bootstrap(per_session, np.zeros(900), of) for of in (session, np.arange(900)))
+    assert together.high - together.low > 1.5 * (apart.high - apart.low)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -163,3 +164,19 @@ def test_two_processes_take_the_steps_of_one(trained: Path, tmp_path: Path) -> N
         losses[name] = {(line["model"], line["step"]): line["loss"] for line in lines if line["step"] < 20}
     assert losses["one"].keys() == losses["two"].keys()
     assert all(abs(losses["one"][key] - losses["two"][key]) < 1e-3 for key in losses["one"])
+
+
+def test_only_the_models_asked_for_are_trained_and_each_rank_is_published(trained: Path, tmp_path: Path) -> None:
+    run = copy_inputs(trained, tmp_path)
+    found = train_sbr(settings("sbr.epochs=1", "sbr.models=[full]"), run, run / "data")
+    assert "full" in found.metrics["results"] and not {"ID-only", "content-only"} & found.metrics["results"].keys()
+    assert pq.read_schema(found.version.path / "ranks.parquet").names == ["session_id", "position", "item_id", "full"]
+    published = train_sbr(settings(), trained, trained / "data")
+    ranks = pq.read_table(published.version.path / "ranks.parquet").to_pylist()
+    log = pq.read_table(trained / "data" / "sessions.parquet").to_pylist()
+    sessions = {line["session_id"]: [event["item_id"] for event in log if event["session_id"] == line["session_id"]] for line in ranks}
+    cases = [(name, n, item) for name, items in sessions.items() for n, item in enumerate(items) if n]
+    assert [(line["session_id"], line["position"], line["item_id"]) for line in ranks] == cases
+    for name, result in published.metrics["results"].items():
+        if name in ("ID-only", "content-only", "full"):
+            assert np.mean([line[name] <= 10 for line in ranks]) == pytest.approx(result["mean"]["all"]["HR@10"])
