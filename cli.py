@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +18,11 @@ import typer
 from pipeline.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config import Config, VariantName
     from recommender.recommend import Item, Recommender
 
 RUN = Path("artifacts/shop")
+ABLATION = Path("artifacts/ablation")
 WIDTH = 140  # of a table that goes to a file or a pipe
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings its own copy of click, or uses the other, by version
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the one that talks, under `accelerate launch`
@@ -74,8 +75,8 @@ def open_run(
 
     What is given is remembered from then on, unless the data is faulty, or the run has a memory already and the command fails.
     """
-    from pipeline.artifact import environment_error, replacing, write_json
-    from pipeline.config import load_config, save_config
+    from pipeline.artifact import environment_error, replacing
+    from pipeline.config import load_config
 
     record, remembered = run / "run.json", run / "config.yaml"
     try:
@@ -85,10 +86,7 @@ def open_run(
             check_data(folder)  # here, before anything is written, and before the imports that take seconds
         before = [(path, path.read_bytes()) for path in (record, remembered) if path.exists()]
         if MAIN_PROCESS:
-            run.mkdir(parents=True, exist_ok=True)
-            write_json(record, {"data": os.path.relpath(folder, run)})
-            with replacing(remembered) as temporary:
-                save_config(settings, temporary)
+            remember(run, folder, settings)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         other = UserError(f"no run can be kept here: {reason} ({error.filename or run}); use another --run", ENVIRONMENT)
@@ -100,6 +98,17 @@ def open_run(
             with replacing(path) as temporary:
                 temporary.write_bytes(content)
         raise
+
+
+def remember(run: Path, data: Path, settings: "Config") -> None:
+    """What a run is made of, beside it: for the commands that come later."""
+    from pipeline.artifact import replacing, write_json
+    from pipeline.config import save_config
+
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "run.json", {"data": os.path.relpath(data, run)})
+    with replacing(run / "config.yaml") as temporary:
+        save_config(settings, temporary)
 
 
 def find_data(data: Path | None, run: Path, settings: "Config", begin: bool) -> Path:
@@ -301,6 +310,63 @@ def recommend(
         print_items(answer.items)
         if session is None:
             results_line(recommender)
+
+
+@app.command()
+def ablate(
+    variants: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Values of distill.variant, beside full; `all` for every one of them.")
+    ] = "all",
+    seeds: Annotated[str, typer.Option(metavar="N,M,...", help="Seeds that each variant is trained with.")] = "0",
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs at a time, each in a process of its own.")] = 1,
+    config: ConfigFile = None,
+    data: DataFolder = None,
+    run: Annotated[Path, typer.Option("--run", help="Folder of the ablation: a run of each variant with each seed.")] = ABLATION,
+    set_: Override = None,
+    debug: Debug = False,
+) -> None:
+    """Train the method with one part left out at a time: what does each part give? Goes on where it was, if it was killed."""
+    with errors(debug):
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("tpad ablate starts its own processes (accelerate launch); start it alone, with --jobs", USAGE)
+        chosen, numbers = parse_variants(variants), parse_seeds(seeds)
+        with open_run(config, data, run, set_, begin=True) as (settings, folder):
+            from recommender.ablate import ablate as run_ablation
+
+            run_ablation(settings, run, folder, chosen, numbers, jobs, make_run)
+
+
+def parse_variants(text: str) -> "list[VariantName]":
+    from typing import get_args
+
+    from pipeline.config import VariantName
+
+    known: list[VariantName] = list(get_args(VariantName))
+    asked = [part for word in text.split(",") if (part := word.strip())]
+    for word in asked:
+        if word not in [*known, "all"]:
+            raise UserError(f"no variant `{word}` (--variants); known: {', '.join(known)}", USAGE)
+    return known if "all" in asked else [name for name in known if name in asked]
+
+
+def parse_seeds(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) < 2**31 for word in words):
+        raise UserError(f"--seeds {text!r} is not of the form n,m,... (command line); write e.g. 0,1,2", USAGE)
+    return [int(word) for word in words]
+
+
+def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]) -> None:
+    """The three steps from data to session model, for a run of an ablation."""
+    from pipeline.distill import distill as run_stages
+    from pipeline.export import export
+    from recommender.train import train_sbr as run_training
+
+    remember(run, data, settings)
+    run_stages(settings, run, data, siblings=siblings)
+    export(settings, run, data)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # a table of all runs comes at the end
+        run_training(settings, run, data)
 
 
 @app.command()

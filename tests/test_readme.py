@@ -23,7 +23,7 @@ from pipeline.shop import draw_shop
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PICTURES_OF_WORDS = ("items (text, picture)", "cli.py  ")  # how the blocks begin that are no commands: the drawing, the tree
 PROGRAMS = ("tpad", "make", "accelerate", "pip")
-DISTILLING = re.compile(r"tpad distill\b|-m cli distill\b")
+DISTILLING = re.compile(r"tpad (distill|ablate)\b|-m cli distill\b")
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
@@ -97,7 +97,15 @@ def played(place: Path) -> dict[str, subprocess.CompletedProcess[str]]:
 
 
 def test_the_readme_has_the_commands_it_should() -> None:
-    assert {shlex.split(line)[1] for line in TPAD} == {"distill", "export-embeddings", "train-sbr", "recommend", "prepare", "index"}
+    assert {shlex.split(line)[1] for line in TPAD} == {
+        "distill",
+        "export-embeddings",
+        "train-sbr",
+        "recommend",
+        "prepare",
+        "index",
+        "ablate",
+    }
     assert TPAD[:4] == ["tpad distill", "tpad export-embeddings", "tpad train-sbr", "tpad recommend"]
     assert LAUNCHES
 

@@ -1,0 +1,104 @@
+"""`tpad ablate`: variants of the method, each with several seeds, and the table of what each part of it gives.
+
+A cell is a variant with a seed: a run folder like any other, `<variant>-<seed>`, made by the ordinary commands. So it may be
+killed at any moment and goes on where it was, and a phase that a cell of the same seed has finished is taken over: the
+full method comes first in each seed, and most variants share its K and T. The steps are handed in by the command line,
+because nothing here may import the MLLM.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pipeline.artifact import locked
+from pipeline.config import Config, VariantName
+from pipeline.errors import ENVIRONMENT, UserError
+
+
+class Cell(NamedTuple):
+    variant: VariantName
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+    def settings(self, config: Config) -> Config:
+        """The config of its run. ID-only does not depend on the embeddings, so that it is trained once a seed is enough."""
+        models = config.sbr.models if self.variant == "full" else ["full"]
+        changed = {
+            "seed": self.seed,
+            "distill": config.distill.model_copy(update={"variant": self.variant}),
+            "sbr": config.sbr.model_copy(update={"models": models}),
+        }
+        return config.model_copy(update=changed)
+
+
+Make = Callable[[Config, Path, Path, Sequence[Path]], None]  # settings, run folder, data folder, runs to take phases over from
+
+
+def ablate(config: Config, run: Path, data: Path, variants: Sequence[VariantName], seeds: Sequence[int], jobs: int, make: Make) -> None:
+    """Every cell in a folder of `run`, `jobs` of them at a time. Raises `UserError`."""
+    variants = list(dict.fromkeys(["full", *variants]))  # which everything is held against
+    with locked(run):
+        work = partial(make_cell, config, run, data, make)
+        columns = [[Cell(variant, seed) for variant in variants] for seed in dict.fromkeys(seeds)]
+        if jobs == 1:
+            for cell in (cell for column in columns for cell in column):
+                work(cell)
+        else:
+            make_together(columns, jobs, work)
+
+
+def make_cell(config: Config, run: Path, data: Path, make: Make, cell: Cell) -> Cell:
+    print(f"cell: {cell.name}", file=sys.stderr)
+    siblings = sorted(path for path in run.glob(f"*-{cell.seed}") if path.name != cell.name)
+    make(cell.settings(config), run / cell.name, data, siblings)
+    return cell
+
+
+def make_together(columns: Sequence[Sequence[Cell]], jobs: int, work: Callable[[Cell], Cell]) -> None:
+    """The cells of each seed, in processes of their own; those after the first wait for what it leaves to take over."""
+    rest = {column[0].seed: column[1:] for column in columns}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=begin_process, initargs=(threads,))
+    with pool:
+        try:
+            left = {pool.submit(work, column[0]) for column in columns}
+            while left:
+                done, left = wait(left, return_when=FIRST_COMPLETED)
+                for future in done:
+                    left |= {pool.submit(work, cell) for cell in rest.pop(future.result().seed, [])}
+        except BrokenProcessPool:
+            raise UserError("a process of the ablation was killed (out of memory?); start again with fewer --jobs", ENVIRONMENT) from None
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()  # they leave after the step in hand, with a checkpoint
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit(128 + signal.SIGINT) from None
+            raise
+
+
+def begin_process(threads: int) -> None:
+    """A core or more for each; they end when the main process does, however that was."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process passes it on
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

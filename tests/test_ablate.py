@@ -1,0 +1,108 @@
+"""`tpad ablate`: cells that are runs like any other, made once, together or one by one, whatever kills them."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ENVIRONMENT, ROOT, command
+from tiny_run import PHASES, SETTINGS, STEPS, kill_when, losses, published_folder, same, settings, start, weights
+from typer.testing import CliRunner
+
+import cli
+from pipeline.errors import USAGE
+from recommender.ablate import ablate
+from recommender.recommend import Recommender
+
+SBR = "sbr.epochs=1"
+
+
+def ablate_run(run: Path, data: Path) -> None:
+    torch.set_num_threads(1)
+    ablate(settings(SBR), run, data, ["merge"], [0], 1, cli.make_run)
+
+
+def tpad_ablate(run: Path, data: Path, *more: str) -> list[str]:
+    options = [word for setting in (*SETTINGS, SBR) for word in ("--set", setting)]
+    return ["ablate", "--run", str(run), "--data", str(data), *options, *more]
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ablation that was killed inside a phase, and inside its second cell, and then ended."""
+    run = tmp_path_factory.mktemp("ablation")
+    for begun in (run / "full-0" / "distill" / "transfer" / "step-000002" / "state.json", run / "merge-0" / "run.json"):
+        kill_when(start(ablate_run, run, tiny_data), begun.exists)
+    assert not (run / "merge-0" / "sbr" / "current").exists()
+    ablate_run(run, tiny_data)
+    return run
+
+
+def test_killed_anywhere_it_ends_with_the_weights_of_an_undisturbed_run(killed: Path, tiny_run: Path) -> None:
+    assert same(weights(killed / "full-0"), weights(tiny_run))
+    assert losses(killed / "full-0") == losses(tiny_run)
+
+
+def test_a_phase_of_two_cells_is_trained_once(killed: Path) -> None:
+    for phase in ("knowledge", "transfer"):
+        one, other = (killed / cell / "distill" / phase / f"step-{STEPS:06d}" / "tensors.safetensors" for cell in ("full-0", "merge-0"))
+        assert one.samefile(other)
+    assert not (killed / "merge-0" / "distill" / "metrics.jsonl").exists()  # not one step of its own
+    assert not same(weights(killed / "full-0"), weights(killed / "merge-0"))
+
+
+def test_id_only_is_trained_once_a_seed(killed: Path) -> None:
+    trained = {
+        cell: json.loads((published_folder(killed / cell, "sbr") / "metrics.json").read_text())["results"] for cell in ("full-0", "merge-0")
+    }
+    assert "ID-only" in trained["full-0"] and "ID-only" not in trained["merge-0"]
+    assert "full" in trained["merge-0"]
+
+
+def test_a_cell_is_a_run_like_any_other(killed: Path) -> None:
+    assert len(Recommender.load(killed / "merge-0").recommend(["p0001"], k=3).items) == 3
+    done = CliRunner().invoke(cli.app, ["distill", "--run", str(killed / "merge-0")])
+    assert done.exit_code == 0 and "up to date" in done.stderr
+
+
+def test_a_finished_one_does_nothing_again(killed: Path, tiny_data: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in killed.rglob("current")}
+    assert len(before) == 6
+    ablate_run(killed, tiny_data)
+    assert {path: path.stat().st_mtime_ns for path in killed.rglob("current")} == before
+
+
+@pytest.mark.slow
+def test_several_at_a_time_in_processes_that_end_with_the_main_one(killed: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    words = command(*tpad_ablate(run, tiny_data, "--variants", "knowledge,no_relation", "--seeds", "0,1", "--jobs", "2"))
+    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun, trained = run / "full-1" / "distill" / "metrics.jsonl", 0
+    while process.poll() is None and not begun.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while (now := begun.stat().st_size) != trained:  # its processes go too, or they would write beside the next ones
+        trained = now
+        time.sleep(0.3)
+    assert not (run / "full-1" / "mllm" / "current").exists()
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    for cell in ("full-0", "knowledge-0", "no_relation-0", "full-1", "knowledge-1", "no_relation-1"):
+        assert (run / cell / "sbr" / "current").exists()
+    assert {phase for phase, _ in losses(run / "full-1")} == set(PHASES)
+    assert {phase for phase, _ in losses(run / "no_relation-1")} == {"align"}
+    assert not same(weights(run / "full-1"), weights(run / "full-0"))
+
+
+@pytest.mark.parametrize(("words", "says"), [(("--variants", "no_views"), "no variant `no_views`"), (("--seeds", "0;1"), "--seeds")])
+def test_a_wrong_option_is_one_line(tmp_path: Path, words: tuple[str, str], says: str) -> None:
+    done = CliRunner().invoke(cli.app, ["ablate", "--run", str(tmp_path / "run"), *words])
+    assert done.exit_code == USAGE
+    assert done.stderr.startswith("error: ") and says in done.stderr
+    assert not (tmp_path / "run").exists()
