@@ -5,29 +5,38 @@ tiny Idefics3, drawn at random and trained in full. Processors with a video part
 halves of a processor are loaded apart.
 """
 
+import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     Idefics3Config,
     Idefics3ImageProcessorPil,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 
 from pipeline.config import BackboneConfig, TinyConfig
-from pipeline.errors import ENVIRONMENT, UserError
+from pipeline.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.prompts import Prompts
 
 SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
+UNQUANTIZED = ["lm_head", "visual", "vision_model", "vision_tower", "connector", "multi_modal_projector"]
 
 
 @dataclass(frozen=True)
@@ -51,25 +60,42 @@ def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backb
 
 
 def adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
-    """Only the adapters of the language model train, or, without `lora`, every weight."""
+    """Only the adapters of the language model train, or, without `lora`, every weight. Adapters are kept in fp32."""
     if config.lora is not None:
-        decoder = next(name for name, module in backbone.model.named_modules() if module is backbone.model.get_decoder())
-        linear = [n for n, m in backbone.model.named_modules() if isinstance(m, nn.Linear) and n.startswith(decoder + ".")]
+        targets = _targets(backbone.model, config.lora.targets)
         backbone.model.requires_grad_(False)
-        lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=linear)
+        lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets)
         inject_adapter_in_model(lora, backbone.model)
+        cast_adapter_dtype(backbone.model, "default")  # small steps are lost in bf16
     if config.gradient_checkpointing:
-        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.model.activation_checkpointing_enable({"use_reentrant": False})
     return backbone
+
+
+def _targets(model: Any, pattern: str) -> list[str]:
+    """Names of the linear layers that `pattern` fits whole; all are of the language model."""
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder()) + "."
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [name for name in linear if re.fullmatch(pattern, name)]
+    where = f"backbone.lora.targets = {pattern!r}"
+    if outside := [name for name in found if not name.startswith(decoder)]:
+        listed = f"`{outside[0]}`" + f" and {len(outside) - 1} more" * (len(outside) > 1)
+        raise UserError(f"{listed} would have adapters outside the language model `{decoder}*` ({where}); narrow it", USAGE)
+    if not found:
+        known = next(name for name in linear if name.startswith(decoder))
+        raise UserError(f"no linear layer of the language model has such a name ({where}); it has e.g. `{known}`", USAGE)
+    return found
 
 
 def published_backbone(config: BackboneConfig) -> Backbone:
     name, revision = config.name, config.revision
+    more = {"quantization_config": _nf4(config), "device_map": {"": PartialState().local_process_index}} if config.quantize else {}
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+            name, revision=revision, dtype=getattr(torch, config.dtype), attn_implementation=config.attention, **more
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer.chat_template = _processor_template(config) or tokenizer.chat_template
         # the PIL variant wherever it runs, so that the same picture gives the same pixels with and without torchvision
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
     except (OSError, ValueError) as error:
@@ -78,6 +104,28 @@ def published_backbone(config: BackboneConfig) -> Backbone:
             f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT
         ) from None
     return Backbone(model, tokenizer, image_processor)
+
+
+def _processor_template(config: BackboneConfig) -> str | None:
+    """The chat template of the model's processor where it lies in a file of its own, which a tokenizer does not read."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(config.name, "chat_template.json", revision=config.revision, **quiet)
+    return None if path is None else str(json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"])
+
+
+def _nf4(config: BackboneConfig) -> BitsAndBytesConfig:
+    """QLoRA (arXiv 2305.14314): linear layers in 4 bits, but those that see pictures and those that write tokens."""
+    if config.lora is None:
+        raise UserError("weights of 4 bits cannot be trained (backbone.quantize); set backbone.lora, or no quantize", USAGE)
+    if not (torch.cuda.is_available() and find_spec("bitsandbytes")):
+        raise UserError("4 bits need a GPU and bitsandbytes (backbone.quantize); install the extra `qlora`, or set it to null", ENVIRONMENT)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=UNQUANTIZED,
+    )
 
 
 def from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:

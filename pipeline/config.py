@@ -69,6 +69,17 @@ class LoraSettings(Section):
     rank: Positive = 16
     alpha: Positive = 32
     dropout: Share = 0.05
+    # names of the linear layers with adapters, a regular expression over the whole name; all must be of the language model
+    targets: str = r"model\.(language|text)_model\..*\.(q|k|v|o|gate|up|down)_proj"
+
+    @field_validator("targets")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
 
 
 class BackboneConfig(Section):
@@ -76,6 +87,8 @@ class BackboneConfig(Section):
     revision: str | None = None  # commit of the model, for a name on the hub
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None  # null trains every weight, as the tiny model needs
+    # nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; no test of this project has run it, for want of one
+    quantize: Literal["nf4"] | None = None
     max_text_tokens: Positive = 96  # the text of one item is cut to so many tokens
     max_pixels: Positive | None = None  # images are scaled down to so many pixels; null: the processor's default
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

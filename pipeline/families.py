@@ -28,23 +28,83 @@ class Family(NamedTuple):
     encode: Callable[[Processor, Image.Image], tuple[list[int], dict[str, Tensor]]]  # an image's token ids and tensors
     tokens: Callable[[Processor, Size], int]  # how many ids an image of that size has, known without decoding it
     stack: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]  # the tensors of n images as the vision tower takes them
-    typed: bool = False  # mm_token_type_ids are mandatory
+    types: str | None = None  # the model's argument that tells image tokens (1) from others (0), where it must be given
+    sized: bool = False  # an image has tokens by its size, so that `max_pixels` bounds them
 
 
-def _idefics3_image(processor: Processor, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-    pixels = processor.image_processor(images=[[image]], do_image_splitting=False, return_tensors="pt")["pixel_values"][0]
-    count = _idefics3_tokens(processor) - 3
-    fake, whole = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
-    return [fake, whole, *[processor.config.image_token_id] * count, fake], {"pixel_values": pixels}
+def _fixed(
+    ids: Callable[[Processor], list[int]],
+    pixels: Callable[[Processor, Image.Image], Tensor] = lambda processor, image: processor.image_processor(image)["pixel_values"][0],
+    more: Callable[[Tensor], dict[str, Tensor]] = lambda pixels: {},
+    types: str | None = None,
+) -> Family:
+    """A family whose images are scaled to one size, whatever theirs is: all have the same token ids.
+
+    `more` are the tensors the vision tower takes beside the stacked pixels.
+    """
+
+    def stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        stacked = torch.stack([image["pixel_values"] for image in images])
+        return {"pixel_values": stacked} | more(stacked)
+
+    return Family(
+        lambda processor, image: (ids(processor), {"pixel_values": torch.as_tensor(pixels(processor, image))}),
+        lambda processor, size: len(ids(processor)),
+        stack,
+        types,
+    )
 
 
-def _idefics3_tokens(processor: Processor, size: Size = (0, 0)) -> int:
+def _squared(side: int, patch: int) -> int:
+    return (side // patch) ** 2
+
+
+def _idefics3_ids(processor: Processor) -> list[int]:
+    """The whole picture, not split into tiles."""
     config = processor.config
-    return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2) + 3
+    count = _squared(config.vision_config.image_size, config.vision_config.patch_size) // config.scale_factor**2
+    fake, whole = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
+    return [fake, whole, *[config.image_token_id] * count, fake]
 
 
-def _stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {"pixel_values": torch.stack([i["pixel_values"] for i in images])}  # Idefics3: (n, 1, 3, H, W)
+def _idefics3_pixels(processor: Processor, image: Image.Image) -> Tensor:
+    pixels: Tensor = processor.image_processor(images=[[image]], do_image_splitting=False, return_tensors="pt")["pixel_values"][0]
+    return pixels  # (1, 3, H, W)
+
+
+def _gemma3_ids(processor: Processor) -> list[int]:
+    """Without crops (pan and scan), as the model's own processor has it by default."""
+    config = processor.config
+    lines = processor.tokenizer("\n\n", add_special_tokens=False).input_ids
+    return [*lines, config.boi_token_index, *[config.image_token_id] * config.mm_tokens_per_image, config.eoi_token_index, *lines]
+
+
+def _llava_ids(processor: Processor) -> list[int]:
+    """One token a patch; the strategy "default" leaves out the first of the vision tower's outputs, which in CLIP is no patch."""
+    config, vision = processor.config, processor.config.vision_config
+    extra = (vision.model_type == "clip_vision_model") - (config.vision_feature_select_strategy == "default")
+    return [config.image_token_id] * (_squared(vision.image_size, vision.patch_size) + extra)
+
+
+def _onevision_ids(processor: Processor) -> list[int]:
+    return [*_llava_ids(processor), processor.config.image_token_id]  # the last stands for the end of the line
+
+
+def _onevision_pixels(processor: Processor, image: Image.Image) -> Tensor:
+    """The picture as one tile, padded to a square: what the model was trained on where a prompt holds several pictures, as a
+    session does. Of a picture alone it also knows up to nine tiles more, at ten times the tokens: not used here.
+    """
+    beside = Image.new("RGB", (1, 1))  # makes the image processor take them for two pictures of one prompt
+    pixels: Tensor = processor.image_processor(images=[[image, beside]], return_tensors="pt")["pixel_values"][0]
+    return pixels[:1]  # (1, 3, H, W)
+
+
+def _onevision_more(pixels: Tensor) -> dict[str, Tensor]:
+    size = torch.tensor(pixels.shape[-2:])
+    return {
+        "image_sizes": size.expand(len(pixels), 2),
+        "batch_num_images": torch.tensor([max(2, len(pixels))]),  # anything but one says: of one tile each
+    }
 
 
 def _qwen_size(processor: Processor) -> dict[str, int]:
@@ -78,6 +138,15 @@ def _qwen_stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([i[name] for i in images]) for name in ("pixel_values", "image_grid_thw")}  # (patches, .), (n, 3)
 
 
-_IDEFICS3 = Family(_idefics3_image, _idefics3_tokens, _stack)
-_QWEN = Family(_qwen_image, _qwen_tokens, _qwen_stack, typed=True)
-FAMILIES = {"idefics3": _IDEFICS3, "smolvlm": _IDEFICS3, "qwen2_vl": _QWEN, "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN}
+_IDEFICS3 = _fixed(_idefics3_ids, _idefics3_pixels)
+_QWEN = Family(_qwen_image, _qwen_tokens, _qwen_stack, "mm_token_type_ids", sized=True)
+FAMILIES = {
+    "idefics3": _IDEFICS3,
+    "smolvlm": _IDEFICS3,
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "gemma3": _fixed(_gemma3_ids, types="token_type_ids"),
+    "llava": _fixed(_llava_ids),
+    "llava_onevision": _fixed(_onevision_ids, _onevision_pixels, _onevision_more),
+}

@@ -30,6 +30,7 @@ from pipeline.families import FAMILIES, Processor
 from pipeline.prompts import Part
 
 IMAGE_CACHE_BYTES = 1 << 30  # of encoded images kept, so that an epoch after the first decodes nothing
+MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # of a batch, those the base model takes as they are
 FIRST_SCALE, MAX_SCALE = 4.0, 100.0  # of the session head's logits: soft at first, while the features still say little
 
 
@@ -68,6 +69,11 @@ class Encoder:
         if family not in FAMILIES:
             raise UserError(f"backbone family `{family}` is not supported (backbone.name); supported: {', '.join(FAMILIES)}", USAGE)
         self.family = FAMILIES[family]
+        if config.max_pixels and not self.family.sized:
+            raise UserError(
+                f"every picture has the same number of tokens in the family `{family}` (max_pixels = {config.max_pixels}); leave it null",
+                USAGE,
+            )
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         self._text: dict[str, list[int]] = {}  # those of the templates come first, so they are always kept
         self._most_texts = 2**20 if cache_bytes else 100
@@ -173,8 +179,8 @@ class Encoder:
             "answers": answers,
             "picture_at": pictures,
         }
-        if self.family.typed:
-            batch["mm_token_type_ids"] = ids == self.processor.config.image_token_id
+        if self.family.types:
+            batch[self.family.types] = ids == self.processor.config.image_token_id
         return {name: torch.as_tensor(np.asarray(value, np.int64)) for name, value in batch.items()}
 
 
@@ -227,7 +233,7 @@ class Mllm(nn.Module):
         for name, batch in batches.items():
             if name == "pictures":
                 continue
-            inputs: dict[str, Any] = {of: batch[of] for of in ("input_ids", "attention_mask", "mm_token_type_ids") if of in batch}
+            inputs: dict[str, Any] = {of: batch[of] for of in MODEL_INPUTS if of in batch}
             if seen is not None and len(batch["picture_at"]):
                 inputs["mm_encoder_outputs"] = {"image": _shown(seen, batch["picture_at"])}
                 if "image_grid_thw" in pictures:
@@ -330,7 +336,7 @@ def load_mllm(
     else:
         mllm = Mllm(backbone.model, settings["heads"], settings["dim"])
     load_trainable(mllm, load_file(folder / "weights.safetensors"), str(folder / "weights.safetensors"))
-    if merge:
+    if merge and not config.quantize:  # which 4 bits would round
         merge_adapters(mllm)
     return mllm, backbone, settings
 

@@ -75,6 +75,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("data: {text: title}", "`data.text` = 'title': input should be a valid list"),
         ("data: {text: [title, 3]}", "`data.text.1` = 3: input should be a valid string (my.yaml:1)"),
         ("backbone: {gradient_checkpointing: 1}", "`backbone.gradient_checkpointing` = 1: input should be a valid boolean"),
+        ("backbone: {lora: {targets: '('}}", "`backbone.lora.targets` = '(': value error, not a regular expression"),
         ("sbr: 3", "`sbr` = 3: input should be a valid dictionary"),
         ("sbr: [" + "1, " * 10_000 + "1]", "`sbr` = [1, 1, 1,"),
     ],

@@ -14,7 +14,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_run import PHASES, SETTINGS, STEPS, distill_run, export_run, kill_when, losses, published_folder, same, settings, start, weights
+from tiny_run import (
+    PHASES,
+    SETTINGS,
+    STEPS,
+    distill_run,
+    export_run,
+    kill_when,
+    losses,
+    published_folder,
+    same,
+    settings,
+    start,
+    two_processes,
+    weights,
+)
 from typer.testing import CliRunner
 
 import cli
@@ -251,12 +265,6 @@ def test_other_training_sessions_under_the_same_ids_are_other_data(tiny_run: Pat
 # --- processes
 
 
-def member(rank: int, port: int, work: Callable[..., object], *args: object) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    work(*args)
-
-
 @pytest.mark.parametrize("bound", ["info_nce", "smile"])
 def test_two_processes_take_the_steps_of_one(tiny_run: Path, smile_run: Path, tiny_data: Path, tmp_path: Path, bound: str) -> None:
     alone, run = tiny_run, tmp_path / "run"
@@ -281,11 +289,7 @@ def test_two_processes_take_the_steps_of_one(tiny_run: Path, smile_run: Path, ti
 
 def test_two_processes_export_what_one_does(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run / "mllm", tmp_path / "mllm")
-    port = 20_000 + os.getpid() % 20_000
-    processes = [start(member, rank, port, export_run, tmp_path, tiny_data) for rank in range(2)]
-    for process in processes:
-        process.join(600)
-        assert process.exitcode == 0
+    two_processes(export_run, tmp_path, tiny_data)
     one, two = read_embeddings(tiny_run / "embeddings"), read_embeddings(tmp_path / "embeddings")
     assert one.item_ids == two.item_ids
     for half in ("knowledge", "transition"):
