@@ -19,6 +19,7 @@ from tiny_run import FAMILIES, PHASES, TINY, distill_run, export_run, losses, sa
 from torch import nn
 from transformers import Gemma3Processor, Idefics3Processor, LlavaProcessor
 
+from benchmarks import memory
 from pipeline.artifact import read_embeddings
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.catalog import load_catalog
@@ -27,6 +28,7 @@ from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
 from pipeline.mllm import MODEL_INPUTS, Encoded, Encoder, Mllm, embed, load_mllm, load_trainable, save_mllm, trainable_state
 from pipeline.prompts import NO_IMAGE, NO_TEXT, Part, Prompts, View
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 LONG = "a very large mug of clay with a handle, a lid, a saucer and a spoon"
 ITEMS: dict[str, tuple[str, str, str | None]] = {  # item_id -> title, material, colour of the picture
     "red": ("a mug", "clay", "red"),
@@ -461,3 +463,13 @@ def test_an_image_budget_that_would_do_nothing_is_refused(data: Path, folders: P
     with pytest.raises(UserError, match="max_pixels = 128") as error:
         make(data, folders, family, "backbone.max_pixels=128")
     assert error.value.code == USAGE
+
+
+# --- the configs of published backbones
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(CONFIGS.glob("*.yaml")) if load_config(p).backbone.name in memory.SHAPES], ids=lambda p: p.stem
+)
+def test_a_config_states_the_memory_that_is_computed_for_it(path: Path) -> None:
+    assert f"# {memory.line(load_config(path))}\n" in path.read_text(encoding="utf-8")
