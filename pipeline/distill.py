@@ -7,6 +7,7 @@ times the number of processes undoes the averaging of distributed data parallel.
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ from pipeline.prompts import Prompts
 from pipeline.variants import VARIANTS, merged, side_by_side, varied
 
 TABLE_ROWS = 4096  # items embedded at a time for a table
+# what the launcher sets for modes that cut the weights to pieces
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def learning_rate(settings: PhaseConfig, step: int) -> float:
@@ -214,6 +217,7 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings
     version = published(run / "mllm", "mllm")
     if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
         return False
+    _refuse_shards()
     accelerator = Accelerator(log_with=config.distill.log_with or None, project_dir=run / "distill")
     group = Group(accelerator)
     _check_batches(config, group.world)
@@ -306,6 +310,13 @@ def _fingerprints(config: Config, catalogue: str, sessions: str) -> list[str]:
 def _log_sha256(log: SessionLog) -> str:
     """Of the sessions with what is in them, which their ids, the hash manifests hold, do not tell."""
     return hashlib.sha256(log.ids_sha256().encode() + log.offsets.tobytes() + log.rows.tobytes()).hexdigest()
+
+
+def _refuse_shards() -> None:
+    """Where weights lie in pieces, every process must make every forward pass and write every checkpoint, which this loop does not."""
+    for flag, kind in SHARDED.items():
+        if os.environ.get(flag, "").lower() == "true":
+            raise UserError(f"{kind} is not supported by `tpad distill` (accelerate launch); use configs/accelerate/ddp.yaml", USAGE)
 
 
 def _check_batches(config: Config, world: int) -> None:

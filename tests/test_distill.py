@@ -35,7 +35,7 @@ import cli
 from pipeline.artifact import read_embeddings
 from pipeline.catalog import load_catalog, load_sessions, split_by_time
 from pipeline.config import Config
-from pipeline.distill import _check_batches
+from pipeline.distill import SHARDED, _check_batches
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.phases import Align, drawn
 
@@ -270,8 +270,8 @@ def test_two_processes_take_the_steps_of_one(tiny_run: Path, smile_run: Path, ti
     alone, run = tiny_run, tmp_path / "run"
     if bound == "smile":
         alone, run = smile_run, without_align(smile_run, run)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml")]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
     command = [*launch, "-m", "cli", "distill", "--run", str(run), "--data", str(tiny_data), *options(f"distill.align.bound={bound}")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment)
@@ -295,6 +295,15 @@ def test_two_processes_export_what_one_does(tiny_run: Path, tiny_data: Path, tmp
     for half in ("knowledge", "transition"):
         np.testing.assert_allclose(getattr(one, half), getattr(two, half), atol=1e-5)
     assert len(two.version.manifest["parts"]) == 3  # so both had some
+
+
+@pytest.mark.parametrize(("flag", "kind"), SHARDED.items())
+def test_sharded_weights_are_refused(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, kind: str) -> None:
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(UserError, match=f"{kind} is not supported") as error:
+        distill_run(tmp_path, tiny_data)
+    assert error.value.code == USAGE
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_that_does_not_divide_is_one_clear_line() -> None:
