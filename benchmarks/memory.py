@@ -104,7 +104,7 @@ def picture(shape: Any, max_pixels: int | None) -> tuple[int, int]:
         patches = max_pixels // vision.patch_size**2
         return patches, patches // vision.spatial_merge_size**2 + 2
     patches = (vision.image_size // vision.patch_size) ** 2
-    tokens = {"smolvlm": patches // getattr(shape, "scale_factor", 1) ** 2 + 3, "gemma3": 262, "llava_onevision": patches + 1}
+    tokens = {"smolvlm": patches // getattr(shape, "scale_factor", 1) ** 2 + 3, "gemma3": 260, "llava_onevision": patches + 1}
     return patches, tokens[kind]
 
 

@@ -90,7 +90,7 @@ class BackboneConfig(Section):
     # nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; no test of this project has run it, for want of one
     quantize: Literal["nf4"] | None = None
     max_text_tokens: Positive = 96  # the text of one item is cut to so many tokens
-    max_pixels: Positive | None = None  # images are scaled down to so many pixels; null: the processor's default
+    max_pixels: Positive | None = None  # pictures are scaled down to so many pixels, in the Qwen families; null: the processor's default
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
     tiny: TinyConfig = TinyConfig()
