@@ -36,7 +36,7 @@ from pipeline.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.prompts import Prompts
 
 SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
-UNQUANTIZED = ["lm_head", "visual", "vision_model", "vision_tower", "connector", "multi_modal_projector"]
+UNQUANTIZED = ["lm_head", r"model\.(visual|vision_model|vision_tower|connector|multi_modal_projector)"]  # beginnings of names
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from PIL import Image
 from tiny_run import FAMILIES, PHASES, TINY, distill_run, export_run, losses, same, save_backbone, two_processes, weights
 from torch import nn
 from transformers import Gemma3Processor, Idefics3Processor, LlavaProcessor
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks import memory
 from pipeline.artifact import read_embeddings
-from pipeline.backbone import Backbone, build_backbone
+from pipeline.backbone import UNQUANTIZED, Backbone, build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config
 from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
@@ -329,6 +330,12 @@ def test_adapters_can_be_on_fewer_layers(data: Path, folders: Path) -> None:
     made = make(data, folders, "gemma3", r"backbone.lora.targets='model\.language_model\.layers\.1\..*\.[qv]_proj'")
     adapted = {name.split(".lora_")[0] for name in trainable_state(made.backbone.model)}
     assert adapted == {f"model.language_model.layers.1.self_attn.{of}_proj" for of in "qv"}
+
+
+def test_four_bits_are_for_the_language_model_alone(made: Made) -> None:
+    decoder = {id(module) for module in made.backbone.model.get_decoder().modules()}
+    linear = [(name, module) for name, module in made.backbone.model.named_modules() if isinstance(module, nn.Linear)]
+    assert {name for name, _ in linear if should_convert_module(name, UNQUANTIZED)} == {name for name, m in linear if id(m) in decoder}
 
 
 def test_four_bits_without_a_gpu_is_one_clear_line(data: Path, folders: Path) -> None:
