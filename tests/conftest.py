@@ -28,3 +28,28 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert distill_run(run, tiny_data)
     export_run(run, tiny_data)
     return run
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The six items of tiny_items.py."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tiny_items import ITEMS, picture
+
+    folder = tmp_path_factory.mktemp("items")
+    images = pa.array([picture(colour) for _, _, colour in ITEMS.values()], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    columns = {"item_id": list(ITEMS), "title": [t for t, _, _ in ITEMS.values()], "material": [m for _, m, _ in ITEMS.values()]}
+    pq.write_table(pa.table({**columns, "image": images}), folder / "items.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone of each family, by its name."""
+    from tiny_run import FAMILIES, save_backbone
+
+    root = tmp_path_factory.mktemp("backbones")
+    for family in FAMILIES:
+        save_backbone(root / family, family)
+    return root
