@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.artifact import HALVES
 from pipeline.backbone import Backbone
-from pipeline.config import Config, LoraSettings, VariantName
+from pipeline.config import Config, VariantName
 from pipeline.mllm import Mllm, SideBySide, load_trainable, trainable_state
 
 Weights = Mapping[str, dict[str, Tensor]]  # by phase, what `trainable_state` gave at its end
@@ -72,7 +72,7 @@ def merged(config: Config, backbone: Backbone, base: dict[str, Tensor], weights:
             state[name] = start + learned
     else:
         rank = _merge_adapters(backbone.model, weights, shares, config.distill.merge.method)
-        lora = LoraSettings(rank=rank, alpha=rank, dropout=config.backbone.lora.dropout)  # the scale is in the factors
+        lora = config.backbone.lora.model_copy(update={"rank": rank, "alpha": rank})  # the scale is in the factors
         config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"lora": lora})})
     mllm = Mllm(backbone.model, HALVES, config.distill.dim)
     own = trainable_state(mllm)
