@@ -220,16 +220,6 @@ def test_an_image_budget_that_would_do_nothing_is_refused(data: Path, folders: P
     assert error.value.code == USAGE
 
 
-# --- the configs of published backbones
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in sorted(CONFIGS.glob("*.yaml")) if load_config(p).backbone.name in memory.SHAPES], ids=lambda p: p.stem
-)
-def test_a_config_states_the_memory_that_is_computed_for_it(path: Path) -> None:
-    assert f"# {memory.line(load_config(path))}\n" in path.read_text(encoding="utf-8")
-
-
 def test_the_chat_template_of_the_familys_processor_is_the_one_used(data: Path, folders: Path, tmp_path: Path) -> None:
     """Older repositories keep it in a file beside the tokenizer's."""
     template = "{% for m in messages %}<|end|>user {% for c in m.content %}{{ c.text }}{% endfor %}<|end|>{% endfor %}assistant"
@@ -239,3 +229,13 @@ def test_the_chat_template_of_the_familys_processor_is_the_one_used(data: Path, 
     assert made.backbone.tokenizer.decode(made.encoder.head) == "<|end|>user "
     assert made.backbone.tokenizer.decode(made.encoder.tail) == "<|end|>assistant"
     assert made.items("red")[0].ids[: len(made.encoder.head)] == made.encoder.head
+
+
+# --- the configs of published backbones
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(CONFIGS.glob("*.yaml")) if load_config(p).backbone.name in memory.SHAPES], ids=lambda p: p.stem
+)
+def test_a_config_states_the_memory_that_is_computed_for_it(path: Path) -> None:
+    assert f"# {memory.line(load_config(path))}\n" in path.read_text(encoding="utf-8")
