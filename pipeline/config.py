@@ -143,6 +143,7 @@ class AlignConfig(PhaseConfig):
     temperature: Rate = 0.07
     relation: Weight = 1.0  # weight of the item-item relation loss
     generation: Weight = 0.2  # weight of L_gen
+    token_distill: Weight = 0.0  # weight of KL from T's distribution of each token written to the unified MLLM's; 0: none, and no T held
     withhold_text: Share = 0.15  # as in transfer
     withhold_image: Share = 0.15
     keep: Weight = 1.0  # weight of staying where stage 1 put k(v)

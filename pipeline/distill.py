@@ -86,11 +86,11 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
                 group_["lr"] = learning_rate(settings, step) * group_["factor"]
             batches, facts = _to(batches, accelerator.device), _to(facts, accelerator.device)
             out = model(batches, phase.heads)
-            for name, batch in batches.items():
-                if f"{name}.nll" in out:  # mean over the answer tokens of all processes
-                    out[f"{name}.nll"] = group.total(out[f"{name}.nll"]) / group.total(
-                        torch.tensor(len(batch["answers"]), device=accelerator.device)
-                    )
+            for of in ("nll", "divergence"):
+                for name, batch in batches.items():
+                    if f"{name}.{of}" in out:  # mean over the answer tokens of all processes
+                        tokens = group.total(torch.tensor(len(batch["answers"]), device=accelerator.device))
+                        out[f"{name}.{of}"] = group.total(out[f"{name}.{of}"]) / tokens
             losses = phase.losses(out, facts, critics)
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
@@ -239,6 +239,8 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings
         heads = [head for of in kind.heads.values() for head in of]
         mllm = Mllm(backbone.model, heads, config.distill.dim)
         begin(mllm, kind, base, weights, config.distill.transfer.start)
+        if kind is Align and config.distill.align.token_distill:
+            mllm.teacher = _below("backbone.", weights["transfer"])
         checkpoints = Checkpoints(folder / kind.name, fingerprint)
         if fresh and accelerator.is_main_process:
             checkpoints.clear()

@@ -188,7 +188,8 @@ class Mllm(nn.Module):
     """Backbone with named heads, each a LayerNorm and a linear map d -> D, in fp32.
 
     One `forward` takes all batches of a training step, so a distributed wrapper sees one forward and one backward.
-    The head "session" asks for an item, and carries a learned scale (one over the temperature).
+    The head "session" asks for an item, and carries a learned scale (one over the temperature). A teacher is the same
+    backbone under other values of what trains: of LoRA only the adapters are held twice, without it the whole model.
     """
 
     def __init__(self, backbone: Any, heads: Sequence[str], dim: int) -> None:
@@ -198,13 +199,16 @@ class Mllm(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) for name in heads})
         if "session" in heads:
             self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        self.teacher: dict[str, Tensor] | None = None  # frozen, of the backbone
 
     def forward(self, batches: dict[str, dict[str, Tensor]], heads: dict[str, Sequence[str]]) -> dict[str, Tensor]:
         """Per batch b and head h: "b.h" (R, D), fp32, L2-normalised ("session": times the scale).
 
-        Also "b.nll", the summed token loss of the batch's answers, where it has any.
+        Where the batch has answers also "b.nll", their summed token loss, and in training with a teacher "b.divergence", the
+        sum over their tokens of KL(teacher's distribution || the model's).
         """
         out = {}
+        taught = self._taught(batches) if self.training and self.teacher is not None else {}
         for name, states in self.hidden(batches).items():
             batch = batches[name]
             read = states[batch["read_at"]].float()
@@ -213,9 +217,30 @@ class Mllm(nn.Module):
                 if head == "session":
                     out[f"{name}.{head}"] = out[f"{name}.{head}"] * self.log_scale.exp().clamp(max=MAX_SCALE)
             if len(batch["answers"]):
-                logits = self.backbone.get_output_embeddings()(states[batch["answer_at"]])
-                out[f"{name}.nll"] = F.cross_entropy(logits.float(), batch["answers"], reduction="sum")
+                logits = self._logits(states, batch)
+                out[f"{name}.nll"] = F.cross_entropy(logits, batch["answers"], reduction="sum")
+                if name in taught:
+                    out[f"{name}.divergence"] = F.kl_div(logits.log_softmax(-1), taught[name], reduction="sum", log_target=True)
         return out
+
+    def _logits(self, states: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """(A, V) fp32, of the answers"""
+        logits: Tensor = self.backbone.get_output_embeddings()(states[batch["answer_at"]])
+        return logits.float()
+
+    def _taught(self, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """By batch with answers, (A, V): their log-probabilities under the teacher, without dropout."""
+        assert self.teacher is not None
+        own = {name: weight.data for name, weight in trainable_state(self.backbone).items()}
+        self.eval()
+        try:
+            _put(self.backbone, self.teacher)
+            with torch.no_grad():
+                states = self.hidden(batches)
+                return {n: self._logits(s, batches[n]).log_softmax(-1) for n, s in states.items() if len(batches[n]["answers"])}
+        finally:
+            _put(self.backbone, own)
+            self.train()
 
     def centre(self, head: str, mean: Tensor) -> None:
         """Shifts a new head so that `mean` (D,), the mean of its raw outputs, becomes zero.
@@ -292,6 +317,12 @@ def embed(
 def trainable_state(module: nn.Module) -> dict[str, nn.Parameter]:
     """What training changes: every weight of the tiny model, adapters and heads of a large one."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """These as the values of what trains; nothing is copied."""
+    for name, weight in trainable_state(module).items():
+        weight.data = tensors[name]
 
 
 def load_trainable(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

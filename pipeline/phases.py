@@ -228,7 +228,11 @@ class Transfer(Phase):
 
 
 class Align(Phase):
-    """Stage 2, second half: transitional pattern alignment. K, still writing texts, takes over t(v) in a head of its own."""
+    """Stage 2, second half: transitional pattern alignment. K, still writing texts, takes over t(v) in a head of its own.
+
+    With `token_distill` it also follows, on every token of an answer, the distribution that T writes it with: MDist of LLaVA-KD
+    (arXiv 2410.16236), which has the visual tokens follow too; here they do not, for their logits would outgrow the model.
+    """
 
     name, number = "align", 2
     heads: ClassVar = {"items": ("knowledge", "transition")}
@@ -253,7 +257,8 @@ class Align(Phase):
         known, transition = self.tables["knowledge"][facts["rows"]], self.tables["transition"][facts["rows"]]
         learned = critics.get("smile")
         align = -learned.bound(pattern, transition) if learned else info_nce(pattern, transition, cfg.temperature)
-        return {
+        taught = {"token_distill": cfg.token_distill * out["items.divergence"]} if cfg.token_distill else {}
+        return taught | {
             "align": cfg.align * align,
             "relation": cfg.relation * relation_loss(pattern, transition, cfg.temperature),
             "generation": cfg.generation * out["items.nll"],

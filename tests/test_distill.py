@@ -71,12 +71,13 @@ def without_align(run: Path, to: Path) -> Path:
 
 
 SMILE = "distill.align.bound=smile"
+OPTIONS = (SMILE, "distill.align.token_distill=0.5")  # of the last phase, all at once
 
 
 @pytest.fixture(scope="module")
-def smile_run(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = without_align(tiny_run, tmp_path_factory.mktemp("smile") / "run")
-    distill_run(run, tiny_data, SMILE)
+def options_run(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = without_align(tiny_run, tmp_path_factory.mktemp("options") / "run")
+    distill_run(run, tiny_data, *OPTIONS)
     return run
 
 
@@ -127,8 +128,8 @@ def test_a_loss_that_leaves_the_numbers_is_one_clear_line(tiny_data: Path, tmp_p
 # --- bounds
 
 
-def test_bounds_are_probed_on_items_outside_the_batch(tiny_run: Path, smile_run: Path) -> None:
-    for run in (tiny_run, smile_run):
+def test_bounds_are_probed_on_items_outside_the_batch(tiny_run: Path, options_run: Path) -> None:
+    for run in (tiny_run, options_run):
         probed = {key: {name for name in line if name.startswith("held_out_")} for key, line in losses(run).items()}
         expected = {"knowledge": set(), "transfer": {"held_out_club_bound"}, "align": {"held_out_club_bound", "held_out_info_nce"}}
         assert probed == {(phase, step): expected[phase] if step % 3 == 2 else set() for phase in PHASES for step in range(STEPS)}
@@ -154,6 +155,23 @@ def test_smile_aligns_too(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> No
     assert found["align", 59]["held_out_info_nce"] > 1  # nats, of at most log 8: the batch leaves eight items
 
 
+def test_what_t_writes_is_followed_token_by_token(tiny_run: Path, options_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    assert not any("token_distill" in line for line in losses(tiny_run).values())
+    assert all("token_distill" in line for (phase, _), line in losses(options_run).items() if phase == "align")
+    # a T that has learned nothing is K, of which the model departs for the other losses' sake, and less so if it is held to T
+    begun = tmp_path / "begun"
+    untaught, found = ("distill.transfer.steps=0", "distill.align.steps=30"), {}
+    for weight in ("0.01", "10"):
+        run = copy(begun, tmp_path / weight) if begun.exists() else begun
+        if run != begun:
+            shutil.rmtree(run / "distill" / "align")
+            shutil.rmtree(run / "mllm")
+        distill_run(run, tiny_data, *untaught, f"distill.align.token_distill={weight}")
+        found[weight] = [line["token_distill"] / float(weight) for (phase, _), line in losses(run).items() if phase == "align"]
+    assert found["10"][0] == pytest.approx(0, abs=1e-6)
+    assert 0 < np.mean(found["10"][10:]) < np.mean(found["0.01"][10:])
+
+
 # --- stopping and starting
 
 
@@ -168,12 +186,14 @@ def test_killed_in_every_phase_it_ends_with_the_weights_of_an_undisturbed_run(ti
     assert losses(tmp_path) == losses(tiny_run)
 
 
-def test_killed_with_a_learned_critic_it_goes_on_with_the_critic_it_had(smile_run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    run = without_align(smile_run, tmp_path / "run")
-    kill_when(start(distill_run, run, tiny_data, SMILE), (run / "distill" / "align" / "step-000002" / "state.json").exists)
-    assert distill_run(run, tiny_data, SMILE)
-    assert same(weights(run), weights(smile_run))
-    assert losses(run) == losses(smile_run)
+def test_killed_with_a_learned_critic_and_a_teacher_it_goes_on_with_those_it_had(
+    options_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = without_align(options_run, tmp_path / "run")
+    kill_when(start(distill_run, run, tiny_data, *OPTIONS), (run / "distill" / "align" / "step-000002" / "state.json").exists)
+    assert distill_run(run, tiny_data, *OPTIONS)
+    assert same(weights(run), weights(options_run))
+    assert losses(run) == losses(options_run)
 
 
 def test_asked_to_stop_it_saves_and_exits_143_and_goes_on_later(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -265,14 +285,16 @@ def test_other_training_sessions_under_the_same_ids_are_other_data(tiny_run: Pat
 # --- processes
 
 
-@pytest.mark.parametrize("bound", ["info_nce", "smile"])
-def test_two_processes_take_the_steps_of_one(tiny_run: Path, smile_run: Path, tiny_data: Path, tmp_path: Path, bound: str) -> None:
+@pytest.mark.parametrize("more", [(), OPTIONS])
+def test_two_processes_take_the_steps_of_one(
+    tiny_run: Path, options_run: Path, tiny_data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     alone, run = tiny_run, tmp_path / "run"
-    if bound == "smile":
-        alone, run = smile_run, without_align(smile_run, run)
+    if more:
+        alone, run = options_run, without_align(options_run, run)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml")]
     launch += ["--num_processes", "2", "--main_process_port", "0"]
-    command = [*launch, "-m", "cli", "distill", "--run", str(run), "--data", str(tiny_data), *options(f"distill.align.bound={bound}")]
+    command = [*launch, "-m", "cli", "distill", "--run", str(run), "--data", str(tiny_data), *options(*more)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stderr

@@ -167,6 +167,38 @@ def test_views_to_be_pulled_together_are_only_those_the_item_has(tiny: Made) -> 
     assert all(one == other for item in pairs[1:] for one, other in item)
 
 
+def test_a_teacher_is_the_same_backbone_with_other_weights_that_come_and_go(made: Made) -> None:
+    """Of LoRA only the adapters are other."""
+    row, mllm = ROW["red"], made.mllm
+    parts = made.prompts.knowledge(row, View(True, False), np.random.default_rng(0))
+    batches = made.encoder.collate({"items": [made.encoder.encode(parts)]})
+    heads = {"items": ["knowledge"]}
+    own = {name: weight.detach().clone() for name, weight in trainable_state(mllm.backbone).items()}
+    other = {name: weight + 0.02 for name, weight in own.items()}
+    assert made.config.backbone.lora is None or all("lora_" in name for name in other)
+
+    def distribution(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        load_trainable(mllm.backbone, weights, "test")
+        states = mllm.eval().hidden(batches)["items"][batches["items"]["answer_at"]]
+        return mllm.backbone.get_output_embeddings()(states).log_softmax(-1)
+
+    taught, written = distribution(other), distribution(own)
+    expected = (taught.exp() * (taught - written)).sum()
+    mllm.train()
+    mllm.teacher = other
+    try:
+        out = mllm(batches, heads)
+        out["items.divergence"].backward()
+        torch.testing.assert_close(out["items.divergence"], expected, rtol=1e-4, atol=1e-5)
+        assert expected > 1e-3
+        assert same(trainable_state(mllm.backbone), own)
+        assert any(w.grad is not None and w.grad.abs().sum() > 0 for w in trainable_state(mllm.backbone).values())
+    finally:
+        mllm.teacher = None
+        mllm.zero_grad()
+    assert "items.divergence" not in mllm(batches, heads)
+
+
 # --- saving, loading, training
 
 
