@@ -215,6 +215,7 @@ class ExportConfig(Section):
     shard_rows: Positive = 1024  # items a part: the unit of resume, and of work for a process
     token_budget: Positive = 4096  # tokens a batch, padding included; for a GPU rather 16384 and more
     max_pixels: Positive | None = None  # images are scaled down to so many pixels; null: as in training
+    layers: Positive | None = None  # only the first so many layers of the decoder are run; null: all. `tpad distill` says what it costs
     workers: Count = 1  # processes that decode and tokenise ahead; 0: a thread
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None  # null: as in training
     compile: bool = False  # torch.compile; sequences are padded to a few lengths for it

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline import prompts
+from pipeline import layers, prompts
 from pipeline.artifact import canonical_json, published, stage
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.catalog import SessionLog, load_catalog, load_sessions, split_by_time
@@ -262,7 +262,8 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings
             config, unified = merged(config, backbone, base, weights)
         elif variant.published == "side_by_side":
             unified = side_by_side(backbone, weights, config.distill.dim)
-        publish(run, config, unified, backbone, catalog.sha256, split.train.ids_sha256(), prints[-1])
+        measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
+        publish(run, config, unified, backbone, measured, catalog.sha256, split.train.ids_sha256(), prints[-1])
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return True
@@ -348,15 +349,35 @@ def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, 
     return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
 
 
+def measure_layers(mllm: Mllm, phase: Phase) -> list[dict[str, float]]:
+    """What each layer adds, on a fixed sample of items; said, and given to the trackers."""
+    config, accelerator = phase.config, phase.group.accelerator
+    sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in layers.sample(len(phase.prompts), config.seed)]
+    mllm.to(accelerator.device).eval()
+    measured = layers.measure(mllm, phase.encoder, sequences, config.export.token_budget, accelerator.device)
+    layers.tell(measured)
+    for n, layer in enumerate(measured, 1):
+        accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=n)
+    return measured
+
+
 def publish(
-    run: Path, config: Config, mllm: Mllm | SideBySide, backbone: Backbone, catalogue: str, sessions: str, fingerprint: str
+    run: Path,
+    config: Config,
+    mllm: Mllm | SideBySide,
+    backbone: Backbone,
+    measured: list[dict[str, float]],
+    catalogue: str,
+    sessions: str,
+    fingerprint: str,
 ) -> None:
-    """The unified MLLM as a version of `run/mllm`."""
+    """The unified MLLM as a version of `run/mllm`, with what was measured of its layers."""
     settings = {
         "backbone": config.backbone.model_dump(),
         "data": config.data.model_dump(),
         "dim": config.distill.dim,
         "heads": list(mllm.heads if isinstance(mllm, Mllm) else mllm.halves),
+        "layers": measured,
         "prompts": prompts.VERSION,
     }
     if isinstance(mllm, SideBySide):
