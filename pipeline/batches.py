@@ -92,7 +92,10 @@ class Source:
 
     def _content(self, row: int) -> np.ndarray:
         text, image = self.views.text(row).encode(), self.catalog.image_bytes(row)
-        digest = hashlib.sha256(b"%d %d " % (len(text), -1 if image is None else len(image)) + text + (image or b"")).digest()
+        lacks = not text or image is None or self.on_bad_image == "text_only"  # or may turn out to
+        similar = self.views.similar(row).encode() if lacks else b""
+        sizes = b"%d %d " % (len(text), -1 if image is None else len(image))
+        digest = hashlib.sha256(sizes + text + (image or b"") + similar).digest()
         return np.frombuffer(digest, np.uint8)
 
     def load(self, rows: np.ndarray, at: np.ndarray) -> Batch:

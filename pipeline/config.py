@@ -28,10 +28,19 @@ Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class NeighboursConfig(Section):
+    """An item that lacks its image or its text is shown with the titles of near ones, see pipeline/neighbours.py."""
+
+    run: str | None = None  # run folder whose published embeddings say what is near; null: none are shown
+    count: Positive = 3  # titles, at most
+    least: Cosine = 0.5  # no title of an item less near, by cosine
 
 
 class DataConfig(Section):
@@ -42,6 +51,7 @@ class DataConfig(Section):
     attributes: list[str] | None = None  # item columns it learns to write; null: every other text column
     # an image that cannot be decoded stops the run, counts as none, or keeps its item out of the embeddings (and counts as none before)
     on_bad_image: Literal["error", "skip", "text_only"] = "error"
+    neighbours: NeighboursConfig = NeighboursConfig()
 
 
 class ShopConfig(Section):

@@ -27,6 +27,7 @@ from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_o
 from pipeline.config import Config, PhaseConfig
 from pipeline.errors import USAGE, UserError
 from pipeline.mllm import Encoder, Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
+from pipeline.neighbours import Neighbours, load_neighbours
 from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Tensors, Transfer
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts
@@ -213,7 +214,8 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings
     variant, config = VARIANTS[config.distill.variant], varied(config)
     catalog = load_catalog(data)
     split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
-    prints = _fingerprints(config, catalog.sha256, _log_sha256(split.train))
+    neighbours = load_neighbours(config.data.neighbours, catalog, split.train.ids_sha256())
+    prints = _fingerprints(config, neighbours, catalog.sha256, _log_sha256(split.train))
     version = published(run / "mllm", "mllm")
     if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
         return False
@@ -225,7 +227,7 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings
     folder.mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers("tpad", config.model_dump(mode="json"))
     metrics = Metrics(folder / "metrics.jsonl", accelerator)
-    views = Prompts(catalog, config.data)
+    views = Prompts(catalog, config.data, neighbours=neighbours)
     backbone = build_backbone(config.backbone, views, config.seed)
     encoder = Encoder(config.backbone, backbone, catalog)
     tables: Tensors = {}
@@ -263,7 +265,7 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings
         elif variant.published == "side_by_side":
             unified = side_by_side(backbone, weights, config.distill.dim)
         measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
-        publish(run, config, unified, backbone, measured, catalog.sha256, split.train.ids_sha256(), prints[-1])
+        publish(run, config, views, unified, backbone, measured, split.train.ids_sha256(), prints[-1])
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return True
@@ -280,7 +282,7 @@ def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tenso
     load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, kind.name)
 
 
-def _fingerprints(config: Config, catalogue: str, sessions: str) -> list[str]:
+def _fingerprints(config: Config, neighbours: Neighbours | None, catalogue: str, sessions: str) -> list[str]:
     """Of each phase, and last of what is published: everything the weights depend on.
 
     How often it is saved, or by how many processes, is not part of it.
@@ -288,7 +290,8 @@ def _fingerprints(config: Config, catalogue: str, sessions: str) -> list[str]:
     chain: dict[str, Any] = {
         "prompts": prompts.VERSION,
         "seed": config.seed,
-        "data": config.data.model_dump(exclude={"valid", "test", "max_prefix"}),
+        "data": config.data.model_dump(exclude={"valid", "test", "max_prefix", "neighbours"}),
+        "neighbours": neighbours and neighbours.settings(),
         "backbone": config.backbone.model_dump(),
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),
@@ -364,17 +367,18 @@ def measure_layers(mllm: Mllm, phase: Phase) -> list[dict[str, float]]:
 def publish(
     run: Path,
     config: Config,
+    views: Prompts,
     mllm: Mllm | SideBySide,
     backbone: Backbone,
     measured: list[dict[str, float]],
-    catalogue: str,
     sessions: str,
     fingerprint: str,
 ) -> None:
     """The unified MLLM as a version of `run/mllm`, with what was measured of its layers."""
     settings = {
         "backbone": config.backbone.model_dump(),
-        "data": config.data.model_dump(),
+        "data": config.data.model_dump(exclude={"neighbours": {"run"}}),
+        "neighbours": views.neighbours and views.neighbours.sha256,
         "dim": config.distill.dim,
         "heads": list(mllm.heads if isinstance(mllm, Mllm) else mllm.halves),
         "layers": measured,
@@ -384,4 +388,4 @@ def publish(
         settings["side_by_side"] = True
     with stage(run / "mllm", "mllm") as staging:
         save_mllm(staging.path, mllm, backbone, settings)
-        staging.publish({"fingerprint": fingerprint, "catalogue_sha256": catalogue, "sessions_sha256": sessions})
+        staging.publish({"fingerprint": fingerprint, "catalogue_sha256": views.catalog.sha256, "sessions_sha256": sessions})

@@ -21,6 +21,7 @@ from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import BackboneConfig, Config, DataConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.mllm import Encoder, load_mllm
+from pipeline.neighbours import load_neighbours
 from pipeline.parts import Base, Exporter, Work, is_part
 from pipeline.prompts import Prompts
 from pipeline.shards import Shards, current_pointer
@@ -33,6 +34,7 @@ RECIPE = {  # what else than its content makes an item's vector, and how to say 
     "max_pixels": "the image budget",
     "layers": "how many layers are run",
     "on_bad_image": "what is done about bad images",
+    "neighbours": "the neighbours of items that lack something",
 }
 
 
@@ -72,6 +74,14 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
     catalog = load_catalog(data, stream=True)
     halves = [half for half in HALVES if half in settings["heads"]]  # an ablation may have one
     depth = layers_run(config.export.layers, settings)
+    named = config.data.neighbours.run
+    if named is not None and settings.get("neighbours") is None:
+        raise UserError(
+            f"the MLLM was trained without neighbours (data.neighbours.run = {named}); set null, or run `tpad distill` with them", USAGE
+        )
+    data_config = DataConfig.model_validate(settings["data"])
+    near = data_config.neighbours.model_copy(update={"run": named})
+    neighbours = load_neighbours(near, catalog, model.manifest["sessions_sha256"])
     recipe = {
         "mllm_sha256": model.manifest_sha256,
         "prompts_version": prompts.VERSION,
@@ -79,6 +89,7 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         "max_pixels": backbone_config.max_pixels,
         "layers": depth,
         "on_bad_image": config.data.on_bad_image,
+        "neighbours": neighbours and neighbours.sha256,
     }
     layout = {"shard_rows": config.export.shard_rows, "token_budget": config.export.token_budget, "format": config.export.format}
     facts = recipe | layout | {"catalogue_sha256": catalog.sha256}
@@ -110,10 +121,9 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
     if model.manifest["catalogue_sha256"] != catalog.sha256:
         # new items are welcome: their content is all the model needs
         facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
-    data_config = DataConfig.model_validate(settings["data"]).model_copy(update={"on_bad_image": "error"})
     source = Source(
         catalog,
-        Prompts(catalog, data_config),
+        Prompts(catalog, data_config.model_copy(update={"on_bad_image": "error"}), neighbours=neighbours),
         Encoder(backbone_config, backbone, catalog, cache_bytes=0),
         config.export.token_budget,
         config.data.on_bad_image,

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.catalog import Catalog
 from pipeline.config import DataConfig
 from pipeline.errors import USAGE, UserError
+from pipeline.neighbours import Neighbours
 
 VERSION = "1"  # goes into fingerprints and manifests; raise it with any change of the wording
 
@@ -22,6 +23,7 @@ NO_IMAGE = "no picture."
 NO_TEXT = "no text."
 DESCRIBE = "Describe it:"
 NEXT = "Next:"
+SIMILAR = "Similar:"
 
 
 class Part(NamedTuple):
@@ -44,8 +46,8 @@ FULL = View(True, True)
 class Prompts:
     """The prompts over one catalogue's items."""
 
-    def __init__(self, catalog: Catalog, config: DataConfig) -> None:
-        self.catalog, self.on_bad_image = catalog, config.on_bad_image
+    def __init__(self, catalog: Catalog, config: DataConfig, neighbours: Neighbours | None = None) -> None:
+        self.catalog, self.on_bad_image, self.neighbours = catalog, config.on_bad_image, neighbours
         unknown = [c for c in config.attributes or [] if c not in catalog.columns]
         if unknown:
             raise UserError(f"no column `{unknown[0]}` in items.parquet (data.attributes); columns: {', '.join(catalog.columns)}", USAGE)
@@ -76,7 +78,16 @@ class Prompts:
     def _block(self, row: int, view: View) -> list[Part]:
         text = self.text(row) if view.text else ""
         picture = Part("image", row=row) if view.image and self.has_image(row) else Part("text", NO_IMAGE)
-        return [Part("text", ITEM), picture, Part("text", text or NO_TEXT)]
+        block = [Part("text", ITEM), picture, Part("text", text or NO_TEXT)]
+        return block if text and picture.kind == "image" else [*block, *self._similar(row)]
+
+    def similar(self, row: int) -> str:
+        """What is shown beside an item that lacks something: titles of near items, or nothing."""
+        return "; ".join(self.neighbours(row)) if self.neighbours else ""
+
+    def _similar(self, row: int) -> list[Part]:
+        titles = self.similar(row)
+        return [Part("text", SIMILAR), Part("text", titles)] if titles else []
 
     def item(self, row: int, view: View = FULL) -> list[Part]:
         """The prompt at whose last token the item feature h(v) is read."""
@@ -119,5 +130,6 @@ class Prompts:
     def words(self) -> list[str]:
         """Every text of the catalogue and of the templates, for a tokenizer that is trained on them."""
         texts = [self.catalog.text(row, column) for row in range(len(self)) for column in self.columns]
-        templates = [ITEM, NO_IMAGE, NO_TEXT, DESCRIBE, NEXT, *(f"{column}:" for column in self.columns)]
+        similar = [SIMILAR] if self.neighbours else []
+        templates = [ITEM, NO_IMAGE, NO_TEXT, DESCRIBE, NEXT, *similar, *(f"{column}:" for column in self.columns)]
         return texts + templates * (len(texts) // 10 + 10)  # often enough to become one token a word
