@@ -291,13 +291,14 @@ def _fingerprints(config: Config, neighbours: Neighbours | None, catalogue: str,
         "prompts": prompts.VERSION,
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"valid", "test", "max_prefix", "neighbours"}),
-        "neighbours": neighbours and neighbours.settings(),
         "backbone": config.backbone.model_dump(),
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),
         "catalogue": catalogue,
         "sessions": sessions,
     }
+    if neighbours is not None:
+        chain["neighbours"] = neighbours.settings()
     variant = VARIANTS[config.distill.variant]
     if variant.frozen:
         chain["frozen"] = True

@@ -14,13 +14,7 @@ from recommender.evaluate import cases_of
 from recommender.model import Whitening, fit_whitening
 from recommender.sessions import Windows, pack
 
-SAME_VECTORS = (
-    "mllm_sha256",
-    "prompts_version",
-    "max_pixels",
-    "layers",
-    "neighbours",
-)  # of two embeddings' manifests: equal content has equal vectors
+SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels", "layers", "neighbours")  # of two manifests: equal content, equal vectors
 
 
 @dataclass(frozen=True)

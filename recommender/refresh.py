@@ -37,7 +37,8 @@ def refresh(run: Path, data: Path) -> Refreshed:
     made_of = embeddings.version.manifest
     if before.manifest["embeddings_manifest_sha256"] == embeddings.version.manifest_sha256:
         return Refreshed(before, 0, 0, made=False)
-    if before.manifest.get("vectors") != {key: made_of.get(key) for key in SAME_VECTORS}:
+    trained_on = before.manifest.get("vectors") or {}
+    if any(trained_on.get(key) != made_of.get(key) for key in SAME_VECTORS):
         raise UserError(f"the session model was trained on vectors of another MLLM or image budget ({run}); run `tpad train-sbr`", ARTIFACT)
     catalog = load_catalog(data)
     check_catalogue(embeddings, catalog, run)
