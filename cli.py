@@ -307,7 +307,7 @@ def recommend(
             say(f"  {item}  {'not in the catalogue, ignored' if known is None else recommender.titles[known]}")
         if answer.fallback:
             say("no item of this session is in the catalogue: these are the most popular ones")
-        print_items(answer.items)
+        print_items(recommender, answer.items)
         if session is None:
             results_line(recommender)
 
@@ -400,7 +400,7 @@ def prepare(
         say(f"next: tpad distill --data {out} --run artifacts/{out.name}")
 
 
-def print_items(items: "list[Item]") -> None:
+def print_items(recommender: "Recommender", items: "list[Item]") -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -409,10 +409,12 @@ def print_items(items: "list[Item]") -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("rank", justify="right")
     table.add_column("item_id", no_wrap=True)
-    table.add_column("title")
+    for name in ("title", "similar to", "often next after"):
+        table.add_column(name)
     table.add_column("score", justify="right")
     for item in items:
-        table.add_row(str(item.rank), escape(item.item_id), escape(item.title), f"{item.score:.4f}")
+        reasons = ("" if item_id is None else recommender.titles[recommender.row[item_id]] for item_id in (item.similar_to, item.after))
+        table.add_row(str(item.rank), *map(escape, (item.item_id, item.title, *reasons)), f"{item.score:.4f}")
     Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 

@@ -110,6 +110,11 @@ class Followers(nn.Module):
         discount = self.discount.sigmoid()
         return (count - discount).clamp(min=0) / (total - discount * distinct).clamp(min=1e-6)
 
+    def shares(self, rows: Tensor, items: Tensor) -> Tensor:
+        """The share of each of `items` (C,) among the followers of each of `rows` (L,), (L, C)."""
+        known = rows.clamp(min=0)
+        return self.share(self.count(known[:, None], items), self.totals[known][:, None], self.distinct[known][:, None])
+
     def weights(self, rows: Tensor, total: Tensor) -> Tensor:
         """Log-weights (B, L, L) of the positions' items, given how many transitions (B, L) speak for each."""
         trust = (self.evidence[0] + self.evidence[1] * total.clamp(min=1).log()).masked_fill(total < 1, NEVER)
@@ -378,6 +383,19 @@ class SessionModel(nn.Module):
             weights = self.followers.weights(rows, self.followers.totals[rows.clamp(min=0)])[session, position].exp()
             self.followers.add(sparse, events, weights)
         return (total + sparse[:, some]).log()
+
+    def origins(self, rows: Tensor, tables: Tables, items: Tensor) -> Tensor:
+        """Where the scores of `items` (C,) after one prefix, rows (1, L), come from, (L + 1, C): what the channels and the
+        followers of each position's item add to exp(score), and in the last line what popularity adds."""
+        reading, last = self.read(rows, tables), int((rows != PAD).sum()) - 1
+        parts = torch.zeros(rows.shape[1], len(items))
+        for name, query in reading.queries.items():
+            part = query[0] @ tables.vectors[name][items].T + tables.priors[name][items]
+            parts += (reading.weights[name][0, last][:, None] + part).exp()
+        if "id" in self.channels:
+            weights = self.followers.weights(rows, self.followers.totals[rows.clamp(min=0)])[0, last]
+            parts += weights.exp()[:, None] * self.followers.shares(rows[0], items)
+        return torch.cat([parts, (tables.priors["popular"][items] + reading.popular).exp()[None]])
 
     def follower_rows(self, rows: Tensor) -> Tensor:
         """All items that followed one of `rows` (R,) in training."""

@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.artifact import Version, canonical_json, open_verified
+from pipeline.artifact import HALVES, Version, canonical_json, open_verified
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.index import build_index, load_index, save_index, top_items
 from recommender.model import ModelConfig, SessionModel, Whitening
@@ -33,6 +35,8 @@ class Item(NamedTuple):
     item_id: str
     title: str
     score: float
+    similar_to: str | None = None  # the session's item nearest by the knowledge half: they are alike
+    after: str | None = None  # the one it followed most in training; where it never did, the one that brings most of its score
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,17 @@ def write_model(
 
 class Recommender:
     def __init__(
-        self, model: SessionModel, index: Any, item_ids: list[str], titles: list[str], samples: list[list[str]], version: Version
+        self,
+        model: SessionModel,
+        index: Any,
+        item_ids: list[str],
+        titles: list[str],
+        samples: list[list[str]],
+        halves: list[str],
+        version: Version,
     ) -> None:
         self.model = model.eval()
+        self.halves = dict(zip(halves, model.content.chunk(len(halves), dim=1), strict=True))  # (N, D) each, whitened
         self.index = index
         self.item_ids, self.titles = item_ids, titles
         self.row = {item_id: row for row, item_id in enumerate(item_ids)}
@@ -90,7 +102,9 @@ class Recommender:
         items = pq.read_table(version.path / "items.parquet", page_checksum_verification=True)
         samples = json.loads((version.path / "samples.json").read_bytes())
         index = load_index(version.path / "index.faiss")
-        return cls(model, index, items["item_id"].to_pylist(), items["title"].to_pylist(), samples, version)
+        with safe_open(version.path / "whitening.safetensors", "numpy") as file:
+            halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
+        return cls(model, index, items["item_id"].to_pylist(), items["title"].to_pylist(), samples, halves, version)
 
     def recommend(self, session: list[str], k: int = 10, exclude_seen: bool = False) -> Recommendation:
         return self.recommend_batch([session], k, exclude_seen)[0]
@@ -99,10 +113,8 @@ class Recommender:
         known = [[self.row[i] for i in session if i in self.row] for session in sessions]
         found = []
         for session, rows, (best, scores) in zip(sessions, known, self.rank(known, k, exclude_seen), strict=True):
-            items = [
-                Item(n, self.item_ids[row], self.titles[row], score)
-                for n, (row, score) in enumerate(zip(best.tolist(), scores.tolist(), strict=True), 1)
-            ]
+            names = [(self.item_ids[row], self.titles[row], score) for row, score in zip(best.tolist(), scores.tolist(), strict=True)]
+            items = [Item(n, *named, *why) for n, (named, why) in enumerate(zip(names, self._reasons(rows, best), strict=True), 1)]
             unknown = list(dict.fromkeys(i for i in session if i not in self.row))
             found.append(Recommendation(items, unknown, None if rows else "popular"))
         return found
@@ -122,6 +134,29 @@ class Recommender:
                 for n, result in zip(numbers, self._rank_some([sessions[n] for n in numbers], k, seen), strict=True):
                     ranked[n] = result
         return ranked
+
+    def _reasons(self, session: list[int], best: np.ndarray) -> list[tuple[str | None, str | None]]:
+        """`similar_to` and `after` of each item of a ranking, among the other items of the session."""
+        if not session:
+            return [(None, None)] * len(best)
+        with torch.inference_mode():
+            rows = torch.as_tensor(pad_prefixes([session], self.model.config.max_prefix)).long()
+            items = torch.as_tensor(best)
+            own = rows[0][:, None] == items
+            alike = torch.zeros(own.shape)
+            if (vectors := self.halves.get("knowledge")) is not None:
+                alike = F.normalize(vectors[rows[0]], dim=1) @ F.normalize(vectors[items], dim=1).T
+            origins = self.model.origins(rows, self.tables, items)
+            origins[:-1].masked_fill_(own, 0.0)
+            source = origins.max(0).indices
+            if "id" in self.model.channels:
+                share, followed = self.model.followers.shares(rows[0], items).masked_fill(own, 0.0).max(0)
+                source = torch.where(share > 0, followed, source)
+            nearest = alike.masked_fill(own, -1.0).max(0)
+        seen = [self.item_ids[row] for row in rows[0].tolist()]
+        after = [*seen, None]  # there for being popular: that is no item's doing
+        near = zip(nearest.values.tolist(), nearest.indices.tolist(), source.tolist(), strict=True)
+        return [(seen[which] if cosine > 0 else None, after[origin]) for cosine, which, origin in near]
 
     def _most_popular(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         best = self.popular[:k]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from standin_run import publish_embeddings, write_data
+from standin_run import GROUPS, publish_embeddings, write_data
 
 from pipeline.artifact import read_embeddings
 from pipeline.config import load_config
@@ -41,6 +41,13 @@ def ids(found: recommend.Recommendation) -> list[str]:
     return [item.item_id for item in found.items]
 
 
+def companion(recommender: Recommender, item_id: str) -> str:
+    """What followed it most often."""
+    followers = recommender.model.followers
+    _, entry = followers.entries(torch.tensor([recommender.row[item_id]]))
+    return recommender.item_ids[int(followers.keys[entry[followers.counts[entry].argmax()]]) % 60]
+
+
 def test_a_session_gets_the_best_items_with_titles(recommender: Recommender) -> None:
     session = recommender.samples[0]
     found = recommender.recommend(session, k=5)
@@ -51,6 +58,19 @@ def test_a_session_gets_the_best_items_with_titles(recommender: Recommender) -> 
     assert all(item.title == f"Title {int(item.item_id[-3:])}" for item in found.items)
     assert found.unknown == []
     assert found.fallback is None
+
+
+def test_each_item_says_why(recommender: Recommender) -> None:
+    """Items of one group look alike; what mostly followed an item in training comes after it."""
+    group = {item_id: row % GROUPS for row, item_id in enumerate(recommender.item_ids)}
+    session = ["item-000", "item-002", "item-000", "nonsense"]  # of the groups 0 and 2
+    found = {item.item_id: item for item in recommender.recommend(session, 60).items}
+    alike = {item_id: item.similar_to for item_id, item in found.items() if group[item_id] in (0, 2) and item_id not in session}
+    assert alike == {item_id: session[group[item_id] // 2] for item_id in alike}
+    assert [found[companion(recommender, item_id)].after for item_id in session[:2]] == session[:2]
+    for item_id in session[:2]:
+        assert item_id not in (found[item_id].similar_to, found[item_id].after)
+    assert all(item.similar_to is item.after is None for item in recommender.recommend([], 5).items)
 
 
 def test_many_sessions_get_what_each_gets_alone(recommender: Recommender) -> None:

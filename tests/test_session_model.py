@@ -66,6 +66,17 @@ def test_padding_and_company_change_nothing(content: bool, ids: bool) -> None:
 
 
 @VERSIONS
+def test_the_origins_of_a_score_add_up_to_it(content: bool, ids: bool) -> None:
+    model = build(content, ids)
+    tables, items = model.tables(), torch.tensor([9, 2, 30, 48])  # none of the session's
+    for session in ([3], [5, 5, 7, 11, 3, 7]):
+        rows = torch.tensor(pad_prefixes([session], 8)).long()
+        parts = model.origins(rows, tables, items)
+        assert len(parts) == len(session) + 1
+        assert torch.allclose(parts.sum(0).log(), model.scores(rows, tables)[0, items], atol=1e-4)
+
+
+@VERSIONS
 def test_the_loss_is_the_softmax_of_the_scores(content: bool, ids: bool) -> None:
     """On sessions that are not part of the training log, the counts hold nothing of them to take out."""
     model = build(content, ids)
