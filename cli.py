@@ -246,14 +246,32 @@ def train_sbr(
 
 
 @app.command()
-def index(data: DataFolder = None, run: RunFolder = RUN, debug: Debug = False) -> None:
-    """Put the trained session model over the current embeddings: new items can be recommended, without training."""
-    with errors(debug), open_run(None, data, run, None) as (_, folder):
+def index(
+    config: ConfigFile = None,
+    data: DataFolder = None,
+    run: RunFolder = RUN,
+    set_: Override = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build the index anew, whatever has changed or not.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing: measure the published index against exact search.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Put the trained session model over the current embeddings, with the index of `sbr.index`; nothing is trained."""
+    with errors(debug), open_run(config, data, run, set_) as (settings, folder):
+        if check:
+            from recommender.index import check as run_check
+            from recommender.recommend import Recommender
+
+            recommender = Recommender.load(run)
+            for line in run_check(recommender.index, recommender.sample_rows(), recommender.version.manifest["index"]):
+                typer.echo(line)
+            return
         from recommender.refresh import refresh
 
-        found = refresh(run, folder)
+        found = refresh(run, folder, settings.sbr.index, rebuild)
         changes = f"{found.added} items added, {found.removed} removed" if found.made else "up to date"
-        say(f"session model: {found.version.path} ({changes})")
+        facts = found.version.manifest["index"]
+        quality = "exact" if facts["exact"] else f"recall@20 {facts['recall@20']:.4f} on {facts['sessions']} test sessions"
+        say(f"session model: {found.version.path} ({changes}); index {facts['factory']}, {quality}")
         following("recommend", run)
 
 
@@ -263,6 +281,11 @@ def recommend(
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out the items of the session.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    filter_: Annotated[
+        list[str] | None,
+        typer.Option("--filter", metavar="COLUMN=VALUE", help="Only items with this value; repeatable: any of a column's, all columns."),
+    ] = None,
+    diversify: Annotated[float, typer.Option(help="0 to 1: how much an item loses for being like those above it.")] = 0.0,
     sessions: Annotated[
         Path | None, typer.Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")
     ] = None,
@@ -278,11 +301,17 @@ def recommend(
             )
         from recommender.recommend import Recommender
 
+        filters: dict[str, list[str]] = {}
+        for wish in filter_ or []:
+            column, equals, value = wish.partition("=")
+            if not equals:
+                raise UserError(f"--filter {wish!r} is not of the form column=value (command line); write e.g. motif=dots", USAGE)
+            filters.setdefault(column, []).append(value)
         recommender = Recommender.load(run)
         if sessions is not None and out is not None:
             from recommender.batch import recommend_file
 
-            done = recommend_file(recommender, sessions, out, k, exclude_seen)
+            done = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify)
             say(f"{done.sessions} sessions, {done.rows} rows: {out}")
             if done.popular or done.unknown_events:
                 say(f"events of items not in the catalogue, left out: {done.unknown_events}")
@@ -295,7 +324,7 @@ def recommend(
             items = [item for part in session.split(",") if (item := part.strip())]
         if not items:
             raise UserError("--session names no item (command line); give item_ids, e.g. --session a,b,c", USAGE)
-        answer = recommender.recommend(items, k, exclude_seen)
+        answer = recommender.recommend(items, k, exclude_seen, filters, diversify)
         if as_json:
             ranked = [item._asdict() for item in answer.items]
             typer.echo(
@@ -398,6 +427,25 @@ def prepare(
         for line in run_import(options).lines():
             typer.echo(line)
         say(f"next: tpad distill --data {out} --run artifacts/{out.name}")
+
+
+@app.command()
+def doctor(run: RunFolder = RUN, debug: Debug = False) -> None:
+    """Say what is installed, what the machine has, and what tpad will use of it and why."""
+    with errors(debug):
+        from rich.console import Console
+        from rich.table import Table
+
+        from recommender.doctor import examine
+
+        found = examine(run)
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for what, value in found.lines:
+            table.add_row(what, value)
+        Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH).print(table)
+        if found.missing:
+            raise UserError(f"something is missing (this environment); {'; '.join(found.missing)}", ENVIRONMENT)
+        say("nothing is missing")
 
 
 def print_items(recommender: "Recommender", items: "list[Item]") -> None:

@@ -188,11 +188,23 @@ class Catalog:
         return [self.text(row, "title") for row in range(len(self))]
 
     def only(self, item_ids: list[str]) -> "Catalog":
-        """These of the items, in this order, with their titles and nothing more."""
-        titles = pa.array([self.text(self.row[item], "title") for item in item_ids], pa.string())
-        return replace(
-            self, item_ids=item_ids, columns=["title"], _texts={"title": titles}, _images=None, _present=np.zeros(len(item_ids), bool)
-        )
+        """These of the items, in this order, with their texts and no image. Not of a catalogue that is streamed."""
+        rows = pa.array([self.row[item] for item in item_ids], pa.int64())
+        texts = {name: column.take(rows) for name, column in self._texts.items() if isinstance(column, pa.Array)}
+        return replace(self, item_ids=item_ids, _texts=texts, _images=None, _present=np.zeros(len(item_ids), bool))
+
+    def attributes(self) -> dict[str, pa.Array]:
+        """What items can be told apart by, all but title and description: a text each, or a list of texts. Not of a streamed one."""
+        found = {}
+        for name in self.columns:
+            column = self._texts[name]
+            if name not in ("title", "description") and isinstance(column, pa.Array):
+                if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                    texts = [[text for text in map(plain_text, values or []) if text] for values in column.to_pylist()]
+                    found[name] = pa.array(texts, pa.list_(pa.string()))
+                else:
+                    found[name] = pa.array([plain_text(value) or None for value in column.to_pylist()], pa.string())
+        return found
 
     def text(self, row: int, column: str) -> str:
         return plain_text(self._texts[column][row].as_py())

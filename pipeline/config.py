@@ -244,6 +244,7 @@ class SbrConfig(Section):
     content_dropout: Share = 0.0  # of the numbers of the whitened embeddings
     patience: Positive = 3  # epochs without a better validation MRR@20 before it stops
     seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published
+    index: str = "auto"  # auto: by the catalogue's size; flat (exact), hnsw, ivf, or a factory string of FAISS; `tpad index` changes it
     models: list[Literal["ID-only", "content-only", "full"]] = ["ID-only", "content-only", "full"]  # those that are trained
 
     @field_validator("models")

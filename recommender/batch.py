@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.artifact import environment_error, replacing
 from pipeline.errors import DATA, UserError
-from recommender.recommend import Recommender
+from recommender.recommend import Filters, Recommender
 
 CHUNK = 8192  # sessions
 SCHEMA = pa.schema([("session_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
@@ -27,7 +27,15 @@ class BatchSummary:
     rows: int  # written
 
 
-def recommend_file(recommender: Recommender, sessions: Path, out: Path, k: int = 10, exclude_seen: bool = False) -> BatchSummary:
+def recommend_file(
+    recommender: Recommender,
+    sessions: Path,
+    out: Path,
+    k: int = 10,
+    exclude_seen: bool = False,
+    filters: Filters | None = None,
+    diversify: float = 0.0,
+) -> BatchSummary:
     """Sessions by first appearance, events by (timestamp, row). `out` is replaced whole at the end, or not at all."""
     session_ids, events, offsets = read_sessions(sessions, recommender)
     popular = rows = 0
@@ -37,7 +45,7 @@ def recommend_file(recommender: Recommender, sessions: Path, out: Path, k: int =
                 names = session_ids[start : start + CHUNK]
                 prefixes = [_known(events[offsets[n] : offsets[n + 1]]) for n in range(start, start + len(names))]
                 popular += sum(not prefix for prefix in prefixes)
-                table = _ranked_table(recommender, names, prefixes, k, exclude_seen)
+                table = _ranked_table(recommender, names, recommender.rank(prefixes, k, exclude_seen, filters, diversify))
                 writer.write_table(table)
                 rows += len(table)
     except OSError as error:
@@ -51,8 +59,7 @@ def _known(events: np.ndarray) -> list[int]:
     return [int(row) for row in events if row >= 0]
 
 
-def _ranked_table(recommender: Recommender, names: list[str], prefixes: list[list[int]], k: int, exclude_seen: bool) -> pa.Table:
-    ranked = recommender.rank(prefixes, k, exclude_seen)
+def _ranked_table(recommender: Recommender, names: list[str], ranked: list[tuple[np.ndarray, np.ndarray]]) -> pa.Table:
     lengths = [len(best) for best, _ in ranked]
     best = np.concatenate([best for best, _ in ranked])
     return pa.table(

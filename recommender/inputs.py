@@ -83,7 +83,7 @@ def fingerprint(config: Config, catalog: Catalog, split: Split, embeddings: Vers
     digest = hashlib.sha256()
     for log in (split.train, split.valid, split.test):
         digest.update(canonical_json(log.session_ids) + log.offsets.tobytes() + log.rows.tobytes())
-    settings = {"sbr": config.sbr.model_dump(), "seed": config.seed, "max_prefix": config.data.max_prefix}
+    settings = {"sbr": config.sbr.model_dump(exclude={"index"}), "seed": config.seed, "max_prefix": config.data.max_prefix}
     return hashlib.sha256(
         canonical_json(settings | {"sessions": digest.hexdigest(), "catalogue": catalog.sha256, "embeddings": embeddings.manifest_sha256})
     ).hexdigest()

@@ -132,13 +132,24 @@ class Followers(nn.Module):
         line = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
         return line, torch.arange(len(line), device=rows.device) - (length.cumsum(0) - length)[line] + begin[line]
 
-    def add(self, scores: Tensor, events: Tensor, weights: Tensor) -> None:
-        """Adds to scores (M, N) each event's weight, events and weights (M, L), times the shares of its followers."""
+    def add(self, scores: Tensor, events: Tensor, weights: Tensor, items: Tensor | None = None) -> None:
+        """Adds to scores (M, N), or (M, C) of `items`, each event's weight, events and weights (M, L), times the shares of its
+        followers."""
         case, position = (weights > 0).nonzero(as_tuple=True)
         rows = events[case, position]
         line, entry = self.entries(rows)
         value = self.share(self.counts[entry], self.totals[rows][line], self.distinct[rows][line]) * weights[case, position][line]
-        scores.index_put_((case[line], self.keys[entry] % self.items), value, accumulate=True)
+        place = self.keys[entry] % self.items
+        if items is not None:
+            place, there = find(items, place, torch.ones_like(place, dtype=torch.bool))
+            value = value * there
+        scores.index_put_((case[line], place), value, accumulate=True)
+
+
+def find(items: Tensor, rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the `rows` stand in `items` (C,), ascending, and which of the `real` ones do."""
+    place = torch.searchsorted(items, rows).clamp(max=len(items) - 1)
+    return place, real & (items[place] == rows)
 
 
 def tally(keys: Tensor, counts: Tensor, items: int) -> tuple[Tensor, Tensor]:
@@ -362,13 +373,15 @@ class SessionModel(nn.Module):
         case = targets != PAD
         return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1)
 
-    def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None) -> Tensor:
+    def scores(
+        self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None, reading: Reading | None = None
+    ) -> Tensor:
         """Scores (cases, N) for the positions where `cases` (B, L) holds; None: the last one of each prefix, none of them
-        empty. `items` (C,) gives (cases, C) instead."""
+        empty. `items` (C,), ascending, gives (cases, C) instead; `reading` is that of the rows, where it is known."""
         if cases is None:
             length = (rows != PAD).sum(1)
             cases = torch.arange(rows.shape[1], device=rows.device) == length[:, None] - 1
-        reading = self.read(rows, tables)
+        reading = self.read(rows, tables) if reading is None else reading
         session, position = cases.nonzero(as_tuple=True)
         some = slice(None) if items is None else items
         total = (tables.priors["popular"][some] + reading.popular).exp().expand(len(session), -1).clone()
@@ -376,13 +389,16 @@ class SessionModel(nn.Module):
             part = (query @ tables.vectors[name][some].T + tables.priors[name][some]).exp()  # (B, L, N)
             total += (reading.weights[name].exp() @ part)[session, position]
         # counts of followers and copies are sparse: per case a few items at a time, added where they belong
-        sparse = torch.zeros(len(session), self.config.items, device=rows.device)
+        sparse = torch.zeros_like(total)
         events = rows[session]
-        sparse.scatter_add_(1, events.clamp(min=0), reading.weights["copy"].exp()[session, position] * (events != PAD))
+        copies, place, there = reading.weights["copy"].exp()[session, position], events.clamp(min=0), events != PAD
+        if items is not None:
+            place, there = find(items, place, there)
+        sparse.scatter_add_(1, place, copies * there)
         if "id" in self.channels:
             weights = self.followers.weights(rows, self.followers.totals[rows.clamp(min=0)])[session, position].exp()
-            self.followers.add(sparse, events, weights)
-        return (total + sparse[:, some]).log()
+            self.followers.add(sparse, events, weights, items)
+        return (total + sparse).log()
 
     def origins(self, rows: Tensor, tables: Tables, items: Tensor) -> Tensor:
         """Where the scores of `items` (C,) after one prefix, rows (1, L), come from, (L + 1, C): what the channels and the

@@ -1,17 +1,19 @@
 """From a session of item_ids to a ranked list: what `tpad recommend` and the service run. No MLLM, no training code.
 
-One session and a file of sessions go the same way. A catalogue of up to `DENSE_ITEMS` is scored whole in one matrix
-product per batch; a larger one goes through the FAISS index, session by session, to the same result.
+One session and a file of sessions go the same way. A catalogue of up to `DENSE_ITEMS`, or so many items left by a filter,
+is scored whole in one matrix product per batch; more of them go through the FAISS index, session by session, which finds
+the same items (flat) or nearly all of them (any other index, also of a small catalogue).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -21,13 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.artifact import HALVES, Version, canonical_json, open_verified
+from pipeline.catalog import Catalog
 from pipeline.errors import ARTIFACT, USAGE, UserError
-from recommender.index import build_index, load_index, save_index, top_items
+from recommender.index import ItemIndex, build_indexes, describe, load_indexes, save_indexes
 from recommender.model import ModelConfig, SessionModel, Whitening
 from recommender.sessions import pad_prefixes
 
 DENSE_ITEMS = 20_000
+POOL = 5  # times k: what `diversify` chooses from
 SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
+
+Filters = Mapping[str, Sequence[str]]  # column -> values
 
 
 class Item(NamedTuple):
@@ -49,91 +55,143 @@ class Recommendation:
 def write_model(
     folder: Path,
     model: SessionModel,
-    item_ids: Sequence[str],
-    titles: Sequence[str],
+    catalog: Catalog,
     counts: np.ndarray,
     samples: list[list[str]],
     whitening: dict[str, Whitening],
-) -> None:
-    """The files of the published session model: weights, settings, items, index, a few sessions to try, and the whitening
-    that an item added later needs."""
+    setting: str,
+) -> dict[str, Any]:
+    """The files of the published session model: weights, settings, items with what they can be filtered by, the index of
+    `setting`, sessions to try, and the whitening that an item added later needs. Returns the facts of the index."""
     model = model.cpu().eval()
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     axes = {f"{half}.{name}": array for half, of in whitening.items() for name, array in of._asdict().items()}
     save_arrays(axes, folder / "whitening.safetensors")
     (folder / "config.json").write_bytes(canonical_json(asdict(model.config)))
     (folder / "samples.json").write_bytes(canonical_json(samples))
-    items = pa.table(
-        {"item_id": pa.array(item_ids, pa.string()), "title": pa.array(titles, pa.string()), "count": pa.array(counts, pa.int64())}
-    )
-    pq.write_table(items, folder / "items.parquet", write_page_checksum=True)
+    items = {"item_id": pa.array(catalog.item_ids, pa.string()), "title": catalog.titles, "count": pa.array(counts, pa.int64())}
+    pq.write_table(pa.table(items), folder / "items.parquet", write_page_checksum=True)
+    pq.write_table(pa.table(catalog.attributes()), folder / "attributes.parquet", write_page_checksum=True)
     with torch.inference_mode():
-        save_index(build_index(model.tables()), folder / "index.faiss")
+        tables = model.tables()
+        indexes = build_indexes(model, tables, setting)
+        save_indexes(indexes, folder)
+        sessions = [[catalog.row[item] for item in session] for session in samples]
+        return describe(ItemIndex(indexes, model, tables), setting, sessions)
 
 
 class Recommender:
-    def __init__(
-        self,
-        model: SessionModel,
-        index: Any,
-        item_ids: list[str],
-        titles: list[str],
-        samples: list[list[str]],
-        halves: list[str],
-        version: Version,
-    ) -> None:
+    def __init__(self, model: SessionModel, indexes: dict[str, Any], items: pa.Table, attributes: pa.Table, version: Version) -> None:
         self.model = model.eval()
-        self.halves = dict(zip(halves, model.content.chunk(len(halves), dim=1), strict=True))  # (N, D) each, whitened
-        self.index = index
-        self.item_ids, self.titles = item_ids, titles
-        self.row = {item_id: row for row, item_id in enumerate(item_ids)}
-        self.samples = samples  # sessions of the test split, as item_ids
+        self.item_ids, self.titles = items["item_id"].to_pylist(), items["title"].to_pylist()
+        self.row = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        self.attributes = attributes  # what items can be filtered by: text, or a list of texts
         self.version = version
+        self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
+        with safe_open(version.path / "whitening.safetensors", "numpy") as file:
+            halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
+        self.halves = dict(zip(halves, model.content.chunk(len(halves), dim=1), strict=True))  # (N, D) each, whitened
         with torch.inference_mode():
             self.tables = model.tables()
-            self.popular = self.tables.priors["popular"].argsort(descending=True, stable=True)
+            self.index = ItemIndex(indexes, model, self.tables)
+        self.popular = self.index.popular
 
     @classmethod
     def load(cls, run: Path | str) -> "Recommender":
         run = Path(run)
         version = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
         check_embeddings(run, version)
-        model = load_model(version.path)
-        items = pq.read_table(version.path / "items.parquet", page_checksum_verification=True)
-        samples = json.loads((version.path / "samples.json").read_bytes())
-        index = load_index(version.path / "index.faiss")
-        with safe_open(version.path / "whitening.safetensors", "numpy") as file:
-            halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
-        return cls(model, index, items["item_id"].to_pylist(), items["title"].to_pylist(), samples, halves, version)
+        if "index" not in version.manifest:
+            raise UserError(f"index of an older tpad ({version.path}); run `tpad index`", ARTIFACT)
+        items, attributes = (
+            pq.read_table(version.path / f"{name}.parquet", page_checksum_verification=True) for name in ("items", "attributes")
+        )
+        return cls(load_model(version.path), load_indexes(version.path), items, attributes, version)
 
-    def recommend(self, session: list[str], k: int = 10, exclude_seen: bool = False) -> Recommendation:
-        return self.recommend_batch([session], k, exclude_seen)[0]
+    def recommend(
+        self, session: list[str], k: int = 10, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
+    ) -> Recommendation:
+        """`filters`: column -> values of which an item must have one, of every column. `diversify`, from 0 to 1: how much an
+        item loses for being like those above it."""
+        return self.recommend_batch([session], k, exclude_seen, filters, diversify)[0]
 
-    def recommend_batch(self, sessions: list[list[str]], k: int = 10, exclude_seen: bool = False) -> list[Recommendation]:
+    def recommend_batch(
+        self, sessions: list[list[str]], k: int = 10, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
+    ) -> list[Recommendation]:
         known = [[self.row[i] for i in session if i in self.row] for session in sessions]
         found = []
-        for session, rows, (best, scores) in zip(sessions, known, self.rank(known, k, exclude_seen), strict=True):
+        for session, rows, (best, scores) in zip(sessions, known, self.rank(known, k, exclude_seen, filters, diversify), strict=True):
             names = [(self.item_ids[row], self.titles[row], score) for row, score in zip(best.tolist(), scores.tolist(), strict=True)]
             items = [Item(n, *named, *why) for n, (named, why) in enumerate(zip(names, self._reasons(rows, best), strict=True), 1)]
             unknown = list(dict.fromkeys(i for i in session if i not in self.row))
             found.append(Recommendation(items, unknown, None if rows else "popular"))
         return found
 
-    def rank(self, sessions: list[list[int]], k: int, exclude_seen: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rows and scores of the k best items of each session of rows, best first; an empty session gets the popular ones."""
+    def rank(
+        self, sessions: list[list[int]], k: int, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Rows and scores of the k best items of each session of rows, best first; an empty session gets the popular ones.
+        Fewer than k only where no more are allowed."""
         if k < 1:
             raise UserError(f"-k {k} is no number of items; give 1 or more", USAGE)
-        k = min(k, len(self.item_ids))
-        size = max(1, SCORES_AT_ONCE // (len(self.item_ids) * self.model.config.max_prefix))
-        ranked: list[tuple[np.ndarray, np.ndarray]] = [self._most_popular(k)] * len(sessions)
-        order = sorted((n for n, s in enumerate(sessions) if s), key=lambda n: len(sessions[n]))  # like lengths together: less padding
+        if not 0 <= diversify <= 1:
+            raise UserError(f"--diversify {diversify} is not from 0 to 1; 0 is the plain ranking", USAGE)
+        allowed = self._allowed(filters) if filters else None
+        count = len(self.item_ids) if allowed is None else int(allowed.sum())
+        pool = min(POOL * k if diversify else k, count)
+        popular = self.popular if allowed is None else self.popular[allowed[self.popular]]
+        wanted = {n: min(pool + len(set(s)) if exclude_seen else pool, count) for n, s in enumerate(sessions) if s}
+        ranked = []
         with torch.inference_mode():
-            for start in range(0, len(order), size):
-                numbers = order[start : start + size]
-                seen = [set(sessions[n]) if exclude_seen else set() for n in numbers]
-                for n, result in zip(numbers, self._rank_some([sessions[n] for n in numbers], k, seen), strict=True):
-                    ranked[n] = result
+            found = self._best(sessions, wanted, allowed)
+            for n, session in enumerate(sessions):
+                scores, rows = found.get(n, (self.tables.priors["popular"][popular], popular))
+                if exclude_seen:
+                    kept = ~torch.isin(rows, torch.tensor(session, dtype=torch.long))
+                    scores, rows = scores[kept], rows[kept]
+                scores, rows = scores[:pool], rows[:pool]
+                chosen = diverse(self._knowledge()[rows], scores, k, diversify) if diversify else slice(k)
+                ranked.append((rows[chosen].numpy(), scores[chosen].numpy()))
         return ranked
+
+    def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: Tensor | None) -> dict[int, tuple[Tensor, Tensor]]:
+        """Scores and rows of at least the `wanted` best of the allowed items, by number of the session."""
+        length = self.model.config.max_prefix
+        items = None if allowed is None else allowed.nonzero()[:, 0]
+        count = len(self.item_ids) if items is None else len(items)
+        if count > DENSE_ITEMS or not (self.index.exact or items is not None):
+            prefixes = {n: torch.as_tensor(pad_prefixes([sessions[n]], length)).long() for n in wanted}
+            return {n: self.index.top(rows, wanted[n], allowed) for n, rows in prefixes.items()}
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        order = sorted(wanted, key=lambda n: len(sessions[n]))  # like lengths together: less padding
+        size = max(1, SCORES_AT_ONCE // (count * length))
+        for numbers in (order[start : start + size] for start in range(0, len(order), size)):
+            rows = torch.as_tensor(pad_prefixes([sessions[n] for n in numbers], length)).long()
+            best = self.model.scores(rows, self.tables, items=items).topk(max(wanted[n] for n in numbers))
+            places = best.indices if items is None else items[best.indices]
+            found |= dict(zip(numbers, zip(best.values, places, strict=True), strict=True))
+        return found
+
+    def _allowed(self, filters: Filters) -> Tensor:
+        """(N,) bool"""
+        allowed = np.ones(len(self.item_ids), bool)
+        for column, values in filters.items():
+            if column not in self.attributes.column_names:
+                known = ", ".join(self.attributes.column_names) or "none"
+                raise UserError(f"no attribute `{column}` to filter by (the catalogue has: {known}); name one of these", USAGE)
+            allowed &= having(self.attributes[column].combine_chunks(), values)
+        if not allowed.any():
+            wanted = " and ".join(f"{column} {' or '.join(map(repr, values))}" for column, values in filters.items())
+            raise UserError(f"no item has {wanted} (filter); ask for values of the catalogue", USAGE)
+        return torch.as_tensor(allowed)
+
+    def _knowledge(self) -> Tensor:
+        if "knowledge" not in self.halves:
+            raise UserError(f"the embeddings have no knowledge half to diversify by ({self.version.path}); leave --diversify out", USAGE)
+        return self.halves["knowledge"]
+
+    def sample_rows(self) -> list[list[int]]:
+        return [[self.row[item] for item in session] for session in self.samples]
 
     def _reasons(self, session: list[int], best: np.ndarray) -> list[tuple[str | None, str | None]]:
         """`similar_to` and `after` of each item of a ranking, among the other items of the session."""
@@ -158,30 +216,29 @@ class Recommender:
         near = zip(nearest.values.tolist(), nearest.indices.tolist(), source.tolist(), strict=True)
         return [(seen[which] if cosine > 0 else None, after[origin]) for cosine, which, origin in near]
 
-    def _most_popular(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        best = self.popular[:k]
-        return best.numpy(), self.tables.priors["popular"][best].numpy()
 
-    def _rank_some(self, sessions: list[list[int]], k: int, seen: list[set[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        wanted = [min(k + len(items), len(self.item_ids)) for items in seen]
-        if len(self.item_ids) <= DENSE_ITEMS:
-            rows = torch.as_tensor(pad_prefixes(sessions, self.model.config.max_prefix)).long()
-            best = self.model.scores(rows, self.tables).topk(max(wanted))
-            lists: list[tuple[Tensor, Tensor]] = list(zip(best.values, best.indices, strict=True))
-        else:
-            lists = [self._through_index(session, n) for session, n in zip(sessions, wanted, strict=True)]
-        return [_without(indices.numpy(), values.numpy(), items, k) for (values, indices), items in zip(lists, seen, strict=True)]
-
-    def _through_index(self, session: list[int], k: int) -> tuple[Tensor, Tensor]:
-        rows = torch.as_tensor(pad_prefixes([session], self.model.config.max_prefix)).long()
-        return top_items(self.index, self.model, self.tables, rows, k)
+def having(column: pa.Array, values: Sequence[str]) -> np.ndarray:
+    """(N,) bool: whose text, or one of whose texts, is one of the values."""
+    wanted = pa.array(values, pa.string())
+    if not pa.types.is_list(column.type):
+        found: np.ndarray = pc.is_in(column, wanted).to_numpy(zero_copy_only=False)
+        return found
+    found = np.zeros(len(column), bool)
+    found[pc.list_parent_indices(column).filter(pc.is_in(pc.list_flatten(column), wanted)).to_numpy()] = True
+    return found
 
 
-def _without(rows: np.ndarray, scores: np.ndarray, seen: set[int], k: int) -> tuple[np.ndarray, np.ndarray]:
-    if seen:
-        kept = ~np.isin(rows, list(seen))
-        rows, scores = rows[kept], scores[kept]
-    return rows[:k], scores[:k]
+def diverse(vectors: Tensor, scores: Tensor, k: int, strength: float) -> Tensor:
+    """The order of k of the items, vectors (P, D) and scores (P,), by maximal marginal relevance (Carbonell and Goldstein,
+    SIGIR 1998): each next one is the best by its score, from 0 to 1 in the pool, less its cosine to the nearest above it."""
+    vectors = F.normalize(vectors, dim=1)
+    worth = (1 - strength) * (scores - scores.min()) / (scores.max() - scores.min()).clamp(min=1e-9)
+    nearest, chosen = torch.zeros(len(scores)), []
+    for _ in range(min(k, len(scores))):
+        chosen.append(int((worth - strength * nearest).argmax()))
+        worth[chosen[-1]] = -torch.inf
+        nearest = torch.maximum(nearest, vectors @ vectors[chosen[-1]])
+    return torch.tensor(chosen, dtype=torch.long)
 
 
 def load_model(folder: Path) -> SessionModel:

@@ -1,7 +1,8 @@
 """The trained session model over the items as they are now: what `tpad index` does. Nothing is trained.
 
 An item that came after the training is known by its content alone, as any item without training events is. Its vector is
-whitened as those of the training run were; the others keep their ids, counts and followers. The FAISS index is built anew.
+whitened as those of the training run were; the others keep their ids, counts and followers. The FAISS index is built anew,
+which is also how another kind of index comes to a trained model.
 """
 
 import hashlib
@@ -27,15 +28,16 @@ class Refreshed:
     version: Version
     added: int
     removed: int
-    made: bool  # False: the session model already is over these embeddings
+    made: bool  # False: the session model already is over these embeddings, with this index
 
 
-def refresh(run: Path, data: Path) -> Refreshed:
-    """Publishes `run/sbr` again, over the current embeddings of the items in `data`."""
+def refresh(run: Path, data: Path, setting: str = "auto", rebuild: bool = False) -> Refreshed:
+    """Publishes `run/sbr` again, over the current embeddings of the items in `data`, with the index of `setting`."""
     before = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
     embeddings = read_embeddings(run / "embeddings")
     made_of = embeddings.version.manifest
-    if before.manifest["embeddings_manifest_sha256"] == embeddings.version.manifest_sha256:
+    same = before.manifest["embeddings_manifest_sha256"] == embeddings.version.manifest_sha256
+    if same and before.manifest.get("index", {}).get("setting") == setting and not rebuild:
         return Refreshed(before, 0, 0, made=False)
     trained_on = before.manifest.get("vectors") or {}
     if any(trained_on.get(key) != made_of.get(key) for key in SAME_VECTORS):
@@ -53,7 +55,7 @@ def refresh(run: Path, data: Path) -> Refreshed:
     there = set(embeddings.item_ids)
     samples = [[item for item in session if item in there] for session in json.loads((before.path / "samples.json").read_bytes())]
     samples = [session for session in samples if session] or [embeddings.item_ids[:1]]
-    titles = [catalog.titles[catalog.row[item_id]] for item_id in embeddings.item_ids]
+    kept = catalog.only(embeddings.item_ids)
     counts = np.where(rows < 0, 0, items["count"].to_numpy()[rows])
     manifest = {key: value for key, value in before.manifest.items() if key not in OWN_KEYS} | {
         "fingerprint": hashlib.sha256(canonical_json([before.manifest["fingerprint"], embeddings.version.manifest_sha256])).hexdigest(),
@@ -63,7 +65,7 @@ def refresh(run: Path, data: Path) -> Refreshed:
     }
     manifest["model"] |= {"items": len(rows)}
     with stage(run / "sbr", "sbr") as staging:
-        write_model(staging.path, model, embeddings.item_ids, titles, counts, samples, whitening)
+        manifest["index"] = write_model(staging.path, model, kept, counts, samples, whitening, setting)
         for name in ("metrics.json", "ranks.parquet"):
             (staging.path / name).write_bytes((before.path / name).read_bytes())
         version = staging.publish(manifest)

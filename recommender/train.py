@@ -27,6 +27,7 @@ from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.progress import Steps
 from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, print_results, read_ceiling
+from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs
 from recommender.metrics import summarise, summarise_buckets
 from recommender.model import ModelConfig, SessionModel
@@ -34,6 +35,7 @@ from recommender.recommend import write_model
 from recommender.sessions import PAD, Windows, batches
 
 MODELS = {"ID-only": (False, True), "content-only": (True, False), "full": (True, True)}  # name -> (content, ids)
+SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 SCALAR_RATE = 3.0  # learning rate of biases and weights of components, over that of the matrices
 
 
@@ -47,6 +49,7 @@ class SbrSummary:
 def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> SbrSummary:
     """From `run/embeddings` and the sessions of `data` to `run/sbr`; prints the table of results."""
     inputs = load_inputs(config, run, data)
+    empty_index(config.sbr.index, len(inputs.catalog), config.sbr.dim + 1)  # now, and not after the training
     current = published(run / "sbr", "sbr")
     if current is not None and current.manifest["fingerprint"] == inputs.fingerprint and not fresh:
         metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
@@ -298,9 +301,9 @@ def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metr
         "model": asdict(model.config),
     }
     test = inputs.split.test
-    samples = [[inputs.catalog.item_ids[row] for row in test.session(i)[-config.data.max_prefix :]] for i in range(min(len(test), 20))]
+    samples = [[inputs.catalog.item_ids[row] for row in test.session(i)[-config.data.max_prefix :]] for i in range(min(len(test), SAMPLES))]
     with stage(run / "sbr", "sbr") as staging:
-        write_model(staging.path, model, inputs.catalog.item_ids, inputs.catalog.titles, inputs.counts, samples, inputs.whitening)
+        manifest["index"] = write_model(staging.path, model, inputs.catalog, inputs.counts, samples, inputs.whitening, config.sbr.index)
         (staging.path / "metrics.json").write_bytes(canonical_json(metrics))
         pq.write_table(ranks, staging.path / "ranks.parquet", write_page_checksum=True)
         return staging.publish(manifest)

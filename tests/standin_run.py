@@ -31,7 +31,14 @@ def write_data(data: Path, items: int = 60, sessions: int = 400, cold: int = 8, 
             following = np.flatnonzero(group[:allowed] == (group[row] + 1) % GROUPS)
             row = int(companion[row]) if row < items - cold and rng.random() < 0.4 else int(rng.choice(following))
     pq.write_table(
-        pa.table({"item_id": [f"item-{n:03d}" for n in range(items)], "title": [f"Title {n}" for n in range(items)]}),
+        pa.table(
+            {
+                "item_id": [f"item-{n:03d}" for n in range(items)],
+                "title": [f"Title {n}" for n in range(items)],
+                "colour": [("red", "blue", "grey", None)[n % 4] for n in range(items)],
+                "tags": [[f"t{n % 5}", "t2"] if n % 5 == 1 else [f"t{n % 5}"] for n in range(items)],
+            }
+        ),
         data / "items.parquet",
     )
     pq.write_table(

@@ -17,6 +17,7 @@ from pipeline.config import load_config
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
 from recommender import recommend
 from recommender.batch import recommend_file
+from recommender.index import check
 from recommender.recommend import Recommender
 from recommender.refresh import refresh
 from recommender.train import train_sbr
@@ -89,6 +90,69 @@ def test_a_large_catalogue_goes_through_the_index_to_the_same_items(recommender:
     indexed = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
     for one, other in zip([*dense[0], *dense[1]], [*indexed[0], *indexed[1]], strict=True):
         assert np.allclose([i.score for i in one.items], [i.score for i in other.items], atol=1e-4)
+
+
+@pytest.mark.parametrize("index", ["hnsw", "ivf", "IVF2,SQ8"])
+def test_another_index_comes_to_the_trained_model(run: Path, recommender: Recommender, tmp_path: Path, index: str) -> None:
+    """And with it the share of the exact answer that it finds, which on sixty items is nearly all of it."""
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    done = refresh(later, later / "data", index)
+    assert (done.added, done.removed, done.made) == (0, 0, True)
+    assert not refresh(later, later / "data", index).made
+    assert refresh(later, later / "data", index, rebuild=True).made
+    facts = done.version.manifest["index"]
+    assert facts["setting"] == index
+    assert facts["exact"] is False
+    assert facts["recall@20"] > 0.9
+    other = Recommender.load(later)
+    assert not other.index.exact
+    same = [set(ids(other.recommend(s, 8))) & set(ids(recommender.recommend(s, 8))) for s in recommender.samples]
+    assert np.mean([len(found) for found in same]) > 7
+    assert len(ids(other.recommend(recommender.samples[0], 60))) == 60
+    said = list(check(other.index, other.sample_rows(), facts))
+    assert f"(when it was built: {facts['recall@20']:.4f})" in said[1]
+
+
+def test_an_index_that_cannot_be_built_is_refused_before_the_training(run: Path) -> None:
+    for index in ("fast", "PQ7"):
+        with pytest.raises(UserError, match="FAISS cannot build") as error:
+            train_sbr(load_config(None, [f"sbr.index={index}"]), run, run / "data")
+        assert error.value.code == USAGE
+
+
+def test_filters_keep_what_has_the_values_and_lose_no_place(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = recommender.samples[0]
+    for items in (recommend.DENSE_ITEMS, 0):  # scored whole, and through the index
+        monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
+        red = recommender.recommend(session, 60, filters={"colour": ["red"]}).items
+        assert {item.item_id for item in red} == {i for row, i in enumerate(recommender.item_ids) if row % 4 == 0}
+        score = {item.item_id: item.score for item in recommender.recommend(session, 60).items}
+        assert [item.score for item in red] == pytest.approx([score[item.item_id] for item in red], abs=1e-4)
+        assert len(ids(recommender.recommend(ids(recommender.recommend(session, 45)), 15, True, {"colour": ["red", "blue"]}))) <= 15
+        both = ids(recommender.recommend(session, 60, filters={"colour": ["red", "blue"], "tags": ["t1", "t9"]}))
+        assert {recommender.row[i] for i in both} == {row for row in range(60) if row % 4 < 2 and row % 5 == 1}
+    assert recommender.row[ids(recommender.recommend([], 1, filters={"tags": ["t2"]}))[0]] % 5 in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("filters", "said"), [({"size": ["1"]}, "no attribute `size`.*colour, tags"), ({"tags": ["t"]}, "no item has tags 't'")]
+)
+def test_a_filter_that_fits_nothing_is_an_error(recommender: Recommender, filters: dict[str, list[str]], said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        recommender.recommend(["item-001"], 5, filters=filters)
+    assert error.value.code == USAGE
+
+
+def test_diversity_spreads_the_ranking_over_what_items_are(recommender: Recommender) -> None:
+    """Items of one group look alike; with as much diversity as there is, the groups take turns."""
+    session = recommender.samples[0]
+    plain, spread = (recommender.recommend(session, 6, diversify=by).items for by in (0.0, 0.9))
+    assert plain[0] == spread[0]
+    assert len({recommender.row[i.item_id] % GROUPS for i in spread}) > len({recommender.row[i.item_id] % GROUPS for i in plain})
+    assert [item.rank for item in spread] == [1, 2, 3, 4, 5, 6]
+    assert len(recommender.recommend(session, 1000, diversify=0.5).items) == 60
+    with pytest.raises(UserError, match="from 0 to 1"):
+        recommender.recommend(session, 6, diversify=2)
 
 
 def test_seen_items_are_left_out_on_request_and_no_place_is_lost(recommender: Recommender) -> None:
@@ -257,7 +321,7 @@ def test_a_run_with_other_embeddings_is_refused(run: Path, tmp_path: Path) -> No
 
 
 def test_a_damaged_file_is_refused(run: Path, tmp_path: Path) -> None:
-    for name in ("model.safetensors", "index.faiss", "items.parquet", "config.json"):
+    for name in ("model.safetensors", "index-content.faiss", "attributes.parquet", "items.parquet", "config.json"):
         folder = tmp_path / name
         shutil.copytree(run / "sbr", folder / "sbr")
         path = folder / "sbr" / "v0001" / name

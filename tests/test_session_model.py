@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recommender.evaluate import model_ranks
-from recommender.index import build_index, top_items
+from recommender.index import ItemIndex, build_indexes
 from recommender.model import ModelConfig, SessionModel, fit_whitening
 from recommender.sessions import PAD, pack, pad_prefixes
 
@@ -148,17 +148,23 @@ def test_hidden_ids_are_neither_read_nor_offered() -> None:
     assert torch.allclose(model.scores(rows, model.tables(hidden)), before, atol=1e-5)
 
 
-def test_the_index_finds_what_scoring_everything_finds() -> None:
+@pytest.mark.parametrize("allowed", [None, torch.arange(ITEMS) % 3 == 0])
+def test_the_index_finds_what_scoring_everything_finds(allowed: torch.Tensor | None) -> None:
     model = build()
     tables = model.tables()
-    index = build_index(tables)
+    index = ItemIndex(build_indexes(model, tables, "flat"), model, tables)
+    assert index.exact
+    index.first = 4  # so that the first lists do not hold everything
     rng = np.random.default_rng(3)
     for k in (1, 5, ITEMS):
         for _ in range(20):
             session = torch.tensor(rng.integers(0, ITEMS, size=(1, rng.integers(1, 9))))
-            values, found = top_items(index, model, tables, session, k)
+            values, found = index.top(session, k, allowed)
             wanted = model.scores(session, tables)[0]
-            assert torch.allclose(values, wanted.topk(k).values, atol=1e-4)
+            if allowed is not None:
+                wanted[~allowed] = -torch.inf
+            best = wanted.topk(k).values
+            assert torch.allclose(values, best[best > -torch.inf], atol=1e-4)
             assert torch.allclose(wanted[found], values, atol=1e-4)
 
 
