@@ -18,8 +18,10 @@ import typer
 from pipeline.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 
 if TYPE_CHECKING:
+    from pipeline.catalog import SessionLog
     from pipeline.config import Config, VariantName
     from recommender.recommend import Item, Recommender
+    from recommender.teacher import Teacher
 
 RUN = Path("artifacts/shop")
 ABLATION = Path("artifacts/ablation")
@@ -162,6 +164,12 @@ def following(command: str, run: Path) -> None:
     say(f"next: tpad {command}{f' --run {run}' if run != RUN else ''}")
 
 
+def open_teacher(run: Path, item_ids: list[str], train: "SessionLog") -> "Teacher":
+    from recommender.teacher import Teacher
+
+    return Teacher(run, item_ids, train)
+
+
 @app.command()
 def distill(
     config: ConfigFile = None,
@@ -175,7 +183,7 @@ def distill(
     with errors(debug), open_run(config, data, run, set_, begin=True) as (settings, folder):
         from pipeline.distill import distill as run_stages
 
-        made = run_stages(settings, run, folder, fresh)
+        made = run_stages(settings, run, folder, fresh, open_teacher=open_teacher)
         say(f"unified MLLM: {run / 'mllm'}{'' if made else ' (up to date)'}")
         following("export-embeddings", run)
 
@@ -392,7 +400,7 @@ def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]
     from recommender.train import train_sbr as run_training
 
     remember(run, data, settings)
-    run_stages(settings, run, data, siblings=siblings)
+    run_stages(settings, run, data, siblings=siblings, open_teacher=open_teacher)
     export(settings, run, data)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # a table of all runs comes at the end
         run_training(settings, run, data)

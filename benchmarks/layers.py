@@ -19,6 +19,7 @@ from pipeline.config import BackboneConfig, DataConfig, ExportConfig
 from pipeline.layers import measure, sample
 from pipeline.mllm import Encoder, embed, load_mllm
 from pipeline.prompts import Prompts
+from pipeline.templates import Templates
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     mllm, backbone, settings = load_mllm(open_verified(args.run / "mllm", "mllm", "run `tpad distill` first").path, merge=True)
     catalog = load_catalog(args.data or args.run / "data")
-    prompts = Prompts(catalog, DataConfig.model_validate(settings["data"]))
+    prompts = Prompts(catalog, DataConfig.model_validate(settings["data"]), Templates.model_validate(settings["templates"]))
     encoder = Encoder(BackboneConfig.model_validate(settings["backbone"]), backbone, catalog)
     sequences = [encoder.encode(prompts.item(int(row))) for row in sample(len(catalog), 0)]
     budget = ExportConfig().token_budget

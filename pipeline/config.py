@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -35,6 +35,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class NeighboursConfig(Section):
     """An item that lacks its image or its text is shown with the titles of near ones, see pipeline/neighbours.py."""
 
@@ -49,6 +52,7 @@ class DataConfig(Section):
     max_prefix: Positive = 20  # a session is cut to its last so many events before it is used as a prefix
     text: list[str] = ["title", "description"]  # item columns shown to the MLLM, in this order
     attributes: list[str] | None = None  # item columns it learns to write; null: every other text column
+    prompts: str | None = None  # file of prompt templates, as configs/prompts.yaml; null: those
     # an image that cannot be decoded stops the run, counts as none, or keeps its item out of the embeddings (and counts as none before)
     on_bad_image: Literal["error", "skip", "text_only"] = "error"
     neighbours: NeighboursConfig = NeighboursConfig()
@@ -140,6 +144,11 @@ class TransferConfig(PhaseConfig):
     withhold_image: Share = 0.05  # share of the items shown by their text alone
     tie: Weight = 0.2  # weight of InfoNCE between c(v) and k(v)
     temperature: Rate = 0.1  # of that InfoNCE
+    summary: Count = 0  # blocks of `items` items before those shown, at most, that K folds into a text shown too; 0: none
+    summary_tokens: Positive = 24  # length of that text, at most
+    intent: Weight = 0.0  # weight of writing what most items of the session have in common, by their attributes
+    teacher: str | None = None  # run folder whose session model gives soft next-item targets; null: none
+    soft: Weight = 0.5  # weight of following that teacher
 
 
 class AlignConfig(PhaseConfig):
@@ -283,10 +292,20 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         _put(tree, keys, _parse(text, f"--set {override}"), override)
         above = {keys[:n]: f"--set {override}" for n in range(1, len(keys))}  # for a section that only the override names
         where = above | {k: w for k, w in where.items() if k[: len(keys)] != keys} | {keys: f"--set {override}"}
+    return _validated(Config, tree, where, str(path or "settings"))
+
+
+def load_section(model: type[S], path: Path) -> S:
+    """A file that is one `model`, read as settings are. Raises `UserError` (2) that lists every mistake."""
+    tree, lines = _read(path)
+    return _validated(model, tree, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
+
+
+def _validated(model: type[S], tree: dict[str, Any], where: dict[tuple[str, ...], str], name: str) -> S:
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(error, where, str(path or "settings"))), USAGE) from None
+        raise UserError("; ".join(_explain(error, where, name, model)), USAGE) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -404,14 +423,14 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any, override: str)
     tree[keys[-1]] = value
 
 
-def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: str) -> Iterator[str]:
+def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: str, model: type[Section]) -> Iterator[str]:
     for problem in error.errors():
         loc = tuple(str(part) for part in problem["loc"])
         spot = next((where[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in where), name)
         key = ".".join(loc)
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(loc[-1], _fields(loc[:-1]), n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(loc[:-1]))}"
+            near = difflib.get_close_matches(loc[-1], _fields(model, loc[:-1]), n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(model, loc[:-1]))}"
             yield f"unknown key `{key}` ({spot}); {hint}"
         else:
             yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); mend the value"
@@ -422,8 +441,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _fields(loc: tuple[str, ...]) -> list[str]:
-    model: Any = Config
+def _fields(model: Any, loc: tuple[str, ...]) -> list[str]:
     for part in loc:
         annotation = model.model_fields[part].annotation
         model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section)), None)

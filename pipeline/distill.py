@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,15 @@ from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_o
 from pipeline.config import Config, PhaseConfig
 from pipeline.errors import USAGE, UserError
 from pipeline.mllm import Encoder, Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
-from pipeline.neighbours import Neighbours, load_neighbours
-from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Tensors, Transfer
+from pipeline.neighbours import load_neighbours
+from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts
+from pipeline.summaries import write_summaries
+from pipeline.templates import load_templates
 from pipeline.variants import VARIANTS, merged, side_by_side, varied
+
+OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
 TABLE_ROWS = 4096  # items embedded at a time for a table
 # what the launcher sets for modes that cut the weights to pieces
@@ -206,16 +210,24 @@ def _entry(line: str) -> dict[str, Any] | None:
 # --- the stages
 
 
-def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings: Sequence[Path] = ()) -> bool:
+def distill(
+    config: Config, run: Path, data: Path, fresh: bool = False, siblings: Sequence[Path] = (), open_teacher: OpenTeacher | None = None
+) -> bool:
     """Both stages, from a data folder to `run/mllm`. False if the published MLLM was already made from the same inputs.
 
     A phase that one of the runs `siblings` has finished with the same settings and data is taken over from there.
+    `open_teacher` gives the session model of another run, where `distill.transfer.teacher` names one.
     """
     variant, config = VARIANTS[config.distill.variant], varied(config)
     catalog = load_catalog(data)
     split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
     neighbours = load_neighbours(config.data.neighbours, catalog, split.train.ids_sha256())
-    prints = _fingerprints(config, neighbours, catalog.sha256, _log_sha256(split.train))
+    views = Prompts(catalog, config.data, load_templates(config.data.prompts), neighbours)
+    teacher = None
+    if (named := config.distill.transfer.teacher) is not None:
+        assert open_teacher is not None, "a teacher is named, and who opens it is not"
+        teacher = open_teacher(Path(named), catalog.item_ids, split.train)
+    prints = _fingerprints(config, views, teacher, catalog.sha256, _log_sha256(split.train))
     version = published(run / "mllm", "mllm")
     if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
         return False
@@ -227,16 +239,18 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings
     folder.mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers("tpad", config.model_dump(mode="json"))
     metrics = Metrics(folder / "metrics.jsonl", accelerator)
-    views = Prompts(catalog, config.data, neighbours=neighbours)
+    if config.distill.transfer.intent and not views.attributes:
+        raise UserError("distill.transfer.intent needs item columns beside those of data.text (data.attributes); set it to 0", USAGE)
     backbone = build_backbone(config.backbone, views, config.seed)
     encoder = Encoder(config.backbone, backbone, catalog)
     tables: Tensors = {}
+    summaries: dict[str, str] = {}
     weights: dict[str, Tensors] = {}
     base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
     if variant.frozen:
         backbone.model.requires_grad_(False)
     for kind, fingerprint in zip(PHASES, prints, strict=False):
-        phase = kind(config, views, encoder, split.train, group, tables)
+        phase = kind(config, views, encoder, split.train, group, tables, teacher, summaries)
         torch.manual_seed(config.seed)
         heads = [head for of in kind.heads.values() for head in of]
         mllm = Mllm(backbone.model, heads, config.distill.dim)
@@ -252,6 +266,8 @@ def distill(config: Config, run: Path, data: Path, fresh: bool = False, siblings
         accelerator.free_memory()
         train_phase(phase, mllm, accelerator, checkpoints, metrics)
         weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
+        if kind is Knowledge and variant.last != kind.name and config.distill.transfer.summary:
+            summaries = write_summaries(mllm, phase, folder / "summaries.jsonl")
         if kind.name == variant.last:
             break
         head = heads[0] if kind is Knowledge else "transition"
@@ -282,29 +298,32 @@ def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tenso
     load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, kind.name)
 
 
-def _fingerprints(config: Config, neighbours: Neighbours | None, catalogue: str, sessions: str) -> list[str]:
+def _fingerprints(config: Config, views: Prompts, teacher: Teacher | None, catalogue: str, sessions: str) -> list[str]:
     """Of each phase, and last of what is published: everything the weights depend on.
 
     How often it is saved, or by how many processes, is not part of it.
     """
     chain: dict[str, Any] = {
         "prompts": prompts.VERSION,
+        "templates": views.templates.model_dump(),
         "seed": config.seed,
-        "data": config.data.model_dump(exclude={"valid", "test", "max_prefix", "neighbours"}),
+        "data": config.data.model_dump(exclude={"valid", "test", "max_prefix", "neighbours", "prompts"}),
         "backbone": config.backbone.model_dump(),
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),
         "catalogue": catalogue,
         "sessions": sessions,
     }
-    if neighbours is not None:
-        chain["neighbours"] = neighbours.settings()
+    if views.neighbours is not None:
+        chain["neighbours"] = views.neighbours.settings()
     variant = VARIANTS[config.distill.variant]
     if variant.frozen:
         chain["frozen"] = True
     found = []
     for kind in PHASES:
-        chain[kind.name] = getattr(config.distill, kind.name).model_dump()
+        chain[kind.name] = getattr(config.distill, kind.name).model_dump(exclude={"teacher"})
+        if kind is Transfer:
+            chain["teacher"] = teacher and teacher.sha256
         found.append(hashlib.sha256(canonical_json(chain)).hexdigest())
         if kind.name == variant.last:
             break
@@ -378,12 +397,13 @@ def publish(
     """The unified MLLM as a version of `run/mllm`, with what was measured of its layers."""
     settings = {
         "backbone": config.backbone.model_dump(),
-        "data": config.data.model_dump(exclude={"neighbours": {"run"}}),
+        "data": config.data.model_dump(exclude={"neighbours": {"run"}, "prompts": True}),
         "neighbours": views.neighbours and views.neighbours.sha256,
         "dim": config.distill.dim,
         "heads": list(mllm.heads if isinstance(mllm, Mllm) else mllm.halves),
         "layers": measured,
         "prompts": prompts.VERSION,
+        "templates": views.templates.model_dump(),
     }
     if isinstance(mllm, SideBySide):
         settings["side_by_side"] = True

@@ -25,6 +25,7 @@ from pipeline.neighbours import load_neighbours
 from pipeline.parts import Base, Exporter, Work, is_part
 from pipeline.prompts import Prompts
 from pipeline.shards import Shards, current_pointer
+from pipeline.templates import Templates
 
 COMPILED_LENGTHS = 32  # sequences are padded to multiples of this for torch.compile
 RECIPE = {  # what else than its content makes an item's vector, and how to say that it changed
@@ -123,7 +124,9 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
     source = Source(
         catalog,
-        Prompts(catalog, data_config.model_copy(update={"on_bad_image": "error"}), neighbours=neighbours),
+        Prompts(
+            catalog, data_config.model_copy(update={"on_bad_image": "error"}), Templates.model_validate(settings["templates"]), neighbours
+        ),
         Encoder(backbone_config, backbone, catalog, cache_bytes=0),
         config.export.token_budget,
         config.data.on_bad_image,
@@ -180,7 +183,7 @@ def _manifest(
         "backbone": Path(settings["backbone"]["name"]).name,  # of a local folder, its name
         "revision": settings["backbone"]["revision"],
         "weights_sha256": next(f["sha256"] for f in model.manifest["files"] if f["name"] == "weights.safetensors"),
-        "prompts": {"version": prompts.VERSION, "text": shown},
+        "prompts": {"version": prompts.VERSION, "text": shown, "templates": settings["templates"]},
         "pooling": "last attended token",
         "sessions_sha256": model.manifest["sessions_sha256"],
     }

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from pipeline.artifact import write_json
 from pipeline.backbone import Backbone, adapted, from_config, published_backbone
@@ -50,6 +50,7 @@ class Encoded:
     pictures: list[Picture] = field(default_factory=list)
     reads: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)  # positions of the tokens to be written
+    intents: list[int] = field(default_factory=list)  # and of those that say what a session's items have in common
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,7 +104,9 @@ class Encoder:
         """The sequence of `parts`; an answer ends with the end-of-sequence token."""
         out = Encoded(list(self.head))
         for part in parts:
-            if part.kind == "text":
+            if part.kind == "words":
+                out.ids += self.tokens(" " + part.text)
+            elif part.kind == "text":
                 out.ids += self.tokens(" " + part.text)[: self.config.max_text_tokens]
             elif part.kind == "image":
                 picture = self.picture(part.row)
@@ -114,16 +117,32 @@ class Encoder:
             elif part.kind == "read":
                 out.reads.append(len(out.ids) - 1)
             else:
-                answer = [*self.tokens(" " + part.text)[: self.config.max_text_tokens], self.tokenizer.eos_token_id]
-                out.answers += range(len(out.ids), len(out.ids) + len(answer))
+                answer = self.answer(part.text)
+                written = out.answers if part.kind == "answer" else out.intents
+                written += range(len(out.ids), len(out.ids) + len(answer))
                 out.ids += answer
         return out
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """(B, n) written tokens -> texts, in one line each."""
+        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def greedy(self, most: int) -> GenerationConfig:
+        """To write at most so many tokens, always the likeliest, and none that stands for something else than text."""
+        end = self.tokenizer.eos_token_id
+        other = sorted({*self.tokenizer.all_special_ids, self.processor.config.image_token_id} - {end})
+        return GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=self.pad, eos_token_id=end, suppress_tokens=other)
+
+    def answer(self, text: str) -> list[int]:
+        return [*self.tokens(" " + text)[: self.config.max_text_tokens], self.tokenizer.eos_token_id]
 
     def length(self, parts: Iterable[Part]) -> int:
         """How long `encode` will make the sequence of an item's parts, known without decoding its image."""
         count = len(self.head)
         for part in parts:
-            if part.kind == "text":
+            if part.kind == "words":
+                count += len(self.tokens(" " + part.text))
+            elif part.kind == "text":
                 count += min(len(self.tokens(" " + part.text)), self.config.max_text_tokens)
             elif part.kind == "image":
                 count += self.family.tokens(self.processor, self.catalog.image_size(part.row))
@@ -151,9 +170,9 @@ class Encoder:
         """Right-padded tensors of each batch of B sequences of at most L tokens, and the pictures of all of them.
 
         A batch: `input_ids`, `attention_mask` (B, L); `read_at` (R,) and `answer_at` (A,), flat positions in (B * L) of the
-        features to read and of the tokens before each answer token; `answers` (A,); `picture_at` (I,), which picture
-        each image in it is, in their order. "pictures": what the vision tower takes for the distinct ones. L is a
-        multiple of `round_to`.
+        features to read and of the tokens before each answer token; `answers` (A,); `intent_at` and `intents` likewise;
+        `picture_at` (I,), which picture each image in it is, in their order. "pictures": what the vision tower takes for
+        the distinct ones. L is a multiple of `round_to`.
         """
         distinct = {p.key: p for sequences in batches.values() for s in sequences for p in s.pictures}  # in order of their first use
         place = {key: n for n, key in enumerate(distinct)}
@@ -164,12 +183,14 @@ class Encoder:
         length = math.ceil(max(map(len, sequences)) / round_to) * round_to
         ids = np.full((len(sequences), length), self.pad, np.int64)
         mask = np.zeros((len(sequences), length), np.int64)
-        reads, before, answers = [], [], []
+        reads, before, answers, before_intents, intents = [], [], [], [], []
         for b, s in enumerate(sequences):
             ids[b, : len(s)], mask[b, : len(s)] = s.ids, 1
             reads += [b * length + at for at in s.reads]
             before += [b * length + at - 1 for at in s.answers]
             answers += [s.ids[at] for at in s.answers]
+            before_intents += [b * length + at - 1 for at in s.intents]
+            intents += [s.ids[at] for at in s.intents]
         pictures = [place[p.key] for s in sequences for p in s.pictures]
         batch = {
             "input_ids": ids,
@@ -177,6 +198,8 @@ class Encoder:
             "read_at": reads,
             "answer_at": before,
             "answers": answers,
+            "intent_at": before_intents,
+            "intents": intents,
             "picture_at": pictures,
         }
         if self.family.types:
@@ -205,7 +228,7 @@ class Mllm(nn.Module):
         """Per batch b and head h: "b.h" (R, D), fp32, L2-normalised ("session": times the scale).
 
         Where the batch has answers also "b.nll", their summed token loss, and in training with a teacher "b.divergence", the
-        sum over their tokens of KL(teacher's distribution || the model's).
+        sum over their tokens of KL(teacher's distribution || the model's). "b.intent_nll" is that token loss of its intents.
         """
         out = {}
         taught = self._taught(batches) if self.training and self.teacher is not None else {}
@@ -221,11 +244,14 @@ class Mllm(nn.Module):
                 out[f"{name}.nll"] = F.cross_entropy(logits, batch["answers"], reduction="sum")
                 if name in taught:
                     out[f"{name}.divergence"] = F.kl_div(logits.log_softmax(-1), taught[name], reduction="sum", log_target=True)
+            if len(batch["intents"]):
+                logits = self._logits(states, batch, "intent_at")
+                out[f"{name}.intent_nll"] = F.cross_entropy(logits, batch["intents"], reduction="sum")
         return out
 
-    def _logits(self, states: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """(A, V) fp32, of the answers"""
-        logits: Tensor = self.backbone.get_output_embeddings()(states[batch["answer_at"]])
+    def _logits(self, states: Tensor, batch: dict[str, Tensor], at: str = "answer_at") -> Tensor:
+        """(A, V) fp32, of the answers or the intents"""
+        logits: Tensor = self.backbone.get_output_embeddings()(states[batch[at]])
         return logits.float()
 
     def _taught(self, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -258,13 +284,27 @@ class Mllm(nn.Module):
         for name, batch in batches.items():
             if name == "pictures":
                 continue
-            inputs: dict[str, Any] = {of: batch[of] for of in MODEL_INPUTS if of in batch}
-            if seen is not None and len(batch["picture_at"]):
-                inputs["mm_encoder_outputs"] = {"image": _shown(seen, batch["picture_at"])}
-                if "image_grid_thw" in pictures:
-                    inputs["image_grid_thw"] = pictures["image_grid_thw"][batch["picture_at"]]
-            states[name] = model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            states[name] = model(**_inputs(batch, pictures, seen), use_cache=False).last_hidden_state.flatten(0, 1)
         return states
+
+    def write(self, batch: dict[str, Tensor], pictures: dict[str, Tensor], greedy: GenerationConfig) -> Tensor:
+        """(B, at most n) token ids that the language model goes on with after each sequence of a batch."""
+        seen = self.backbone.model.get_image_features(**pictures, return_dict=True) if pictures else None
+        length = batch["input_ids"].shape[1]
+        empty = length - batch["attention_mask"].sum(1)
+        left = {of: torch.stack([row.roll(int(n)) for row, n in zip(batch[of], empty, strict=True)]) for of in MODEL_INPUTS if of in batch}
+        written: Tensor = self.backbone.generate(**_inputs(batch | left, pictures, seen), generation_config=greedy)
+        return written[:, length:]
+
+
+def _inputs(batch: dict[str, Tensor], pictures: dict[str, Tensor], seen: Any) -> dict[str, Any]:
+    """A batch as the backbone takes it, `seen` being what the vision tower gave for the pictures."""
+    inputs: dict[str, Any] = {of: batch[of] for of in MODEL_INPUTS if of in batch}
+    if seen is not None and len(batch["picture_at"]):
+        inputs["mm_encoder_outputs"] = {"image": _shown(seen, batch["picture_at"])}
+        if "image_grid_thw" in pictures:
+            inputs["image_grid_thw"] = pictures["image_grid_thw"][batch["picture_at"]]
+    return inputs
 
 
 class SideBySide(nn.Module):

@@ -10,10 +10,11 @@ spread over processes, is the same run. Every process computes the loss of the w
 features. The loop that trains a phase is in `distill.py`.
 """
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,15 @@ class Group:
         return part
 
 
+class Teacher(Protocol):
+    """A trained session model, as the command line hands it in: this half of the project knows no other."""
+
+    sha256: str
+
+    def __call__(self, prefixes: list[Tensor], candidates: Tensor) -> Tensor:
+        """Log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
+
+
 def drawn(count: int, batch: int, step: int, *key: int) -> np.ndarray:
     """The indices below `count` of a step: shuffled epochs one after the other, cut into batches."""
     at = np.arange(step * batch, (step + 1) * batch)
@@ -75,6 +85,8 @@ class Phase:
     train: SessionLog
     group: Group
     tables: Tensors  # what earlier phases found: "knowledge" k(v) and "transition" t(v), each (N, D)
+    teacher: Teacher | None = None
+    summaries: dict[str, str] = field(default_factory=dict)  # by `summary_key`, what K wrote of earlier items
 
     name: ClassVar[str]
     number: ClassVar[int]
@@ -148,6 +160,22 @@ class Knowledge(Phase):
         return {"generation": cfg.generation * out["items.nll"], "view": cfg.view * view}
 
 
+class Window(NamedTuple):
+    """What of a session is shown, and asked for: its last item is only that."""
+
+    rows: np.ndarray
+    earlier: str  # a summary of the items before
+
+
+def starts(rows: np.ndarray, items: int) -> range:
+    """Where windows of `items` shown items and the next begin, so that each item but the first is asked for once."""
+    return range(0, len(rows) - 1, items)
+
+
+def summary_key(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
+
+
 class Transfer(Phase):
     """Stage 2, first half. Next-item retrieval and generation over training sessions; t(v) kept apart from c(v)."""
 
@@ -169,7 +197,7 @@ class Transfer(Phase):
         windows = [self._window(int(s), self.rng(step, n)) for n, s in enumerate(self.drawn(len(self.train), step))]
         target = np.full((cfg.batch, cfg.items), -1)
         for b, window in enumerate(windows):
-            target[b, : len(window) - 1] = window[1:]
+            target[b, : len(window.rows) - 1] = window.rows[1:]
         # every item stands once among the candidates, so no negative is false
         candidates, place = np.unique(target[target >= 0], return_inverse=True)
         target[target >= 0] = place
@@ -184,22 +212,33 @@ class Transfer(Phase):
             "candidates": torch.from_numpy(candidates),
             "log_q": torch.from_numpy(np.log(came)).float(),
         }
+        if cfg.intent:
+            written = [len(self.encoder.answer(text)) for window in windows if (text := self.prompts.common(window.rows))]
+            facts["intent_tokens"] = torch.tensor(sum(written))
+        if self.teacher:  # short windows are filled up with what nobody asks about
+            facts["shown"] = torch.from_numpy(np.array([np.resize(window.rows[:-1], cfg.items) for window in windows]))
         return sequences, facts
 
     def _view(self, row: int, rng: np.random.Generator) -> View:
         cfg = self.config.distill.transfer
         return self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
 
-    def _session(self, rows: np.ndarray, rng: np.random.Generator) -> Encoded:
-        return self.encoder.encode(self.prompts.session(rows, [self._view(int(row), rng) for row in rows[:-1]]))
+    def _session(self, window: Window, rng: np.random.Generator) -> Encoded:
+        intent = self.prompts.common(window.rows) if self.config.distill.transfer.intent else ""
+        views = [self._view(int(row), rng) for row in window.rows[:-1]]
+        return self.encoder.encode(self.prompts.session(window.rows, views, intent, window.earlier))
 
     def _item(self, row: int, rng: np.random.Generator) -> Encoded:
         return self.encoder.encode(self.prompts.item(row, self._view(row, rng)))
 
-    def _window(self, session: int, rng: np.random.Generator) -> np.ndarray:
-        rows, length = self.train.session(session), self.config.distill.transfer.items + 1
-        first = rng.integers(max(0, len(rows) - length) + 1)
-        return rows[first : first + length]
+    def _window(self, session: int, rng: np.random.Generator) -> Window:
+        cfg, rows = self.config.distill.transfer, self.train.session(session)
+        if not cfg.summary:
+            first = rng.integers(max(0, len(rows) - cfg.items - 1) + 1)
+            return Window(rows[first : first + cfg.items + 1], "")
+        first = rng.choice(starts(rows, cfg.items))
+        earlier = rows[max(0, first - cfg.summary * cfg.items) : first]
+        return Window(rows[first : first + cfg.items + 1], self.summaries[summary_key(earlier)] if first else "")
 
     def critics(self) -> Critics:
         return {"club": club(self.config.distill, self.group.accelerator.device)}
@@ -212,13 +251,20 @@ class Transfer(Phase):
         session = self.group.gather(local)[asked]
         transition, content = (self.group.gather(out[f"items.{head}"])[: len(facts["candidates"])] for head in ("transition", "content"))
         known = self.tables["knowledge"][facts["candidates"]]
-        return {
+        losses = {
             "retrieval": cfg.retrieval * info_nce(session, transition, 1.0, facts["log_q"], facts["target"][asked]),
             "generation": cfg.generation * out["sessions.nll"],
             "tie": cfg.tie * info_nce(content, known, cfg.temperature),
             # only c(v) gives way: pulled at from both sides, t(v) would rather collapse
             "disentangle": cfg.disentangle * club_bound(critics["club"], transition.detach(), content),
         }
+        if cfg.intent:
+            written = self.group.total(out.get("sessions.intent_nll", session.new_zeros(())))
+            losses["intent"] = cfg.intent * written / facts["intent_tokens"].clamp(min=1)
+        if self.teacher:
+            prefixes = [facts["shown"][b, : n + 1] for b, n in asked.nonzero().tolist()]
+            losses["soft"] = cfg.soft * soft_loss(session @ transition.T, self.teacher(prefixes, facts["candidates"]))
+        return losses
 
     def unseen(self, facts: Tensors) -> np.ndarray:
         return self._others(np.flatnonzero(self.target_share), facts["candidates"])
@@ -280,6 +326,15 @@ class Align(Phase):
 
 
 PHASES: tuple[type[Phase], ...] = (Knowledge, Transfer, Align)
+
+
+def soft_loss(scores: Tensor, teacher: Tensor) -> Tensor:
+    """KL from a teacher's next-item distribution, given by log-scores (n, C), to that of `scores` (n, C) (P2Rec, arXiv 2406.00333).
+
+    Both are the distributions over all items, restricted to the same candidates, so how these came to be candidates
+    cancels out: no logQ correction, which is for negatives that stand for all other items.
+    """
+    return F.kl_div(scores.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 def relation_loss(x: Tensor, y: Tensor, temperature: float) -> Tensor:

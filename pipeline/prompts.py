@@ -1,12 +1,14 @@
-"""Instruction templates: an item, or a session of items, becomes a list of parts.
+"""Instructions: an item, or a session of items, becomes a list of parts, in the wording of `templates.py`.
 
-A part is text, the image of an item, the end of the user's turn, a place where a feature is read (the last token
-before it), or an answer the model learns to write. Which modality is withheld is said in words, so an item that lacks
-one is no riddle. Wording is this project's own: the paper does not publish its prompts.
+A part is words of a template, text or image of an item, the end of the user's turn, a place where a feature is read
+(the last token before it), or an answer the model learns to write. Which modality is withheld is said in words, so an
+item that lacks one is no riddle. The paper does not publish its prompts: wording and order are this project's own.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from string import Formatter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,19 +17,13 @@ from pipeline.catalog import Catalog
 from pipeline.config import DataConfig
 from pipeline.errors import USAGE, UserError
 from pipeline.neighbours import Neighbours
+from pipeline.templates import Templates, load_templates
 
-VERSION = "1"  # goes into fingerprints and manifests; raise it with any change of the wording
-
-ITEM = "Item:"
-NO_IMAGE = "no picture."
-NO_TEXT = "no text."
-DESCRIBE = "Describe it:"
-NEXT = "Next:"
-SIMILAR = "Similar:"
+VERSION = "2"  # goes into fingerprints and manifests; raise it with any change of what is shown beside the templates
 
 
 class Part(NamedTuple):
-    kind: Literal["text", "image", "turn", "read", "answer"]
+    kind: Literal["words", "text", "image", "turn", "read", "answer", "intent"]  # "text", of an item, may be cut
     text: str = ""
     row: int = -1  # of the item whose image it is
 
@@ -44,16 +40,20 @@ FULL = View(True, True)
 
 
 class Prompts:
-    """The prompts over one catalogue's items."""
+    """The prompts over one catalogue's items. `templates` (None: those the settings name) word them."""
 
-    def __init__(self, catalog: Catalog, config: DataConfig, neighbours: Neighbours | None = None) -> None:
+    def __init__(
+        self, catalog: Catalog, config: DataConfig, templates: Templates | None = None, neighbours: Neighbours | None = None
+    ) -> None:
         self.catalog, self.on_bad_image, self.neighbours = catalog, config.on_bad_image, neighbours
+        self.templates = templates or load_templates(config.prompts)
         unknown = [c for c in config.attributes or [] if c not in catalog.columns]
         if unknown:
             raise UserError(f"no column `{unknown[0]}` in items.parquet (data.attributes); columns: {', '.join(catalog.columns)}", USAGE)
         self.shown = [c for c in config.text if c in catalog.columns]
         written = catalog.columns if config.attributes is None else config.attributes
         self.columns = list(dict.fromkeys([*self.shown, *written]))
+        self.attributes = [c for c in self.columns if c not in self.shown]
         self._decodes: dict[int, bool] = {}
 
     def __len__(self) -> int:
@@ -75,11 +75,15 @@ class Prompts:
                 self._decodes[row] = False
         return self._decodes[row]
 
+    def _begin(self) -> list[Part]:
+        return filled(self.templates.instruction)
+
     def _block(self, row: int, view: View) -> list[Part]:
         text = self.text(row) if view.text else ""
-        picture = Part("image", row=row) if view.image and self.has_image(row) else Part("text", NO_IMAGE)
-        block = [Part("text", ITEM), picture, Part("text", text or NO_TEXT)]
-        return block if text and picture.kind == "image" else [*block, *self._similar(row)]
+        image = [Part("image", row=row)] if view.image and self.has_image(row) else []
+        shown = image or filled(self.templates.no_image), [Part("text", text)] if text else filled(self.templates.no_text)
+        block = filled(self.templates.item, image=shown[0], text=shown[1])
+        return block if text and image else [*block, *self._similar(row)]
 
     def similar(self, row: int) -> str:
         """What is shown beside an item that lacks something: titles of near items, or nothing."""
@@ -87,11 +91,11 @@ class Prompts:
 
     def _similar(self, row: int) -> list[Part]:
         titles = self.similar(row)
-        return [Part("text", SIMILAR), Part("text", titles)] if titles else []
+        return filled(self.templates.similar, titles=[Part("text", titles)]) if titles else []
 
     def item(self, row: int, view: View = FULL) -> list[Part]:
         """The prompt at whose last token the item feature h(v) is read."""
-        return [*self._block(row, view), Part("text", DESCRIBE), TURN, READ]
+        return [*self._begin(), *filled(self.templates.describe, item=self._block(row, view)), TURN, READ]
 
     def knowledge(self, row: int, view: View, rng: np.random.Generator) -> list[Part]:
         """The item prompt, and then one thing the model learns to write: a column that the view does not show.
@@ -102,7 +106,10 @@ class Prompts:
         if not view.text and hidden and rng.random() < 0.5:
             hidden = hidden[:1]
         column = hidden[rng.integers(len(hidden))] if hidden else "title"
-        return [*self.item(row, view), Part("text", f"{column}:"), Part("answer", self.catalog.text(row, column))]
+        return [*self.item(row, view), self._asked(column), Part("answer", self.catalog.text(row, column))]
+
+    def _asked(self, column: str) -> Part:
+        return Part("words", self.templates.knowledge.format(column=column).strip())
 
     def pair(self, row: int, rng: np.random.Generator) -> tuple[View, View]:
         """Two views to be pulled together; equal where the item has only an image or only a text."""
@@ -118,18 +125,53 @@ class Prompts:
             return FULL
         return View(True, False) if draw < text else View(False, True)
 
-    def session(self, rows: Sequence[int] | np.ndarray, views: Sequence[View] | None = None) -> list[Part]:
+    def common(self, rows: Sequence[int] | np.ndarray) -> str:
+        """The intent of a session of `rows`: the attribute values that most of its different items share; "" where there is none.
+
+        After LLM4SBR (arXiv 2402.13840; intents as texts beside the items) and SPRINT (arXiv 2508.00570; from a closed pool, here
+        what the catalogue's columns hold). A session that shows none is not given one. Values of a list count each for itself.
+        """
+        items = {int(row) for row in rows}
+        values = [(c, value) for row in items for c in self.attributes for value in {*self.catalog.text(row, c).split(", ")} if value]
+        shared = [found for found, count in Counter(values).items() if count > max(1, len(items) / 2)]
+        return ", ".join(f"{c}: {value}" for c, value in sorted(shared, key=lambda found: (self.attributes.index(found[0]), found[1])))
+
+    def summary(self, earlier: str, rows: Sequence[int] | np.ndarray) -> list[Part]:
+        """After which a summary of `rows` is to be written, `earlier` being that of the items before them."""
+        items = [part for row in rows for part in self._block(int(row), FULL)]
+        return [*self._begin(), *self._earlier(earlier), *filled(self.templates.summarise, items=items), TURN]
+
+    def _earlier(self, summary: str) -> list[Part]:
+        return filled(self.templates.earlier, summary=[Part("text", summary)]) if summary else []
+
+    def session(
+        self, rows: Sequence[int] | np.ndarray, views: Sequence[View] | None = None, intent: str = "", earlier: str = ""
+    ) -> list[Part]:
         """The items of a session but the last, whose title is the answer; a feature is read wherever a next item is asked for.
 
-        One pass so trains on every prefix of the session: the model is causal.
+        One pass so trains on every prefix of the session: the model is causal. An intent is written before the title, and
+        after the last feature, which so has to know it without having read it.
         """
         shown = zip(rows[:-1], views or [FULL] * (len(rows) - 1), strict=True)
-        parts = [part for row, view in shown for part in (*self._block(row, view), Part("text", NEXT), READ)]
-        return [*parts[:-1], TURN, READ, Part("answer", self.text(rows[-1]) or NO_TEXT)]
+        parts = [part for row, view in shown for part in (*filled(self.templates.next, item=self._block(row, view)), READ)]
+        asked = filled(self.templates.intent, intent=[Part("intent", intent)]) if intent else []
+        answer = Part("answer", self.text(rows[-1]) or self.templates.no_text)
+        return [*self._begin(), *self._earlier(earlier), *parts[:-1], TURN, READ, *asked, answer]
 
     def words(self) -> list[str]:
-        """Every text of the catalogue and of the templates, for a tokenizer that is trained on them."""
+        """Every text of the catalogue and of the templates that K knows, for a tokenizer that is trained on them."""
         texts = [self.catalog.text(row, column) for row in range(len(self)) for column in self.columns]
-        similar = [SIMILAR] if self.neighbours else []
-        templates = [ITEM, NO_IMAGE, NO_TEXT, DESCRIBE, NEXT, *similar, *(f"{column}:" for column in self.columns)]
+        of = self.templates
+        wordings = [of.instruction, of.item, of.no_image, of.no_text, of.describe, of.next, *([of.similar] if self.neighbours else [])]
+        templates = [part.text for part in (*(p for t in wordings for p in filled(t)), *map(self._asked, self.columns))]
         return texts + templates * (len(texts) // 10 + 10)  # often enough to become one token a word
+
+
+def filled(template: str, **parts: list[Part]) -> list[Part]:
+    """The words of a template, and the parts that stand for its placeholders (without them: the words alone)."""
+    found: list[Part] = []
+    for words, name, *_ in Formatter().parse(template):
+        if words.strip():
+            found.append(Part("words", words.strip()))
+        found += parts.get(name or "", [])
+    return found

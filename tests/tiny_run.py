@@ -33,6 +33,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from cli import open_teacher
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
 from pipeline.errors import UserError as UserError
@@ -57,7 +58,7 @@ def settings(*more: str) -> Config:
 
 def distill_run(run: Path, data: Path, *more: str) -> bool:
     torch.set_num_threads(1)
-    return distill(settings(*more), run, data)
+    return distill(settings(*more), run, data, open_teacher=open_teacher)
 
 
 def export_run(run: Path, data: Path, *more: str) -> None:

@@ -1,0 +1,63 @@
+"""The wording of every prompt: templates a user can edit, in a YAML file named by `data.prompts`.
+
+The defaults below are `configs/prompts.yaml`. A placeholder stands in braces, once; `{{` is a brace. What stands between
+placeholders is set apart by one space. The published MLLM keeps the templates it was trained with, and the export uses those.
+"""
+
+from pathlib import Path
+from string import Formatter
+from typing import Annotated
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from pipeline.config import Section, load_section
+
+
+def wording(*names: str) -> AfterValidator:
+    """Words with exactly these placeholders."""
+
+    def check(template: str) -> str:
+        try:
+            found = [name + (f"!{how}" if how else "") + (f":{form}" if form else "") for name, form, how in placeholders(template)]
+        except ValueError as error:  # a lone brace
+            raise _wrong(f"{error}; write {{{{ or }}}} for a brace") from None
+        takes = f"it takes {' and '.join(f'{{{name}}}' for name in names) or 'none'}"
+        for name in found:
+            if name not in names:
+                raise _wrong(f"unknown placeholder {{{name}}}, {takes}")
+        for name in names:
+            if found.count(name) != 1:
+                raise _wrong(f"placeholder {{{name}}} {'stands twice' if name in found else 'is missing'}, {takes}")
+        return template
+
+    return AfterValidator(check)
+
+
+def placeholders(template: str) -> list[tuple[str, str, str]]:
+    return [(name, form or "", how or "") for _, name, form, how in Formatter().parse(template) if name is not None]
+
+
+def _wrong(what: str) -> PydanticCustomError:
+    return PydanticCustomError("template", "{what}", {"what": what})
+
+
+class Templates(Section):
+    # An item.
+    instruction: Annotated[str, wording()] = ""  # stands first in every prompt
+    item: Annotated[str, wording("image", "text")] = "Item: {image} {text}"  # an item, wherever one is shown
+    no_image: Annotated[str, wording()] = "no picture."  # in place of the image, where an item has none or it is withheld
+    no_text: Annotated[str, wording()] = "no text."
+    similar: Annotated[str, wording("titles")] = "Similar: {titles}"  # after an item that lacks something: titles of near ones
+    describe: Annotated[str, wording("item")] = "{item} Describe it:"  # the item prompt, at whose end the item feature is read
+    knowledge: Annotated[str, wording("column")] = "{column}:"  # asks for a column of the item; the answer follows
+    # A session.
+    next: Annotated[str, wording("item")] = "{item} Next:"  # each item of a session; at the end a next item is asked for
+    intent: Annotated[str, wording("intent")] = "In common: {intent} Next item:"  # follows them; the next title follows it
+    earlier: Annotated[str, wording("summary")] = "Earlier: {summary}"  # before them, what a summary says of the items before
+    summarise: Annotated[str, wording("items")] = "{items} In short:"  # asks for that summary
+
+
+def load_templates(path: str | None) -> Templates:
+    """The templates of a file (None: the defaults). Raises `UserError` (2) that lists every mistake in it."""
+    return Templates() if path is None else load_section(Templates, Path(path))

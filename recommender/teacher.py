@@ -1,0 +1,47 @@
+"""A trained session model as the teacher of an MLLM: how it scores the next item (soft targets, P2Rec, arXiv 2406.00333)."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.artifact import open_verified
+from pipeline.catalog import SessionLog
+from pipeline.errors import ARTIFACT, UserError
+from recommender.recommend import load_model
+from recommender.sessions import pad_prefixes
+
+
+class Teacher:
+    """The session model of a run, over the items `item_ids`. One that has seen other sessions than `train` is refused."""
+
+    def __init__(self, run: Path, item_ids: list[str], train: SessionLog) -> None:
+        version = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` there first")
+        if version.manifest["sessions_sha256"] != train.ids_sha256():
+            raise UserError(
+                f"the teacher was trained on other training sessions (distill.transfer.teacher = {run}); "
+                "train it with the same data, data.valid and data.test",
+                ARTIFACT,
+            )
+        self.sha256 = version.manifest_sha256
+        items = pq.read_table(version.path / "items.parquet", columns=["item_id"], page_checksum_verification=True)["item_id"].to_pylist()
+        own = {item_id: row for row, item_id in enumerate(items)}
+        self.rows = torch.tensor([own.get(item_id, -1) for item_id in item_ids])  # (N,) which of its items each is; -1: none
+        unknown = train.rows[self.rows[train.rows].numpy() < 0]
+        if len(unknown):
+            raise UserError(
+                f"the teacher does not know item_id {item_ids[unknown[0]]!r} (distill.transfer.teacher = {run}); "
+                "train it on the items of these sessions",
+                ARTIFACT,
+            )
+        self.model = load_model(version.path).eval()
+        with torch.inference_mode():
+            self.tables = self.model.tables()
+
+    def __call__(self, prefixes: list[Tensor], candidates: Tensor) -> Tensor:
+        """Log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
+        own = pad_prefixes([self.rows[prefix.cpu()].tolist() for prefix in prefixes], self.model.config.max_prefix)
+        with torch.no_grad():
+            scores = self.model.scores(torch.as_tensor(own).long(), self.tables, items=self.rows[candidates.cpu()])
+        return scores.to(candidates.device)
