@@ -360,6 +360,7 @@ def ablate(
     data: DataFolder = None,
     run: Annotated[Path, typer.Option("--run", help="Folder of the ablation: a run of each variant with each seed.")] = ABLATION,
     set_: Override = None,
+    table: Annotated[bool, typer.Option("--table", help="Only the table, of runs that are there already: nothing is trained.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train the method with one part left out at a time: what does each part give? Goes on where it was, if it was killed."""
@@ -370,7 +371,12 @@ def ablate(
         with open_run(config, data, run, set_, begin=True) as (settings, folder):
             from recommender.ablate import ablate as run_ablation
 
-            run_ablation(settings, run, folder, chosen, numbers, jobs, make_run)
+            run_ablation(settings, run, folder, chosen, numbers, jobs, found_run if table else make_run)
+
+
+def found_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]) -> dict[str, float]:
+    """In place of `make_run`, where the runs are there already."""
+    return {}
 
 
 def parse_variants(text: str) -> "list[VariantName]":
@@ -393,17 +399,18 @@ def parse_seeds(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]) -> None:
-    """The three steps from data to session model, for a run of an ablation."""
+def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]) -> dict[str, float]:
+    """The three steps from data to session model, for a run of an ablation; what the export cost, where it was made."""
     from pipeline.distill import distill as run_stages
     from pipeline.export import export
     from recommender.train import train_sbr as run_training
 
     remember(run, data, settings)
     run_stages(settings, run, data, siblings=siblings, open_teacher=open_teacher)
-    export(settings, run, data)
+    work = export(settings, run, data).work
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # a table of all runs comes at the end
         run_training(settings, run, data)
+    return {"export seconds": work.seconds, "export items": float(work.items)} if work.items else {}
 
 
 @app.command()

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,14 @@ class Checkpoints:
         (folder / STATE).write_bytes(canonical_json({"entry": entry, "sha256": digest}))
         fsync_path(folder / STATE)
         fsync_path(folder)
+
+
+def seconds_of(folder: Path) -> float:
+    """How long the training whose checkpoints are in `folder` took up to the newest, without the times it lay still."""
+    for step in Checkpoints(folder, "")._steps():
+        with suppress(Damaged):
+            return float(_read_state(folder / f"step-{step:06d}", step)["state"].get("seconds", 0.0))
+    return 0.0
 
 
 def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ full method comes first in each seed, and most variants share its K and T. The s
 because nothing here may import the MLLM.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,15 +15,22 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from pipeline.artifact import locked
+from pipeline.artifact import locked, read_embeddings, write_json
+from pipeline.checkpoint import seconds_of
 from pipeline.config import Config, VariantName
 from pipeline.errors import ENVIRONMENT, UserError
+from recommender.comparison import PROBES, report
+from recommender.inputs import load_inputs
+from recommender.probes import attribute_columns, probe
+
+COST = "cost.json"
 
 
 class Cell(NamedTuple):
@@ -44,27 +52,49 @@ class Cell(NamedTuple):
         return config.model_copy(update=changed)
 
 
-Make = Callable[[Config, Path, Path, Sequence[Path]], None]  # settings, run folder, data folder, runs to take phases over from
+# settings, run folder, data folder, runs to take phases over from -> "export seconds" and "export items", where it was made now
+Make = Callable[[Config, Path, Path, Sequence[Path]], dict[str, float]]
 
 
 def ablate(config: Config, run: Path, data: Path, variants: Sequence[VariantName], seeds: Sequence[int], jobs: int, make: Make) -> None:
     """Every cell in a folder of `run`, `jobs` of them at a time. Raises `UserError`."""
     variants = list(dict.fromkeys(["full", *variants]))  # which everything is held against
+    seeds = list(dict.fromkeys(seeds))
     with locked(run):
         work = partial(make_cell, config, run, data, make)
-        columns = [[Cell(variant, seed) for variant in variants] for seed in dict.fromkeys(seeds)]
+        columns = [[Cell(variant, seed) for variant in variants] for seed in seeds]
         if jobs == 1:
             for cell in (cell for column in columns for cell in column):
                 work(cell)
         else:
             make_together(columns, jobs, work)
+        report(config, run, data, variants, seeds)
 
 
 def make_cell(config: Config, run: Path, data: Path, make: Make, cell: Cell) -> Cell:
     print(f"cell: {cell.name}", file=sys.stderr)
     siblings = sorted(path for path in run.glob(f"*-{cell.seed}") if path.name != cell.name)
-    make(cell.settings(config), run / cell.name, data, siblings)
+    settings, folder = cell.settings(config), run / cell.name
+    if cost := make(settings, folder, data, siblings):
+        write_json(folder / COST, cost)
+    write_probes(settings, folder, data)
     return cell
+
+
+def write_probes(config: Config, folder: Path, data: Path) -> None:
+    """What the cell's vectors hold, and what they cost, in `probes.json`, unless it stands there already."""
+    inputs = load_inputs(config, folder, data)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads((folder / PROBES).read_bytes())["fingerprint"] == inputs.fingerprint:
+            return
+    attributes = attribute_columns(inputs.catalog, config.data.attributes)
+    values = probe(read_embeddings(folder / "embeddings"), inputs.catalog, attributes, inputs.windows(config.data.max_prefix)[2])
+    values["export passes"] = 2 if config.distill.variant == "side_by_side" else 1
+    values["training seconds"] = sum(seconds_of(phase) for phase in (folder / "distill").iterdir() if phase.is_dir())
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        cost = json.loads((folder / COST).read_bytes())
+        values["export seconds per 1000 items"] = 1000 * cost["export seconds"] / cost["export items"]
+    write_json(folder / PROBES, {"fingerprint": inputs.fingerprint, "values": values})
 
 
 def make_together(columns: Sequence[Sequence[Cell]], jobs: int, work: Callable[[Cell], Cell]) -> None:

@@ -1,6 +1,8 @@
 """`tpad ablate`: cells that are runs like any other, made once, together or one by one, whatever kills them."""
 
+import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from tiny_run import PHASES, SETTINGS, STEPS, kill_when, losses, published_folde
 from typer.testing import CliRunner
 
 import cli
-from pipeline.errors import USAGE
+from pipeline.errors import ARTIFACT, USAGE
 from recommender.ablate import ablate
 from recommender.recommend import Recommender
 
@@ -74,6 +76,36 @@ def test_a_finished_one_does_nothing_again(killed: Path, tiny_data: Path) -> Non
     assert len(before) == 6
     ablate_run(killed, tiny_data)
     assert {path: path.stat().st_mtime_ns for path in killed.rglob("current")} == before
+
+
+def test_the_table_has_what_the_cells_published(killed: Path, tiny_data: Path) -> None:
+    found = {(line["variant"], line["metric"]): line for line in csv.DictReader((killed / "ablation.csv").read_text().splitlines())}
+    assert {variant for variant, _ in found} == {"full", "merge", "ID-only", "content-only"}
+    for cell, model in (("full-0", "full"), ("merge-0", "full"), ("full-0", "ID-only")):
+        mean = json.loads((published_folder(killed / cell, "sbr") / "metrics.json").read_text())["results"][model]["mean"]
+        name = model if model == "ID-only" else cell.removesuffix("-0")
+        for metric, bucket in (("HR@10", "all"), ("MRR@20", "all"), ("HR@20", "warm"), ("HR@20", "cold")):
+            line = found[name, metric if bucket == "all" else f"{bucket} {metric}"]
+            assert float(line["mean"]) == pytest.approx(mean[bucket][metric])
+    line = found["merge", "HR@10"]
+    assert float(line["difference"]) == pytest.approx(float(line["mean"]) - float(found["full", "HR@10"]["mean"]))
+    assert float(line["low"]) <= float(line["difference"]) <= float(line["high"]) and 0 < float(line["p"]) <= 1
+    for metric in ("retrieval HR@20 of knowledge", "accuracy of motif from transition", "CKA", "CLUB", "export seconds per 1000 items"):
+        assert ("full", metric) in found and ("merge", metric) in found
+    seconds = {variant: float(found[variant, "training seconds"]["mean"]) for variant in ("full", "merge")}
+    assert seconds["full"] > seconds["merge"] > 0  # which stops before the alignment
+    assert (killed / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    text = (killed / "ablation.md").read_text()
+    assert re.search(r"^\| merge \|( 0\.\d{4} \|)+$", text, re.MULTILINE)
+    again = CliRunner().invoke(cli.app, tpad_ablate(killed, tiny_data, "--variants", "merge", "--table"))
+    assert again.exit_code == 0, again.stderr
+    assert again.stdout.strip() == text.strip() == (killed / "ablation.md").read_text().strip()
+
+
+def test_a_table_of_runs_that_are_not_there_is_one_line(killed: Path, tiny_data: Path) -> None:
+    done = CliRunner().invoke(cli.app, tpad_ablate(killed, tiny_data, "--variants", "knowledge", "--table"))
+    assert done.exit_code == ARTIFACT
+    assert "knowledge-0" in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "cli.py", *sorted((ROOT / "pipeline").glob("*.py")), *sorted((ROOT / "recommender").glob("*.py"))]
-BASE = {f"pipeline.{name}" for name in ("errors", "config", "artifact", "checkpoint", "catalog", "progress")}  # what recommender may use
+BASE = {
+    f"pipeline.{name}" for name in ("errors", "config", "artifact", "checkpoint", "catalog", "progress", "mutual_information")
+}  # what recommender may use
 HEAVY = {"transformers", "accelerate", "peft", "datasets", "tokenizers"}
 
 

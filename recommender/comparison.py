@@ -1,0 +1,158 @@
+"""The cells of an ablation side by side: ablation.md, ablation.csv and, with matplotlib, ablation.png.
+
+Figures are means over the seeds. A difference to the full method is of the same test cases, its interval from drawing test
+sessions anew (`metrics.paired_bootstrap`); it does not tell how far another seed would fall, which the deviation does.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.artifact import open_verified, replacing
+from pipeline.config import Config
+from recommender.inputs import load_inputs
+from recommender.metrics import Difference, case_values, paired_bootstrap
+
+PROBES = "probes.json"
+DOWNSTREAM = ("HR@10", "HR@20", "MRR@20", "warm HR@20", "cold HR@20")
+VECTORS = {  # name in probes.json -> head of its column
+    "retrieval HR@10 of whole": "retrieval HR@10",
+    "retrieval HR@20 of whole": "HR@20",
+    "retrieval HR@20 of knowledge": "HR@20 of k",
+    "retrieval HR@20 of transition": "HR@20 of p",
+    "accuracy from knowledge": "attributes from k",
+    "accuracy from transition": "from p",
+    "accuracy from whole": "from both",
+    "CKA": "CKA(k, p)",
+    "CLUB": "CLUB bound, nats a dimension",
+}
+COST = {
+    "training seconds": "training, s",
+    "export passes": "export passes",
+    "export seconds per 1000 items": "export, s per 1000 items",
+}
+
+
+class Figure(NamedTuple):
+    """One metric of one row, over the seeds."""
+
+    values: list[float]
+    against: Difference | None = None  # full, on the same cases
+
+    def __str__(self) -> str:
+        deviation = f" ± {np.std(self.values, ddof=1):.4f}" if len(self.values) > 1 else ""
+        return f"{np.mean(self.values):.4f}{deviation}"
+
+
+Row = dict[str, Figure]  # by metric
+
+
+def report(config: Config, run: Path, data: Path, variants: Sequence[str], seeds: Sequence[int]) -> None:
+    """Writes the files of the finished ablation in `run`, and prints the Markdown one."""
+    rows = compare(config, run, data, variants, seeds)
+    text = markdown(rows, seeds)
+    for name, content in (("ablation.md", text), ("ablation.csv", as_csv(rows))):
+        with replacing(run / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    print(text)
+    draw(rows, run / "ablation.png")
+
+
+def compare(config: Config, run: Path, data: Path, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, Row]:
+    """The variants, and the ID-only and content-only session models of the full one, in this order."""
+    ranks = {variant: [read_ranks(run / f"{variant}-{seed}") for seed in seeds] for variant in variants}
+    of_models = {variant: [table["full"] for table in tables] for variant, tables in ranks.items()}
+    others = [name for name in ranks["full"][0] if name in ("ID-only", "content-only")]
+    of_models |= {name: [table[name] for table in ranks["full"]] for name in others}
+    inputs = load_inputs(config, run / f"full-{seeds[0]}", data)
+    cases = ranks["full"][0]
+    warm = inputs.counts[[inputs.catalog.row[item] for item in cases["item_id"]]] > 0
+    rows: dict[str, Row] = {}
+    for name, found in of_models.items():
+        rows[name] = {}
+        for metric in DOWNSTREAM:
+            bucket, _, plain = metric.rpartition(" ")
+            which = {"": np.ones(len(warm), bool), "warm": warm, "cold": ~warm}[bucket]
+            if which.any():
+                ours, full = (np.stack([case_values(r[which], plain) for r in of]).astype(float) for of in (found, of_models["full"]))
+                against = None if name == "full" else paired_bootstrap(ours.mean(0), full.mean(0), cases["session_id"][which])
+                rows[name][metric] = Figure(ours.mean(1).tolist(), against)
+    for variant in variants:
+        probes = [json.loads((run / f"{variant}-{seed}" / PROBES).read_bytes())["values"] for seed in seeds]
+        rows[variant] |= {metric: Figure([of[metric] for of in probes]) for metric in probes[0] if all(metric in of for of in probes)}
+    return rows
+
+
+def read_ranks(cell: Path) -> dict[str, Any]:
+    """The columns of the published ranks."""
+    table = pq.read_table(open_verified(cell / "sbr", "sbr", "run `tpad ablate` first").path / "ranks.parquet")
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def markdown(rows: Mapping[str, Row], seeds: Sequence[int]) -> str:
+    held = "mean ± standard deviation" if len(seeds) > 1 else "one run each"
+    lines = ["# Ablation", "", f"Seeds {', '.join(map(str, seeds))}: {held}.", "", "## Next item, by the session model", ""]
+    lines += table(rows, {metric: metric for metric in DOWNSTREAM})
+    lines += ["", "Differences to full, with their 95 % interval and two-sided p (paired bootstrap over test sessions):", ""]
+    lines += table(
+        {name: row for name, row in rows.items() if name != "full"}, {metric: metric for metric in DOWNSTREAM}, lambda f: told(f.against)
+    )
+    lines += ["", "## What the vectors hold, without a session model", ""]
+    lines += ["Retrieval: all items by cosine to the last one. Attributes: accuracy of a linear probe on held-out items.", ""]
+    lines += table({name: row for name, row in rows.items() if "export passes" in row}, VECTORS)
+    lines += ["", "## Cost", ""]
+    lines += table({name: row for name, row in rows.items() if "export passes" in row}, COST, lambda f: f"{np.mean(f.values):.1f}")
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Mapping[str, Row], columns: Mapping[str, str], cell: Any = str) -> list[str]:
+    heads = {metric: head for metric, head in columns.items() if any(metric in row for row in rows.values())}
+    lines = [f"| | {' | '.join(heads.values())} |", "| --- |" + " ---: |" * len(heads)]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(cell(row[metric]) if metric in row else '-' for metric in heads)} |")
+    return lines
+
+
+def told(found: Difference | None) -> str:
+    return "-" if found is None else f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}], p {found.p:.4f}"
+
+
+def as_csv(rows: Mapping[str, Row]) -> str:
+    """A line for each row and metric, of the table's and all others."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["variant", "metric", "seeds", "mean", "std", "difference", "low", "high", "p"])
+    for name, row in rows.items():
+        for metric, figure in row.items():
+            deviation = [np.std(figure.values, ddof=1)] if len(figure.values) > 1 else [""]
+            lines.writerow([name, metric, len(figure.values), np.mean(figure.values), *deviation, *(figure.against or [""] * 4)])
+    return out.getvalue()
+
+
+def draw(rows: Mapping[str, Row], path: Path) -> None:
+    """Each row's difference to full with its interval, for what matters most."""
+    try:
+        from matplotlib.figure import Figure as Canvas
+    except ImportError:
+        print("no plot without matplotlib: install the extra `ablate`, and start again")
+        return
+    metrics = [metric for metric in ("HR@10", "cold HR@20") if metric in rows["full"]]
+    shown = {name: row for name, row in rows.items() if name != "full"}
+    canvas = Canvas(figsize=(5 * len(metrics), 1.5 + 0.35 * len(shown)), layout="constrained")
+    for panel, metric in zip(canvas.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
+        for place, row in enumerate(shown.values()):
+            if found := row[metric].against:
+                panel.errorbar(
+                    found.mean, -place, xerr=[[found.mean - found.low], [found.high - found.mean]], fmt="o", color="C0", capsize=3
+                )
+        panel.axvline(0, color="0.6", linewidth=1)
+        panel.set_title(f"{metric}: difference to full", fontsize=10)
+        panel.set_yticks([-place for place in range(len(shown))], list(shown))
+    with replacing(path) as temporary:
+        canvas.savefig(temporary, format="png", dpi=150)
