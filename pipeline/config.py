@@ -220,6 +220,8 @@ class DistillConfig(Section):
     merge: MergeConfig = MergeConfig()
     checkpoint_every: Positive = 100  # steps
     workers: Count = 0  # processes that decode and tokenise ahead; 0: in line
+    # disk for what a vision tower that does not train makes of the pictures, computed once for all phases and the export; 0: none
+    vision_cache_gb: Weight = 0.0
     log_with: list[str] = []  # accelerate trackers beside metrics.jsonl, e.g. [tensorboard]
     knowledge: KnowledgeConfig = KnowledgeConfig()
     transfer: TransferConfig = TransferConfig()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from pipeline.prompts import Prompts
 from pipeline.summaries import write_summaries
 from pipeline.templates import load_templates
 from pipeline.variants import VARIANTS, merged, side_by_side, varied
+from pipeline.vision import Cache, Picture, tower
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
@@ -249,6 +251,8 @@ def distill(
     base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
     if variant.frozen:
         backbone.model.requires_grad_(False)
+    if config.distill.vision_cache_gb:
+        keep_pictures(config, run, backbone, views, encoder, group)
     for kind, fingerprint in zip(PHASES, prints, strict=False):
         phase = kind(config, views, encoder, split.train, group, tables, teacher, summaries)
         torch.manual_seed(config.seed)
@@ -285,6 +289,26 @@ def distill(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return True
+
+
+def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts, encoder: Encoder, group: Group) -> None:
+    """Every picture of the catalogue through the vision tower, each process its share, for `encoder` to read from there on."""
+    if any(weight.requires_grad for weight in tower(backbone.model).values()):
+        if group.rank == 0:
+            print("note: the vision tower trains, so nothing it makes is kept (distill.vision_cache_gb)", file=sys.stderr)
+        return
+    cache = encoder.kept = Cache(run / "vision", backbone, config.backbone.max_pixels)
+    loading = Encoder(config.backbone, backbone, encoder.catalog, cache_bytes=0)
+    rows = group.share(np.array([row for row in range(len(views)) if encoder.catalog.has_image(row)], np.int64))
+    room = (int(config.distill.vision_cache_gb * 1e9) - cache.size()) // group.world
+
+    def load(row: int) -> Picture | None:
+        return None if loading.key(row) in cache or not views.has_image(row) else loading.picture(row)
+
+    model = backbone.model.eval().to(group.accelerator.device)
+    cache.fill(model, load, rows, encoder.family.stack, room, config.distill.workers, group.rank == 0)
+    group.accelerator.wait_for_everyone()
+    cache.refresh()
 
 
 def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tensors], transfer_start: str) -> None:

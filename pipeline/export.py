@@ -26,6 +26,7 @@ from pipeline.parts import Base, Exporter, Work, is_part
 from pipeline.prompts import Prompts
 from pipeline.shards import Shards, current_pointer
 from pipeline.templates import Templates
+from pipeline.vision import Cache
 
 COMPILED_LENGTHS = 32  # sequences are padded to multiples of this for torch.compile
 RECIPE = {  # what else than its content makes an item's vector, and how to say that it changed
@@ -122,12 +123,15 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
     if model.manifest["catalogue_sha256"] != catalog.sha256:
         # new items are welcome: their content is all the model needs
         facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
+    encoder = Encoder(backbone_config, backbone, catalog, cache_bytes=0)
+    if (run / "vision").is_dir():  # what `tpad distill` has kept, as far as it is of this vision tower and image budget
+        encoder.kept = Cache(run / "vision", backbone, backbone_config.max_pixels)
     source = Source(
         catalog,
         Prompts(
             catalog, data_config.model_copy(update={"on_bad_image": "error"}), Templates.model_validate(settings["templates"]), neighbours
         ),
-        Encoder(backbone_config, backbone, catalog, cache_bytes=0),
+        encoder,
         config.export.token_budget,
         config.data.on_bad_image,
         COMPILED_LENGTHS if config.export.compile else 1,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +28,11 @@ from pipeline.config import BackboneConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.families import FAMILIES, Processor
 from pipeline.prompts import Part
+from pipeline.vision import Cache, Picture, Seen, join, see
 
 IMAGE_CACHE_BYTES = 1 << 30  # of encoded images kept, so that an epoch after the first decodes nothing
 MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # of a batch, those the base model takes as they are
 FIRST_SCALE, MAX_SCALE = 4.0, 100.0  # of the session head's logits: soft at first, while the features still say little
-
-
-class Picture(NamedTuple):
-    """An image as the backbone takes it."""
-
-    key: bytes  # of what is in the image: equal pictures, of one item or of several, have equal keys
-    ids: list[int]  # the tokens that stand for it
-    tensors: dict[str, Tensor]  # what the vision tower takes
 
 
 @dataclass
@@ -80,6 +73,8 @@ class Encoder:
         self._most_texts = 2**20 if cache_bytes else 100
         self._pictures: dict[int, Picture] = {}
         self._room = cache_bytes
+        self._keys: dict[int, bytes] | None = {} if cache_bytes else None
+        self.kept: Cache | None = None  # pictures that need not be decoded
         self.picture_seconds = 0.0  # spent on decoding images and making them what the vision tower takes
         self.head, self.tail = self._frame()
 
@@ -150,15 +145,26 @@ class Encoder:
                 count += len(self.tail)
         return count
 
+    def key(self, row: int) -> bytes:
+        """Of an item's image, by the bytes of its file."""
+        found = self._keys.get(row) if self._keys is not None else None
+        if found is None:
+            found = hashlib.sha256(self.catalog.image_bytes(row) or b"").digest()
+            if self._keys is not None:
+                self._keys[row] = found
+        return found
+
     def picture(self, row: int) -> Picture:
-        """An item's image; kept in memory while there is room."""
+        """An item's image; held in memory while there is room."""
+        if self.kept is not None and (known := self.kept.find(self.key(row))) is not None:
+            return known
         found = self._pictures.get(row)
         if found is None:
             began = time.perf_counter()
             image = self.catalog.image(row)
             assert image is not None, "the prompt asked for an image the item lacks"
             ids, tensors = self.family.encode(self.processor, image)
-            found = Picture(hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest(), ids, tensors)
+            found = Picture(self.key(row), ids, tensors)
             size = sum(t.nbytes for t in tensors.values())
             if size <= self._room:
                 self._room -= size
@@ -172,12 +178,15 @@ class Encoder:
         A batch: `input_ids`, `attention_mask` (B, L); `read_at` (R,) and `answer_at` (A,), flat positions in (B * L) of the
         features to read and of the tokens before each answer token; `answers` (A,); `intent_at` and `intents` likewise;
         `picture_at` (I,), which picture each image in it is, in their order. "pictures": what the vision tower takes for
-        the distinct ones. L is a multiple of `round_to`.
+        the distinct ones; "kept": what it has made of those, numbered after the former, that need not go through it. L is
+        a multiple of `round_to`.
         """
         distinct = {p.key: p for sequences in batches.values() for s in sequences for p in s.pictures}  # in order of their first use
-        place = {key: n for n, key in enumerate(distinct)}
+        fresh, kept = ([p for p in distinct.values() if (p.kept is None) == new] for new in (True, False))
+        place = {p.key: n for n, p in enumerate([*fresh, *kept])}
         out = {name: self._collate(sequences, place, round_to) for name, sequences in batches.items()}
-        return out | {"pictures": self.family.stack([p.tensors for p in distinct.values()]) if distinct else {}}
+        out["pictures"] = self.family.stack([p.tensors for p in fresh]) if fresh else {}
+        return out | ({"kept": join([p.kept for p in kept if p.kept is not None])} if kept else {})
 
     def _collate(self, sequences: Sequence[Encoded], place: dict[bytes, int], round_to: int) -> dict[str, Tensor]:
         length = math.ceil(max(map(len, sequences)) / round_to) * round_to
@@ -279,31 +288,33 @@ class Mllm(nn.Module):
 
     def hidden(self, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         """By batch, (B * L, d): last hidden states of the base model, without the language-model head."""
-        model, pictures, states = self.backbone.model, batches["pictures"], {}
-        seen = model.get_image_features(**pictures, return_dict=True) if pictures else None
+        model, states = self.backbone.model, {}
+        seen = see(model, batches)
         for name, batch in batches.items():
-            if name == "pictures":
+            if name in ("pictures", "kept"):
                 continue
-            states[name] = model(**_inputs(batch, pictures, seen), use_cache=False).last_hidden_state.flatten(0, 1)
+            states[name] = model(**_inputs(batch, seen), use_cache=False).last_hidden_state.flatten(0, 1)
         return states
 
-    def write(self, batch: dict[str, Tensor], pictures: dict[str, Tensor], greedy: GenerationConfig) -> Tensor:
+    def write(self, batches: dict[str, dict[str, Tensor]], name: str, greedy: GenerationConfig) -> Tensor:
         """(B, at most n) token ids that the language model goes on with after each sequence of a batch."""
-        seen = self.backbone.model.get_image_features(**pictures, return_dict=True) if pictures else None
+        batch = batches[name]
         length = batch["input_ids"].shape[1]
         empty = length - batch["attention_mask"].sum(1)
         left = {of: torch.stack([row.roll(int(n)) for row, n in zip(batch[of], empty, strict=True)]) for of in MODEL_INPUTS if of in batch}
-        written: Tensor = self.backbone.generate(**_inputs(batch | left, pictures, seen), generation_config=greedy)
+        inputs = _inputs(batch | left, see(self.backbone.model, batches))
+        written: Tensor = self.backbone.generate(**inputs, generation_config=greedy)
         return written[:, length:]
 
 
-def _inputs(batch: dict[str, Tensor], pictures: dict[str, Tensor], seen: Any) -> dict[str, Any]:
-    """A batch as the backbone takes it, `seen` being what the vision tower gave for the pictures."""
+def _inputs(batch: dict[str, Tensor], seen: Seen | None) -> dict[str, Any]:
+    """A batch as the backbone takes it, `seen` being what the vision tower makes of the distinct pictures."""
     inputs: dict[str, Any] = {of: batch[of] for of in MODEL_INPUTS if of in batch}
     if seen is not None and len(batch["picture_at"]):
-        inputs["mm_encoder_outputs"] = {"image": _shown(seen, batch["picture_at"])}
-        if "image_grid_thw" in pictures:
-            inputs["image_grid_thw"] = pictures["image_grid_thw"][batch["picture_at"]]
+        shown = seen.of(batch["picture_at"])
+        inputs["mm_encoder_outputs"] = {"image": shown}
+        if shown.grid is not None:
+            inputs["image_grid_thw"] = shown.grid
     return inputs
 
 
@@ -320,16 +331,6 @@ class SideBySide(nn.Module):
         for half, mllm in self.halves.items():
             out |= mllm(batches, {name: [half] for name, asked in heads.items() if half in asked})
         return out
-
-
-def _shown(seen: Any, pictures: Tensor) -> Any:
-    """What the vision tower gave for the distinct pictures -> the same for the images of a batch, by their numbers (I,)."""
-
-    def of(features: Any) -> Any:  # a tensor or a sequence, one entry a picture
-        return features[pictures] if isinstance(features, Tensor) else [features[n] for n in pictures.tolist()]
-
-    levels = {"deepstack_features": [of(level) for level in seen.deepstack_features]} if hasattr(seen, "deepstack_features") else {}
-    return type(seen)(pooler_output=of(seen.pooler_output), **levels)
 
 
 def embed(

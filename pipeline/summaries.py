@@ -58,11 +58,9 @@ def write_summaries(mllm: Mllm, phase: Phase, path: Path) -> dict[str, str]:
                 own = {}
                 for batch in todo[first : first + group.world][group.rank :: group.world]:
                     tensors = encoder.collate({"sessions": [encoder.encode(prompts[key]) for key in batch]})
-                    sessions, pictures = (
-                        {name: t.to(group.accelerator.device) for name, t in tensors[of].items()} for of in ("sessions", "pictures")
-                    )
+                    tensors = {of: {name: t.to(group.accelerator.device) for name, t in part.items()} for of, part in tensors.items()}
                     with torch.inference_mode():
-                        own = dict(zip(batch, encoder.decode(mllm.write(sessions, pictures, greedy)), strict=True))
+                        own = dict(zip(batch, encoder.decode(mllm.write(tensors, "sessions", greedy)), strict=True))
                 written = {key: text for part in (gather_object([own]) if group.world > 1 else [own]) for key, text in part.items()}
                 texts |= written
                 if main:

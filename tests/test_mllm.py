@@ -105,7 +105,7 @@ def test_what_it_writes_is_the_likeliest_token_after_the_other(made: Made) -> No
     greedy = made.encoder.greedy(5)
     head = made.backbone.model.get_output_embeddings()
     with torch.no_grad():
-        written = made.mllm.eval().write(tensors["s"], tensors["pictures"], greedy)
+        written = made.mllm.eval().write(tensors, "s", greedy)
         for s, ids in zip(sequences, written.tolist(), strict=True):
             for n, token in enumerate(ids):
                 logits = head(made.mllm.hidden(made.encoder.collate({"s": [Encoded(s.ids + ids[:n], s.pictures)]}))["s"][-1])
