@@ -222,6 +222,8 @@ class DistillConfig(Section):
     workers: Count = 0  # processes that decode and tokenise ahead; 0: in line
     # disk for what a vision tower that does not train makes of the pictures, computed once for all phases and the export; 0: none
     vision_cache_gb: Weight = 0.0
+    # sequences a forward pass, in each process; null: all. Less memory for the same gradient, and a second pass forward (GradCache)
+    chunk: Positive | None = None
     log_with: list[str] = []  # accelerate trackers beside metrics.jsonl, e.g. [tensorboard]
     knowledge: KnowledgeConfig = KnowledgeConfig()
     transfer: TransferConfig = TransferConfig()

@@ -25,6 +25,7 @@ from pipeline.artifact import canonical_json, published, stage
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.catalog import SessionLog, load_catalog, load_sessions, split_by_time
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
+from pipeline.chunks import backward, features, look_once
 from pipeline.config import Config, PhaseConfig
 from pipeline.errors import USAGE, UserError
 from pipeline.mllm import Encoder, Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
@@ -35,7 +36,7 @@ from pipeline.prompts import Prompts
 from pipeline.summaries import write_summaries
 from pipeline.templates import load_templates
 from pipeline.variants import VARIANTS, merged, side_by_side, varied
-from pipeline.vision import Cache, Picture, tower
+from pipeline.vision import Cache, Picture, is_frozen
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
@@ -60,6 +61,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
     names = [name for group_ in groups for name in group_.pop("names")]
     model, optimizer = accelerator.prepare(mllm, torch.optim.AdamW(groups, settings.lr))
     critics = phase.critics()
+    frozen = is_frozen(mllm.backbone)
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -87,25 +89,38 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
     loader = DataLoader(phase, sampler=range(start, settings.steps), batch_size=None, num_workers=phase.config.distill.workers)  # type: ignore[arg-type, var-annotated]
     with Interrupt() as interrupt, Steps(phase.name, settings.steps, start, accelerator.is_main_process) as progress:
         model.train()
-        for step, (batches, facts) in zip(range(start, settings.steps), loader, strict=True):
-            torch.manual_seed(int(phase.rng(step, group.rank).integers(2**62)))  # dropout
+        for step, (chunks, facts) in zip(range(start, settings.steps), loader, strict=True):
+            dropout = phase.rng(step, group.rank)
+            seeds = [int(dropout.integers(2**62)) for _ in chunks]
             for group_ in optimizer.param_groups:
                 group_["lr"] = learning_rate(settings, step) * group_["factor"]
-            batches, facts = _to(batches, accelerator.device), _to(facts, accelerator.device)
-            out = model(batches, phase.heads)
+            chunks, facts = [_to(chunk, accelerator.device) for chunk in chunks], _to(facts, accelerator.device)
+            if len(chunks) == 1:
+                torch.manual_seed(seeds[0])
+                made: Tensors = model(chunks[0], phase.heads)
+            else:
+                if frozen:
+                    look_once(mllm, chunks, accelerator)
+                made = features(mllm, chunks, phase.heads, seeds)
+            out = dict(made)
             for of in ("nll", "divergence"):
-                for name, batch in batches.items():
+                for name in phase.heads:
                     if f"{name}.{of}" in out:  # mean over the answer tokens of all processes
-                        tokens = group.total(torch.tensor(len(batch["answers"]), device=accelerator.device))
+                        answers = sum(len(chunk[name]["answers"]) for chunk in chunks if name in chunk)
+                        tokens = group.total(torch.tensor(answers, device=accelerator.device))
                         out[f"{name}.{of}"] = group.total(out[f"{name}.{of}"]) / tokens
             losses = phase.losses(out, facts, critics)
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is not finite ({phase.name}, step {step}); lower distill.{phase.name}.lr", USAGE)
+            tie = torch.zeros_like(loss)
             if group.world > 1:  # a share without pictures leaves the vision tower out, which the other processes wait for
-                loss = loss + 0.0 * torch.stack([p.sum() for p in named.values()]).sum()
+                tie = 0.0 * torch.stack([p.sum() for p in named.values()]).sum()
             optimizer.zero_grad()
-            accelerator.backward(loss * group.world)
+            if len(chunks) == 1:
+                accelerator.backward((loss + tie) * group.world)
+            else:
+                backward(model, chunks, phase.heads, seeds, loss * group.world, made, tie, accelerator)
             accelerator.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
             values: dict[str, Any] = {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
@@ -153,11 +168,14 @@ def parameter_groups(mllm: Mllm, settings: PhaseConfig) -> list[dict[str, Any]]:
 def centre_heads(phase: Phase, mllm: Mllm) -> None:
     """Centres the new heads on the features of the first step."""
     device = phase.group.accelerator.device
-    batches, facts = phase[0]
-    batches = _to(batches, device)
+    chunks, facts = phase[0]
+    reads: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        for name, states in mllm.hidden(batches).items():
-            read = states[batches[name]["read_at"]].float()
+        for chunk in (_to(chunk, device) for chunk in chunks):
+            for name, states in mllm.hidden(chunk).items():
+                reads.setdefault(name, []).append(states[chunk[name]["read_at"]].float())
+        for name, found in reads.items():
+            read = torch.cat(found)
             if name == "items" and "candidates" in facts:  # without the repeated ones that only fill up the processes' shares
                 read = read[: max(0, len(facts["candidates"]) - phase.group.rank * len(read))]
             for head in set(phase.heads[name]) & set(phase.new):
@@ -293,7 +311,7 @@ def distill(
 
 def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts, encoder: Encoder, group: Group) -> None:
     """Every picture of the catalogue through the vision tower, each process its share, for `encoder` to read from there on."""
-    if any(weight.requires_grad for weight in tower(backbone.model).values()):
+    if not is_frozen(backbone.model):
         if group.rank == 0:
             print("note: the vision tower trains, so nothing it makes is kept (distill.vision_cache_gb)", file=sys.stderr)
         return
@@ -325,7 +343,7 @@ def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tenso
 def _fingerprints(config: Config, views: Prompts, teacher: Teacher | None, catalogue: str, sessions: str) -> list[str]:
     """Of each phase, and last of what is published: everything the weights depend on.
 
-    How often it is saved, or by how many processes, is not part of it.
+    How often it is saved, by how many processes it is made and in what chunks, and what is kept of the vision tower, is not part of it.
     """
     chain: dict[str, Any] = {
         "prompts": prompts.VERSION,

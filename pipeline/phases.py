@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.catalog import SessionLog
+from pipeline.chunks import Chunk, split
 from pipeline.config import Config, PhaseConfig
 from pipeline.critic import Critic, club, club_bound, smile
 from pipeline.mllm import Encoded, Encoder
@@ -107,10 +108,10 @@ class Phase:
     def __len__(self) -> int:
         return self.settings.steps
 
-    def __getitem__(self, step: int) -> tuple[dict[str, Tensors], Tensors]:
-        """This process's tensors of a step, and facts about its whole global batch."""
+    def __getitem__(self, step: int) -> tuple[list[Chunk], Tensors]:
+        """This process's tensors of a step, in chunks, and facts about its whole global batch."""
         sequences, facts = self.work(step)
-        return self.encoder.collate(sequences), facts
+        return [self.encoder.collate(part) for part in split(sequences, self.config.distill.chunk)], facts
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
         raise NotImplementedError

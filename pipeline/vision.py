@@ -101,6 +101,10 @@ def tower(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if id(p) not in decoder}
 
 
+def is_frozen(model: Any) -> bool:
+    return not any(weight.requires_grad for weight in tower(model).values())
+
+
 class Cache:
     """The kept pictures of one backbone, of one image budget. Several processes may read it while others add to it."""
 
