@@ -323,8 +323,9 @@ def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts,
     def load(row: int) -> Picture | None:
         return None if loading.key(row) in cache or not views.has_image(row) else loading.picture(row)
 
-    model = backbone.model.eval().to(group.accelerator.device)
-    cache.fill(model, load, rows, encoder.family.stack, room, config.distill.workers, group.rank == 0)
+    if config.backbone.quantize is None:  # that is where it is already
+        backbone.model.to(group.accelerator.device)
+    cache.fill(backbone.model.eval(), load, rows, encoder.family.stack, room, config.distill.workers, group.rank == 0)
     group.accelerator.wait_for_everyone()
     cache.refresh()
 

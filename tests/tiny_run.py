@@ -122,21 +122,6 @@ def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def two_processes(work: Callable[..., object], *args: object) -> None:
-    """`work` in two processes of one group, to their good end."""
-    port = 20_000 + os.getpid() % 20_000
-    processes = [start(_member, rank, port, work, *args) for rank in range(2)]
-    for process in processes:
-        process.join(600)
-        assert process.exitcode == 0
-
-
-def _member(rank: int, port: int, work: Callable[..., object], *args: object) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    work(*args)
-
-
 # --- backbones as a user would have them: a local folder, here with random weights
 
 FAMILIES = ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "llava_onevision")
