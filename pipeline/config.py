@@ -52,7 +52,7 @@ class DataConfig(Section):
     max_prefix: Positive = 20  # a session is cut to its last so many events before it is used as a prefix
     text: list[str] = ["title", "description"]  # item columns shown to the MLLM, in this order
     attributes: list[str] | None = None  # item columns it learns to write; null: every other text column
-    prompts: str | None = None  # file of prompt templates, as configs/prompts.yaml; null: those
+    prompts: str | None = None  # file of prompt templates, as configs/prompts/default.yaml; null: those
     # an image that cannot be decoded stops the run, counts as none, or keeps its item out of the embeddings (and counts as none before)
     on_bad_image: Literal["error", "skip", "text_only"] = "error"
     neighbours: NeighboursConfig = NeighboursConfig()

@@ -1,6 +1,6 @@
 """The wording of every prompt: templates a user can edit, in a YAML file named by `data.prompts`.
 
-The defaults below are `configs/prompts.yaml`. A placeholder stands in braces, once; `{{` is a brace. What stands between
+The defaults below are `configs/prompts/default.yaml`. A placeholder stands in braces, once; `{{` is a brace. What stands between
 placeholders is set apart by one space. The published MLLM keeps the templates it was trained with, and the export uses those.
 """
 

@@ -41,7 +41,7 @@ def refusal(tmp_path: Path, text: str) -> str:
 
 
 def test_the_shipped_file_is_the_built_in_wording() -> None:
-    path = ROOT / "configs" / "prompts.yaml"
+    path = ROOT / "configs" / "prompts" / "default.yaml"
     assert load_templates(str(path)) == Templates()
     assert list(yaml.safe_load(path.read_text())) == list(Templates.model_fields)
 

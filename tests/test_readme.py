@@ -20,7 +20,7 @@ import cli
 from pipeline.config import Config, load_config
 from pipeline.shop import draw_shop
 
-CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "prompts.yaml"})
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PICTURES_OF_WORDS = ("items (text, picture)", "cli.py  ")  # how the blocks begin that are no commands: the drawing, the tree
 PROGRAMS = ("tpad", "make", "accelerate", "pip")
 DISTILLING = re.compile(r"tpad (distill|ablate)\b|-m cli distill\b")
