@@ -7,6 +7,7 @@ sessions anew (`metrics.paired_bootstrap`); it does not tell how far another see
 import csv
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +141,7 @@ def draw(rows: Mapping[str, Row], path: Path) -> None:
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
-        print("no plot without matplotlib: install the extra `ablate`, and start again")
+        print("no plot without matplotlib: install the extra `ablate`, and start again", file=sys.stderr)
         return
     metrics = [metric for metric in ("HR@10", "cold HR@20") if metric in rows["full"]]
     shown = {name: row for name, row in rows.items() if name != "full"}
