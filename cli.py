@@ -445,6 +445,15 @@ def prepare(
 
 
 @app.command()
+def report(data: DataFolder = None, run: RunFolder = RUN, debug: Debug = False) -> None:
+    """Write the run's report.html: results, curves, maps of the catalogue, the index, test sessions as pictures."""
+    with errors(debug), open_run(None, data, run, None) as (_, folder):
+        from recommender.report import write_report
+
+        say(f"report: {write_report(run, folder, (run / 'config.yaml').read_text(encoding='utf-8'))}")
+
+
+@app.command()
 def doctor(run: RunFolder = RUN, debug: Debug = False) -> None:
     """Say what is installed, what the machine has, and what tpad will use of it and why."""
     with errors(debug):

@@ -105,6 +105,7 @@ def test_the_readme_has_the_commands_it_should() -> None:
         "prepare",
         "index",
         "ablate",
+        "report",
         "doctor",
     }
     assert TPAD[:4] == ["tpad distill", "tpad export-embeddings", "tpad train-sbr", "tpad recommend"]
