@@ -319,8 +319,9 @@ def recommend(
         if sessions is not None and out is not None:
             from recommender.batch import recommend_file
 
-            done = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify)
-            say(f"{done.sessions} sessions, {done.rows} rows: {out}")
+            share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            done = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, share)
+            say(f"{done.sessions} sessions, {done.rows} rows: {done.out}")
             if done.popular or done.unknown_events:
                 say(f"events of items not in the catalogue, left out: {done.unknown_events}")
                 say(f"sessions of no other items, which got the most popular ones: {done.popular}")

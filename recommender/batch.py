@@ -1,4 +1,9 @@
-"""`tpad recommend --sessions FILE --out FILE`: a file of events in, a Parquet file of ranked items out, in chunks."""
+"""`tpad recommend --sessions FILE --out FILE`: a file of events in, a Parquet file of ranked items out, in chunks.
+
+Several processes (`accelerate launch`) take a stretch of the sessions each, without a word between them, and leave a file
+each, `out-00000-of-00002.parquet` and so on: one table, in this order, to whatever reads Parquet. The events are held in
+memory as integers, 8 bytes for each event, and the names of the sessions; the answers are not.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +26,7 @@ SCHEMA = pa.schema([("session_id", pa.string()), ("item_id", pa.string()), ("ran
 
 @dataclass(frozen=True)
 class BatchSummary:
+    out: Path
     sessions: int
     popular: int  # sessions of which nothing was known: they got the popular items
     unknown_events: int
@@ -35,14 +41,20 @@ def recommend_file(
     exclude_seen: bool = False,
     filters: Filters | None = None,
     diversify: float = 0.0,
+    share: tuple[int, int] = (0, 1),
 ) -> BatchSummary:
-    """Sessions by first appearance, events by (timestamp, row). `out` is replaced whole at the end, or not at all."""
+    """Sessions by first appearance, events by (timestamp, row). `out` is replaced whole at the end, or not at all. `share`
+    (number, count): only this process's sessions, to a file named after both."""
     session_ids, events, offsets = read_sessions(sessions, recommender)
+    number, count = share
+    if count > 1:
+        out = out.with_name(f"{out.stem}-{number:05d}-of-{count:05d}{out.suffix}")
+    first, last = (len(session_ids) * n // count for n in (number, number + 1))
     popular = rows = 0
     try:
         with replacing(out) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-            for start in range(0, len(session_ids), CHUNK):
-                names = session_ids[start : start + CHUNK]
+            for start in range(first, last, CHUNK):
+                names = session_ids[start : min(start + CHUNK, last)]
                 prefixes = [_known(events[offsets[n] : offsets[n + 1]]) for n in range(start, start + len(names))]
                 popular += sum(not prefix for prefix in prefixes)
                 table = _ranked_table(recommender, names, recommender.rank(prefixes, k, exclude_seen, filters, diversify))
@@ -52,7 +64,7 @@ def recommend_file(
         raise environment_error(error, out) or UserError(
             f"cannot write: {error.strerror or error} ({out}); give another --out", DATA
         ) from None
-    return BatchSummary(len(session_ids), popular, int((events < 0).sum()), rows)
+    return BatchSummary(out, last - first, popular, int((events[offsets[first] : offsets[last]] < 0).sum()), rows)
 
 
 def _known(events: np.ndarray) -> list[int]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.errors import USAGE, UserError
 from pipeline.progress import Steps
-from recommender.model import NEVER, SessionModel, Tables
+from recommender.model import NEVER, Reading, SessionModel, Tables
 from recommender.sessions import pad_prefixes
 
 faiss.omp_set_num_threads(torch.get_num_threads())
@@ -127,10 +127,10 @@ class ItemIndex:
                 except RuntimeError:  # an index that has no such parameter
                     continue
 
-    def top(self, rows: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def top(self, rows: Tensor, k: int, allowed: Tensor | None = None, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """The k best items of one prefix, rows (1, L) without padding, or of the `allowed` (N,) bool: scores (k,) and rows (k,)."""
         count = len(self.popular)
-        reading = self.model.read(rows, self.tables)
+        reading = self.model.read(rows, self.tables) if reading is None else reading
         queries = {}
         for name in self.indexes:
             weight = reading.weights[name][0, -1]

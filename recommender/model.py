@@ -400,10 +400,11 @@ class SessionModel(nn.Module):
             self.followers.add(sparse, events, weights, items)
         return (total + sparse).log()
 
-    def origins(self, rows: Tensor, tables: Tables, items: Tensor) -> Tensor:
+    def origins(self, rows: Tensor, tables: Tables, items: Tensor, reading: Reading | None = None) -> Tensor:
         """Where the scores of `items` (C,) after one prefix, rows (1, L), come from, (L + 1, C): what the channels and the
         followers of each position's item add to exp(score), and in the last line what popularity adds."""
-        reading, last = self.read(rows, tables), int((rows != PAD).sum()) - 1
+        reading = self.read(rows, tables) if reading is None else reading
+        last = int((rows != PAD).sum()) - 1
         parts = torch.zeros(rows.shape[1], len(items))
         for name, query in reading.queries.items():
             part = query[0] @ tables.vectors[name][items].T + tables.priors[name][items]

@@ -26,7 +26,7 @@ from pipeline.artifact import HALVES, Version, canonical_json, open_verified
 from pipeline.catalog import Catalog
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.index import ItemIndex, build_indexes, describe, load_indexes, save_indexes
-from recommender.model import ModelConfig, SessionModel, Whitening
+from recommender.model import ModelConfig, Reading, SessionModel, Whitening
 from recommender.sessions import pad_prefixes
 
 DENSE_ITEMS = 20_000
@@ -34,6 +34,7 @@ POOL = 5  # times k: what `diversify` chooses from
 SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
 
 Filters = Mapping[str, Sequence[str]]  # column -> values
+Found = tuple[Tensor, Tensor, Reading | None]
 
 
 class Item(NamedTuple):
@@ -120,9 +121,10 @@ class Recommender:
     ) -> list[Recommendation]:
         known = [[self.row[i] for i in session if i in self.row] for session in sessions]
         found = []
-        for session, rows, (best, scores) in zip(sessions, known, self.rank(known, k, exclude_seen, filters, diversify), strict=True):
+        ranked = self._ranked(known, k, exclude_seen, filters, diversify)
+        for session, rows, (best, scores, reading) in zip(sessions, known, ranked, strict=True):
             names = [(self.item_ids[row], self.titles[row], score) for row, score in zip(best.tolist(), scores.tolist(), strict=True)]
-            items = [Item(n, *named, *why) for n, (named, why) in enumerate(zip(names, self._reasons(rows, best), strict=True), 1)]
+            items = [Item(n, *named, *why) for n, (named, why) in enumerate(zip(names, self._reasons(rows, best, reading), strict=True), 1)]
             unknown = list(dict.fromkeys(i for i in session if i not in self.row))
             found.append(Recommendation(items, unknown, None if rows else "popular"))
         return found
@@ -132,6 +134,11 @@ class Recommender:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Rows and scores of the k best items of each session of rows, best first; an empty session gets the popular ones.
         Fewer than k only where no more are allowed."""
+        return [(rows, scores) for rows, scores, _ in self._ranked(sessions, k, exclude_seen, filters, diversify)]
+
+    def _ranked(
+        self, sessions: list[list[int]], k: int, exclude_seen: bool, filters: Filters | None, diversify: float
+    ) -> list[tuple[np.ndarray, np.ndarray, Reading | None]]:
         if k < 1:
             raise UserError(f"-k {k} is no number of items; give 1 or more", USAGE)
         if not 0 <= diversify <= 1:
@@ -141,35 +148,39 @@ class Recommender:
         pool = min(POOL * k if diversify else k, count)
         popular = self.popular if allowed is None else self.popular[allowed[self.popular]]
         wanted = {n: min(pool + len(set(s)) if exclude_seen else pool, count) for n, s in enumerate(sessions) if s}
-        ranked = []
+        ranked: list[tuple[np.ndarray, np.ndarray, Reading | None]] = []
         with torch.inference_mode():
             found = self._best(sessions, wanted, allowed)
             for n, session in enumerate(sessions):
-                scores, rows = found.get(n, (self.tables.priors["popular"][popular], popular))
+                scores, rows, reading = found.get(n, (self.tables.priors["popular"][popular], popular, None))
                 if exclude_seen:
                     kept = ~torch.isin(rows, torch.tensor(session, dtype=torch.long))
                     scores, rows = scores[kept], rows[kept]
                 scores, rows = scores[:pool], rows[:pool]
                 chosen = diverse(self._knowledge()[rows], scores, k, diversify) if diversify else slice(k)
-                ranked.append((rows[chosen].numpy(), scores[chosen].numpy()))
+                ranked.append((rows[chosen].numpy(), scores[chosen].numpy(), reading))
         return ranked
 
-    def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: Tensor | None) -> dict[int, tuple[Tensor, Tensor]]:
-        """Scores and rows of at least the `wanted` best of the allowed items, by number of the session."""
+    def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: Tensor | None) -> dict[int, Found]:
+        """Scores and rows of at least the `wanted` best of the allowed items, by number of the session; and the model's
+        reading of the session, where it was read alone."""
         length = self.model.config.max_prefix
         items = None if allowed is None else allowed.nonzero()[:, 0]
         count = len(self.item_ids) if items is None else len(items)
+        found: dict[int, Found] = {}
         if count > DENSE_ITEMS or not (self.index.exact or items is not None):
-            prefixes = {n: torch.as_tensor(pad_prefixes([sessions[n]], length)).long() for n in wanted}
-            return {n: self.index.top(rows, wanted[n], allowed) for n, rows in prefixes.items()}
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+            for n, most in wanted.items():
+                rows = torch.as_tensor(pad_prefixes([sessions[n]], length)).long()
+                reading = self.model.read(rows, self.tables)
+                found[n] = *self.index.top(rows, most, allowed, reading), reading
+            return found
         order = sorted(wanted, key=lambda n: len(sessions[n]))  # like lengths together: less padding
         size = max(1, SCORES_AT_ONCE // (count * length))
         for numbers in (order[start : start + size] for start in range(0, len(order), size)):
             rows = torch.as_tensor(pad_prefixes([sessions[n] for n in numbers], length)).long()
             best = self.model.scores(rows, self.tables, items=items).topk(max(wanted[n] for n in numbers))
             places = best.indices if items is None else items[best.indices]
-            found |= dict(zip(numbers, zip(best.values, places, strict=True), strict=True))
+            found |= {n: (best.values[line], places[line], None) for line, n in enumerate(numbers)}
         return found
 
     def _allowed(self, filters: Filters) -> Tensor:
@@ -193,7 +204,7 @@ class Recommender:
     def sample_rows(self) -> list[list[int]]:
         return [[self.row[item] for item in session] for session in self.samples]
 
-    def _reasons(self, session: list[int], best: np.ndarray) -> list[tuple[str | None, str | None]]:
+    def _reasons(self, session: list[int], best: np.ndarray, reading: Reading | None) -> list[tuple[str | None, str | None]]:
         """`similar_to` and `after` of each item of a ranking, among the other items of the session."""
         if not session:
             return [(None, None)] * len(best)
@@ -204,7 +215,7 @@ class Recommender:
             alike = torch.zeros(own.shape)
             if (vectors := self.halves.get("knowledge")) is not None:
                 alike = F.normalize(vectors[rows[0]], dim=1) @ F.normalize(vectors[items], dim=1).T
-            origins = self.model.origins(rows, self.tables, items)
+            origins = self.model.origins(rows, self.tables, items, reading)
             origins[:-1].masked_fill_(own, 0.0)
             source = origins.max(0).indices
             if "id" in self.model.channels:

@@ -43,7 +43,7 @@ td small{display:block;color:#5b6775;font-weight:400}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14px 20px}
 .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr));gap:20px}
 figure{margin:0}figcaption{font-size:13px;color:#36414e}figure>svg{width:100%;height:auto;display:block}
-.maps figure>svg{background:#f8f9fb;isolation:isolate}.maps svg svg{mix-blend-mode:multiply}.one{max-width:400px}
+.maps figure>svg{background:#f8f9fb}.one{max-width:400px}
 svg text{font:10px system-ui,sans-serif;fill:#5b6775}.key{font-weight:600;margin-left:6px}
 .session{display:grid;grid-template-columns:300px minmax(0,1fr) 64px;gap:6px 22px;padding:10px 0;border-bottom:1px solid #edf0f4}
 .row{display:flex;flex-wrap:wrap;gap:4px}.row svg{width:56px;height:56px;border-radius:4px;background:#f0f2f5;flex:none}

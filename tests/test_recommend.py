@@ -278,6 +278,18 @@ def test_a_file_gives_what_single_sessions_give(recommender: Recommender, tmp_pa
     assert found["item_id"] == [i for session in wanted.values() for i in ids(recommender.recommend(session, 3))]
 
 
+def test_several_processes_share_a_file(recommender: Recommender, tmp_path: Path) -> None:
+    events = write_events(tmp_path / "s.csv")
+    whole = recommend_file(recommender, events, tmp_path / "whole.parquet", k=3)
+    parts = [recommend_file(recommender, events, tmp_path / "out.parquet", k=3, share=(n, 2)) for n in (0, 1)]
+    assert [part.out.name for part in parts] == ["out-00000-of-00002.parquet", "out-00001-of-00002.parquet"]
+    one, other = pq.read_table(whole.out).to_pydict(), pa.concat_tables([pq.read_table(part.out) for part in parts]).to_pydict()
+    assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-4)
+    assert one == other
+    for name in ("sessions", "popular", "unknown_events", "rows"):
+        assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
+
+
 def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommender, tmp_path: Path) -> None:
     recommend_file(recommender, write_events(tmp_path / "s.csv", clock=False), tmp_path / "out.parquet", k=3)
     found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"][:3]
