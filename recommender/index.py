@@ -9,7 +9,7 @@ list could score, else it takes a larger M. Any other index (HNSW, IVF, ...) fin
 the time; the recall of the answer against the exact one is measured when it is built. A GPU builds what faiss-gpu can (not
 HNSW), and the index goes to the disk in its CPU form; no test of this project has had one.
 
-This is the only place that imports faiss, and where its threads are set.
+This is where faiss is imported and its threads are set.
 """
 
 import math
@@ -28,12 +28,10 @@ from pipeline.progress import Steps
 from recommender.model import NEVER, Reading, SessionModel, Tables
 from recommender.sessions import pad_prefixes
 
-faiss.omp_set_num_threads(torch.get_num_threads())
-
 FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
 HNSW_ITEMS = 500_000  # ... up to here HNSW, and above IVF, which is built faster
-EFFORT = {"efSearch": 160, "nprobe": 24}  # what HNSW and IVF spend on a query
-FIRST_LIST = 160  # entries taken of every query at first
+EFFORT = {"efSearch": 80, "nprobe": 16}  # what HNSW and IVF spend on a query
+FIRST_LIST = 80  # entries taken of every query at first
 GROWTH = 8
 ADD_AT_ONCE = 20_000
 CHECK_K = 20  # the recall is that of the first so many
@@ -63,6 +61,7 @@ def _refused(setting: str, error: RuntimeError) -> UserError:
 
 def build_indexes(model: SessionModel, tables: Tables, setting: str) -> dict[str, faiss.Index]:
     """An index for each channel, over its own items."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
     indexes = {}
     for name in tables.vectors:
         rows = _rows(tables, name)
@@ -129,6 +128,8 @@ class ItemIndex:
 
     def top(self, rows: Tensor, k: int, allowed: Tensor | None = None, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """The k best items of one prefix, rows (1, L) without padding, or of the `allowed` (N,) bool: scores (k,) and rows (k,)."""
+        # set for each thread that asks, as OpenMP has it; a search of microseconds would wait for threads longer than it takes
+        faiss.omp_set_num_threads(torch.get_num_threads() if self.exact else 1)
         count = len(self.popular)
         reading = self.model.read(rows, self.tables) if reading is None else reading
         queries = {}
