@@ -84,9 +84,10 @@ def write_model(run: Path, data: Path, config: Config) -> None:
     """The backbone as training starts from it, published as if it had been trained."""
     catalog = load_catalog(data)
     torch.manual_seed(0)
-    backbone = build_backbone(config.backbone, Prompts(catalog, config.data), 0)
+    views = Prompts(catalog, config.data)
+    backbone = build_backbone(config.backbone, views, 0)
     mllm = Mllm(backbone.model, ("knowledge", "transition"), config.distill.dim)
-    publish(run, config, mllm, backbone, catalog.sha256, "", "benchmark")
+    publish(run, config, views, mllm, backbone, [], "", "benchmark")
 
 
 # --- the ways to export it
@@ -125,7 +126,7 @@ def forward(
 ) -> torch.Tensor:
     """Last hidden state of each sequence's last token, with the model called as its documentation shows it."""
     shown = encoder.family.stack(pixels) if pixels else {}
-    if pixels and not encoder.family.typed:
+    if pixels and not encoder.family.sized:
         shown = {"pixel_values": shown["pixel_values"].transpose(0, 1)}  # (1, n, 3, H, W)
     given = {name: value.to(device) for name, value in (inputs | shown).items()}
     states = mllm.backbone.model(**given, use_cache=False).last_hidden_state
