@@ -211,6 +211,8 @@ def test_items_skipped_for_their_images_are_not_recommended(run: Path, tmp_path:
     assert len(found.items) == 58
     assert found.unknown == ["item-003"]
     assert not {"item-003", "item-057"} & set(ids(found))
+    blue = ids(trained.recommend(["item-004"], 60, filters={"colour": ["blue"]}))
+    assert set(blue) == {f"item-{n:03d}" for n in range(1, 60, 4)} - {"item-057"}
 
 
 def test_an_unknown_id_is_named_and_ignored(recommender: Recommender) -> None:
