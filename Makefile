@@ -23,11 +23,11 @@ slow: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable ".[faiss-cpu]"
+	$(PIP) --editable ".[faiss-cpu,serve]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable ".[faiss-cpu,dev,ablate]"
+	$(PIP) --editable ".[faiss-cpu,serve,dev,ablate]"
 	touch $@
 
 clean:

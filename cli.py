@@ -83,7 +83,7 @@ def open_run(
     record, remembered = run / "run.json", run / "config.yaml"
     try:
         settings = load_config(config or (remembered if remembered.exists() else None), overrides)
-        folder = find_data(data, run, settings, begin)
+        folder = find_data(data, run, settings if begin else None)
         if data is not None or not record.exists():
             check_data(folder)  # here, before anything is written, and before the imports that take seconds
         before = [(path, path.read_bytes()) for path in (record, remembered) if path.exists()]
@@ -113,8 +113,8 @@ def remember(run: Path, data: Path, settings: "Config") -> None:
         save_config(settings, temporary)
 
 
-def find_data(data: Path | None, run: Path, settings: "Config", begin: bool) -> Path:
-    """The data folder that was given, else the one the run remembers, else, to begin a run, the sample shop."""
+def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Path:
+    """The data folder that was given, else the one the run remembers, else, to begin a run, the sample shop of these settings."""
     if data is not None:
         if not data.is_dir():
             raise UserError(f"no such data folder ({data}); give --data a folder made by `tpad prepare`", DATA)
@@ -128,11 +128,11 @@ def find_data(data: Path | None, run: Path, settings: "Config", begin: bool) -> 
         if not data.is_dir():
             raise UserError(f"the data folder of this run is gone ({data}, by {record}); put it back, or give --data", DATA)
         return data
-    if not begin:
+    if begin is None:
         raise UserError(f"no run here ({run}); run `tpad distill` first, or give another --run", ARTIFACT)
     data = run / "data"
     if not data.exists():
-        draw_sample(data, settings)
+        draw_sample(data, begin)
     return data
 
 
@@ -412,6 +412,50 @@ def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # a table of all runs comes at the end
         run_training(settings, run, data)
     return {"export seconds": work.seconds, "export items": float(work.items)} if work.items else {}
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,
+    key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key that requests must bring. Default: TPAD_API_KEY of the environment, else none.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of items.parquet, for pictures. Default: the run's.")] = None,
+    run: RunFolder = RUN,
+    debug: Debug = False,
+) -> None:
+    """Answer over HTTP, with a page to try it at /."""
+    with errors(debug):
+        key = api_key(key_file)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # requests are what runs at once
+        try:
+            from recommender.serve import serve as run_service
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed (tpad serve); pip install 'tpad[faiss-cpu,serve]'", ENVIRONMENT) from None
+
+        folder = None
+        try:
+            folder = find_data(data, run) if data or (run / "run.json").exists() else None
+        except UserError as error:
+            if data is not None:
+                raise
+            say(f"no pictures: {error}")
+        run_service(run, folder, host, port, key, say)
+
+
+def api_key(key_file: Path | None) -> str | None:
+    """From a file or the environment: a command line can be read by every user of the machine."""
+    try:
+        key = os.environ.get("TPAD_API_KEY") if key_file is None else key_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"key not readable: {getattr(error, 'strerror', 'not text')} ({key_file}); give a file with one line", USAGE
+        ) from None
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and len(key) >= 16):
+        where = key_file or "TPAD_API_KEY"
+        raise UserError(f"not fit for a key ({where}); give one line of 16 or more ASCII characters", USAGE)
+    return key
 
 
 @app.command()

@@ -49,7 +49,7 @@ def test_the_base_files_import_no_model_code() -> None:
 
 
 def test_serving_needs_no_training_library() -> None:
-    code = f"import sys, recommender.recommend, recommender.batch; print([m for m in {sorted(HEAVY)!r} if m in sys.modules])"
+    code = f"import sys, recommender.batch, recommender.serve; print([m for m in {sorted(HEAVY)!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 

@@ -14,6 +14,7 @@ import pytest
 import typer
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from server import serving
 from tiny import ENVIRONMENT, ROOT, SET, SETTINGS, tpad
 
 import cli
@@ -93,7 +94,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def played(place: Path) -> dict[str, subprocess.CompletedProcess[str]]:
     """Every `tpad` command of the README, in order, in that folder."""
-    return {line: tpad(*smaller(shlex.split(line))[1:], cwd=place) for line in TPAD}
+    return {line: (served if line.startswith("tpad serve") else played_out)(line, place) for line in TPAD}
+
+
+def played_out(line: str, place: Path) -> subprocess.CompletedProcess[str]:
+    return tpad(*smaller(shlex.split(line))[1:], cwd=place)
+
+
+def served(line: str, place: Path) -> subprocess.CompletedProcess[str]:
+    """`tpad serve` ends by a signal only: it has done its work when it gives the page."""
+    with serving(place / understood(shlex.split(line)[1:])["run"]) as server:
+        assert b"<h1>tpad</h1>" in server.ask("/").body
+        server.process.terminate()
+        assert server.process.wait(60) == 143
+    return subprocess.CompletedProcess(shlex.split(line), 0, "", "".join(server.lines))
 
 
 def test_the_readme_has_the_commands_it_should() -> None:
@@ -107,6 +121,7 @@ def test_the_readme_has_the_commands_it_should() -> None:
         "ablate",
         "report",
         "doctor",
+        "serve",
     }
     assert TPAD[:4] == ["tpad distill", "tpad export-embeddings", "tpad train-sbr", "tpad recommend"]
     assert LAUNCHES

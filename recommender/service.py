@@ -1,0 +1,129 @@
+"""The version that answers, and its change: `tpad serve` without the HTTP.
+
+One version of the session model answers at a time. When `tpad train-sbr` or `tpad index` publishes another, it is
+verified, loaded and asked a question beside the one that answers, then takes its place by one assignment; one that fails
+is refused, and the old one goes on. While both are held, they need the memory of both.
+"""
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from pipeline.artifact import CURRENT
+from recommender.gate import Metrics, log
+from recommender.pictures import Pictures
+from recommender.recommend import Recommender
+
+POLL_SECONDS = 1.0  # between two looks at `current`
+RETRY_SECONDS = 30.0  # until a version that was refused is tried again: a disk may have been full
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Refused:
+    error: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """One version, with what searching its items needs."""
+
+    recommender: Recommender
+    texts: pa.Array  # title and item_id of each item, in small letters
+    popular: np.ndarray  # rows, the most popular first
+    lengths: dict[str, Tensor]  # (N,) of each half's vectors
+    loaded_at: float
+
+    @classmethod
+    def load(cls, run: Path) -> "Served":
+        recommender = Recommender.load(run)
+        tried = recommender.recommend(recommender.samples[0]).items
+        if not tried or not all(math.isfinite(item.score) for item in tried):
+            raise ValueError("the model's scores are not finite")
+        texts = pc.utf8_lower(pc.binary_join_element_wise(recommender.titles, recommender.item_ids, " "))
+        lengths = {half: vectors.norm(dim=1).clamp(min=1e-12) for half, vectors in recommender.halves.items()}
+        return cls(recommender, texts, recommender.popular.numpy(), lengths, time.time())
+
+    @property
+    def version(self) -> str:
+        return self.recommender.version.name
+
+    def search(self, words: str) -> np.ndarray:
+        """Rows of the items that have all the words in their titles or item_ids, the most popular first."""
+        fits = np.ones(len(self.popular), bool)
+        for word in words.split():
+            fits &= pc.match_substring(self.texts, pc.utf8_lower(pa.scalar(word)).as_py()).to_numpy(zero_copy_only=False)
+        found: np.ndarray = self.popular[fits[self.popular]]
+        return found
+
+    def similar(self, row: int, half: str, k: int) -> list[tuple[int, float]]:
+        """Rows and cosines of the nearest items by the whitened vectors of a half."""
+        vectors, lengths = self.recommender.halves[half], self.lengths[half]
+        cosine = vectors @ vectors[row] / (lengths * lengths[row])
+        cosine[row] = -torch.inf
+        best = cosine.topk(min(k, len(cosine) - 1))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+class Service:
+    """Holds the version that answers, and looks out for the next one."""
+
+    def __init__(self, run: Path, data: Path | None) -> None:
+        self.run = run
+        self.metrics = Metrics()
+        self.pictures = Pictures(data)
+        self.scoring = ThreadPoolExecutor(os.cpu_count(), "scoring")
+        self.seen = self.pointer()
+        self.take_up(Served.load(run))
+
+    def take_up(self, served: Served) -> None:
+        self.now = served
+        self.refused: Refused | None = None
+        self.metrics.version.clear()
+        self.metrics.version.labels(served.version).set(1)
+        self.metrics.loaded.set(served.loaded_at)
+        self.pictures.begin()
+
+    def pointer(self) -> bytes:
+        """What changes when a version is published."""
+        try:
+            return (self.run / "sbr" / CURRENT).read_bytes()
+        except OSError:  # trying to load it will say it better
+            return b""
+
+    async def watch(self) -> None:
+        tried = time.monotonic()
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            pointer = self.pointer()
+            if pointer == self.seen and (self.refused is None or time.monotonic() - tried < RETRY_SECONDS):
+                continue
+            self.seen, tried = pointer, time.monotonic()
+            try:
+                served = await asyncio.to_thread(Served.load, self.run)
+            except Exception as error:  # whatever is wrong with it, the old one goes on
+                self.refused = Refused(str(error) or type(error).__name__, time.time())
+                self.metrics.reloads.labels("refused").inc()
+                log.error("new version refused", extra={"facts": {"error": self.refused.error, "version": self.now.version}})
+                continue
+            self.take_up(served)
+            self.metrics.reloads.labels("taken up").inc()
+            log.info("new version", extra={"facts": {"version": served.version}})
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """In a thread, so that the others are heard meanwhile; as many at once as there are cores."""
+        return await asyncio.get_running_loop().run_in_executor(self.scoring, work)

@@ -1,0 +1,122 @@
+"""The page of `tpad serve`, driven in a real browser as a person would. Skipped where there is no Chromium."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from server import HOSTILE, Server, serving, write_shop
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install the package chromium to run this")
+KEY = "a key of some length"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    run = write_shop(tmp_path_factory.mktemp("page") / "run", tiny_data)
+    with serving(run, TPAD_API_KEY=KEY) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    """The page after the key was given; whatever it complains about is an error."""
+    opened = browser.new_page(viewport={"width": 1200, "height": 900})
+    expect.set_options(timeout=60_000)
+    complaints: list[str] = []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda said: complaints.append(said.text) if "Content Security Policy" in said.text else None)
+    opened.goto(server.url)
+    opened.get_by_label("Key", exact=True).last.fill(KEY)
+    opened.keyboard.press("Enter")
+    expect(opened.locator("#grid .item")).to_have_count(40)
+    yield opened
+    assert complaints == []
+    opened.close()
+
+
+def ranking(page: Page) -> list[str]:
+    return page.locator("#next .item").evaluate_all("items => items.map(item => item.dataset.item)")
+
+
+def test_a_session_is_built_by_clicks_and_the_ranking_changes(page: Page) -> None:
+    expect(page.locator("#kind")).to_have_text("Popular")
+    expect(page.locator("#next .item")).to_have_count(10)
+    popular = ranking(page)
+    page.locator("#grid .item").nth(12).click()
+    expect(page.locator("#kind")).to_have_text("What next?")
+    expect(page.locator("#session button")).to_have_count(1)
+    first = ranking(page)
+    assert first != popular
+    seen = page.locator("#grid .name").nth(12).inner_text()
+    assert {f"similar to {seen}", f"often next after {seen}"} == {*page.locator("#next .why").all_inner_texts()}
+    page.locator("#next .item").nth(4).click()
+    expect(page.locator("#session button")).to_have_count(2)
+    expect(page.locator("#next .item").first).not_to_have_attribute("data-item", first[0])
+    page.get_by_label("leave out seen items").check()
+    expect(page.locator(f"#next [data-item={first[4]}]")).to_have_count(0)
+    page.locator("#session button").first.click()
+    expect(page.locator("#session button")).to_have_count(1)
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator("#kind")).to_have_text("Popular")
+    expect(page.locator("#took")).to_contain_text("ms")
+    expect(page.locator("#about")).to_have_text("version v0001")
+
+
+def test_the_keyboard_does_it_too(page: Page) -> None:
+    page.keyboard.press("/")
+    page.keyboard.type("chair")
+    expect(page.locator("#grid .item")).not_to_have_count(40)
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    second = page.locator("#grid .item").nth(1)
+    expect(second).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#session button")).to_have_count(1)
+    page.keyboard.press("s")
+    expect(page.locator("#similar")).to_be_visible()
+    expect(page.locator("#near .item")).to_have_count(12)
+    by_knowledge = page.locator("#near").inner_text()
+    page.get_by_role("tab", name="move on to").press("Enter")
+    expect(page.locator("#near")).not_to_have_text(by_knowledge, use_inner_text=True)
+    page.keyboard.press("Escape")
+    expect(page.locator("#similar")).to_be_hidden()
+    page.keyboard.press("Backspace")
+    expect(page.locator("#session button")).to_have_count(0)
+
+
+def test_pictures_are_shown_and_a_letter_where_there_is_none(page: Page) -> None:
+    whole = "frames => frames.filter(frame => frame.firstElementChild?.naturalWidth > 0).length"
+    page.wait_for_function(f"({whole})([...document.querySelectorAll('#grid .picture')]) > 10")
+    page.get_by_label("Search the catalogue").fill("p0008")
+    expect(page.locator("#grid .item")).to_have_count(1)
+    expect(page.locator("#grid .picture")).to_have_text(page.locator("#grid .name").inner_text()[0])
+
+
+def test_a_title_with_a_script_is_text(page: Page) -> None:
+    page.get_by_label("Search the catalogue").fill("script")
+    expect(page.locator("#grid .item")).to_have_count(1)
+    page.locator("#grid .item").click()
+    expect(page.locator("#grid .name")).to_have_text(HOSTILE)
+    page.keyboard.press("s")
+    expect(page.locator("#like")).to_have_text(f"Similar to {HOSTILE}")
+    expect(page).to_have_title("tpad: what next?")
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_nothing_is_wider_than_the_screen(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.locator("#grid .item").first.click()
+    expect(page.locator("#kind")).to_have_text("What next?")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
