@@ -30,6 +30,7 @@ from recommender.recommend import Recommender
 SESSIONS, SEEN, SHOWN = 20, 5, 10  # test sessions, the last items of each, and the first of its ranking
 PICTURES = 300  # on a map
 DOTS = 3000
+COMPARED_ITEMS = 1000  # of fewer, any index will do
 SIDE = 56  # pixels of a picture
 EFFORTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of a search, in multiples of the usual
 STYLE = """
@@ -225,7 +226,11 @@ def index(recommender: Recommender) -> Iterator[str]:
     """The published index, and of a small catalogue the other kinds too, by recall and latency now, on this machine."""
     published = recommender.version.manifest["index"]
     items, own = len(recommender.item_ids), recommender.index
-    others = [name for name in ("flat", "hnsw", "ivf") if items <= FLAT_ITEMS and factory_of(name, items) != published["factory"]]
+    others = [
+        name
+        for name in ("flat", "hnsw", "ivf")
+        if COMPARED_ITEMS <= items <= FLAT_ITEMS and factory_of(name, items) != published["factory"]
+    ]
     curves: dict[str, Curve] = {}
     with torch.inference_mode():
         prefixes = asked(own, recommender.sample_rows())
