@@ -29,7 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
 from pipeline.artifact import open_verified, read_embeddings
 from pipeline.backbone import build_backbone
@@ -196,8 +195,6 @@ def sentence_transformers(config: Config, run: Path, data: Path, out: Path) -> d
 def measure(name: str, run: Path, data: Path, out: Path, update: bool) -> None:
     """Runs one method and prints what it took, as JSON."""
     config = load_config(run / "config.yaml")
-    mllm = open_verified(run / "mllm", "mllm", "")
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(AutoConfig.from_pretrained(mllm.path))]  # loads the family's own module, another library
     began = time.perf_counter()
     if name == "tpad":
         found = tpad(config, run, data, out, update)
