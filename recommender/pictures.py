@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 
 log = logging.getLogger("tpad.serve")
 
-SIDE = 240  # pixels
+SIDE, QUALITY = 240, 82  # pixels; of JPEG
 CACHE_BYTES = 64 * 1024 * 1024
 
 
@@ -73,11 +73,12 @@ class Pictures:
         except UserError as error:
             log.warning("no picture: %s", error)
             return None
-        return None if image is None else small(image)
+        return None if image is None else small(image, SIDE, QUALITY)
 
 
-def small(image: Image.Image) -> bytes:
-    image.thumbnail((SIDE, SIDE))
+def small(image: Image.Image, side: int, quality: int) -> bytes:
+    """A JPEG of at most `side` pixels a side."""
+    image.thumbnail((side, side))
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=82)
+    image.save(file, "JPEG", quality=quality)
     return file.getvalue()

@@ -6,7 +6,6 @@ once and shown wherever it is needed.
 """
 
 import base64
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -25,13 +24,14 @@ from recommender.charts import Curve, chart, plane
 from recommender.evaluate import COLUMNS, ROWS
 from recommender.index import CHECK_K, FLAT_ITEMS, ItemIndex, asked, build_indexes, exact_worst, factory_of, measure
 from recommender.metrics import case_values, paired_bootstrap
+from recommender.pictures import small
 from recommender.recommend import Recommender
 
 SESSIONS, SEEN, SHOWN = 20, 5, 10  # test sessions, the last items of each, and the first of its ranking
 PICTURES = 300  # on a map
 DOTS = 3000
 COMPARED_ITEMS = 1000  # of fewer, any index will do
-SIDE = 56  # pixels of a picture
+SIDE, QUALITY = 56, 80  # pixels of a picture; of its JPEG
 EFFORTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of a search, in multiples of the usual
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;background:#fff;margin:0 auto;max-width:1120px;padding:20px 16px 60px}
@@ -76,10 +76,7 @@ class Pictures:
             image = None
         if image is None:
             return f'<rect width="100%" height="100%" fill="#dfe5ec"/><text x="4" y="32">{escape(title[:9])}</text>'
-        image.thumbnail((SIDE, SIDE))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=80)
-        data = base64.b64encode(file.getvalue()).decode()
+        data = base64.b64encode(small(image, SIDE, QUALITY)).decode()
         return f'<image width="{SIDE}" height="{SIDE}" href="data:image/jpeg;base64,{data}"/>'
 
     def definitions(self) -> str:
