@@ -1,15 +1,14 @@
 """The page of `tpad serve`, driven in a real browser as a person would. Skipped where there is no Chromium."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from server import HOSTILE, Server, serving, write_shop
+from tiny import CHROMIUM
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install the package chromium to run this")
 KEY = "a key of some length"
 

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,14 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from standin_run import publish_embeddings, write_data
-from tiny import tpad
+from tiny import CHROMIUM, tpad
 
 from pipeline.config import load_config
 from recommender.report import SESSIONS, write_report
 from recommender.train import train_sbr
 
 HOSTILE = "<script>document.title='taken'</script>\"'&"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
