@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
 from pipeline.artifact import open_verified, read_embeddings
 from pipeline.backbone import build_backbone
@@ -195,6 +196,8 @@ def sentence_transformers(config: Config, run: Path, data: Path, out: Path) -> d
 def measure(name: str, run: Path, data: Path, out: Path, update: bool) -> None:
     """Runs one method and prints what it took, as JSON."""
     config = load_config(run / "config.yaml")
+    saved = AutoConfig.from_pretrained(open_verified(run / "mllm", "mllm", "").path)
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(saved)]  # imports the model's module: a library, as the others
     began = time.perf_counter()
     if name == "tpad":
         found = tpad(config, run, data, out, update)
