@@ -1,82 +1,172 @@
-"""What a session model has to beat: popularity, repeating the last item, co-occurrence, and nearest sessions.
+"""What a session model has to beat: popularity, what is in the session already, co-occurrence, and nearest sessions.
 
-Each scores a batch of prefixes (B, L), padded with -1 on the right, as (B, N), from the training sessions alone.
-Counts of training popularity, far below any other evidence, break ties, so no list ends in catalogue order.
+All of them are counts of the training sessions. What a prefix says concerns few items; all others keep what they have
+without it, their popularity, far below any other evidence, so that no list ends in catalogue order. So a target's rank takes
+the few and a look into the sorted rest, and no list of all items.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from recommender.sessions import PAD
 
-Scorer = Callable[[np.ndarray], np.ndarray]
+
+class Entries(NamedTuple):
+    """What a batch of prefixes adds to the scores of some items, no pair of case and row twice."""
+
+    case: np.ndarray  # (E,) ascending
+    row: np.ndarray  # (E,) ascending in a case
+    value: np.ndarray  # (E,) float32
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores of a batch of prefixes (B, L), padded with -1 on the right."""
+
+    base: np.ndarray  # (N,) float32, whatever the prefix
+    added: Callable[[np.ndarray], Entries]
+
+    def __call__(self, prefixes: np.ndarray) -> np.ndarray:
+        """(B, N)"""
+        scores = np.tile(self.base, (len(prefixes), 1))
+        case, row, value = self.added(prefixes)
+        scores[case, row] += value
+        return scores
+
+    def ranks(self, prefixes: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """What `metrics.target_ranks` says of these scores, (B,)."""
+        case, row, value = self.added(prefixes)
+        before, after = self.base[row], self.base[row] + value
+        own = self.base[targets]
+        hit = row == targets[case]
+        own[case[hit]] = after[hit]
+        in_order = np.sort(self.base)
+        greater = len(in_order) - np.searchsorted(in_order, own, "right")
+        equal = len(in_order) - np.searchsorted(in_order, own, "left") - greater
+        mark = own[case]
+        greater += count(case, (after > mark).astype(int) - (before > mark), len(own))
+        equal += count(case, (after == mark).astype(int) - (before == mark), len(own))
+        return np.asarray(1 + greater + (equal - 1) / 2)
 
 
 def popularity(rows: np.ndarray, items: int) -> Scorer:
     """Training events per item, whatever the session."""
-    counts = np.bincount(rows, minlength=items).astype(np.float32)
-    return lambda prefixes: np.tile(counts, (len(prefixes), 1))
+    nothing = Entries(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    return Scorer(np.bincount(rows, minlength=items).astype(np.float32), lambda prefixes: nothing)
+
+
+def session_popularity(rows: np.ndarray, items: int) -> Scorer:
+    """S-POP: how often each item is in the session so far (Hidasi et al., ICLR 2016)."""
+
+    def added(prefixes: np.ndarray) -> Entries:
+        case, place = np.nonzero(prefixes != PAD)
+        return summed(case, prefixes[case, place], np.ones(len(case)), items)
+
+    return Scorer(popular_share(rows, items), added)
 
 
 def last_item_repeat(rows: np.ndarray, items: int) -> Scorer:
     """The items of the prefix, latest first, then the popular ones."""
-    base = popular_share(rows, items)
-
-    def score(prefixes: np.ndarray) -> np.ndarray:
-        scores = np.tile(base, (len(prefixes), 1))
-        for place in range(prefixes.shape[1]):  # later places overwrite earlier ones
-            real = np.flatnonzero(prefixes[:, place] != PAD)
-            scores[real, prefixes[real, place]] = 1 + place
-        return scores
-
-    return score
+    return Scorer(popular_share(rows, items), lambda prefixes: latest(prefixes, items))
 
 
 def co_occurrence(rows: np.ndarray, offsets: np.ndarray, items: int) -> Scorer:
     """How often each item directly followed the prefix's last one."""
-    base = popular_share(rows, items)
     inside = np.ones(max(len(rows) - 1, 0), bool)
     inside[offsets[1:-1] - 1] = False  # pairs that straddle two sessions
-    source, follower, count = count_pairs(rows[:-1][inside], rows[1:][inside], items)
+    source, follower, times = summed(rows[:-1][inside], rows[1:][inside], np.ones(inside.sum()), items)
     begin = np.searchsorted(source, np.arange(items + 1))
 
-    def score(prefixes: np.ndarray) -> np.ndarray:
-        scores = np.tile(base, (len(prefixes), 1))
+    def added(prefixes: np.ndarray) -> Entries:
         length = (prefixes != PAD).sum(1)
         case = np.flatnonzero(length)
         last = prefixes[case, length[case] - 1]
         line, entry = expand(begin[last], begin[last + 1])
-        scores[case[line], follower[entry]] += count[entry]
-        return scores
+        return Entries(case[line], follower[entry], times[entry])
 
-    return score
+    return Scorer(popular_share(rows, items), added)
 
 
 def session_knn(rows: np.ndarray, offsets: np.ndarray, items: int, neighbours: int = 100, recent: int = 1000) -> Scorer:
     """SKNN: the items of the `neighbours` training sessions most alike (cosine of item sets) among the `recent` ones
-    that share an item, weighted by that likeness."""
-    base = popular_share(rows, items)
-    session, row = np.unique(np.stack([np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), rows]), axis=1)
-    size = np.bincount(session, minlength=len(offsets) - 1)
-    first = np.searchsorted(session, np.arange(len(offsets)))  # items of a session: row[first[s]:first[s + 1]]
-    by_row = np.lexsort((session, row))
-    holder, begin = session[by_row], np.searchsorted(row[by_row], np.arange(items + 1))  # sessions of an item, oldest first
+    that share an item, weighted by that likeness (Jannach and Ludewig, RecSys 2017)."""
+    held = Sets(rows, offsets, items)
 
-    def one(prefix: np.ndarray) -> np.ndarray:
-        scores = base.copy()
-        seen = np.unique(prefix[prefix != PAD])
-        if not len(seen):
-            return scores
-        found, overlap = np.unique(np.concatenate([holder[begin[i] : begin[i + 1]] for i in seen]), return_counts=True)
-        found, overlap = found[-recent:], overlap[-recent:]  # numbers rise with time
-        likeness = overlap / np.sqrt(len(seen) * size[found])
-        best = np.argsort(-likeness, kind="stable")[:neighbours]
-        line, entry = expand(first[found[best]], first[found[best] + 1])
-        scores += np.bincount(row[entry], weights=likeness[best][line], minlength=items).astype(np.float32)
-        return scores
+    def added(prefixes: np.ndarray) -> Entries:
+        case, row, _ = latest(prefixes, items)
+        found = held.sharing(case, row, np.ones(len(case)), recent)
+        likeness = found.overlap / np.sqrt(np.bincount(case, minlength=len(prefixes))[found.case] * held.size[found.session])
+        return held.items_of(found, likeness, likeness, neighbours)
 
-    return lambda prefixes: np.stack([one(prefix) for prefix in prefixes])
+    return Scorer(popular_share(rows, items), added)
+
+
+def vector_knn(rows: np.ndarray, offsets: np.ndarray, items: int, neighbours: int = 100, recent: int = 1000) -> Scorer:
+    """VSKNN: as SKNN, but the later an item stands in the session, the more sharing it counts, falling linearly from 1 for the
+    last one; and a neighbour counts less the further back the last item it shares (1 / steps), as in the authors' code
+    (Ludewig and Jannach, UMUAI 2018)."""
+    held = Sets(rows, offsets, items)
+
+    def added(prefixes: np.ndarray) -> Entries:
+        case, row, place = latest(prefixes, items)
+        length = (prefixes != PAD).sum(1)
+        found = held.sharing(case, row, place / length[case], recent)
+        steps = 1 + length[found.case] * (1 - found.nearest)
+        return held.items_of(found, found.overlap, found.overlap / steps, neighbours)
+
+    return Scorer(popular_share(rows, items), added)
+
+
+class Found(NamedTuple):
+    """Training sessions that share an item with a prefix."""
+
+    case: np.ndarray  # (F,) ascending
+    session: np.ndarray  # (F,) ascending in a case
+    overlap: np.ndarray  # (F,) sum of the shared items' weights
+    nearest: np.ndarray  # (F,) the largest of them
+
+
+class Sets:
+    """The items of each training session, once, and the sessions of each item, oldest first: numbers rise with time."""
+
+    def __init__(self, rows: np.ndarray, offsets: np.ndarray, items: int) -> None:
+        self.items, self.sessions = items, len(offsets) - 1
+        session = np.repeat(np.arange(self.sessions), np.diff(offsets))
+        session, self.row, _ = summed(session, rows, np.ones(len(rows)), items)
+        self.size = np.bincount(session, minlength=self.sessions)
+        self.first = np.searchsorted(session, np.arange(len(offsets)))  # items of a session: row[first[s]:first[s + 1]]
+        by_row = np.argsort(self.row, kind="stable")
+        self.holder, self.begin = session[by_row], np.searchsorted(self.row[by_row], np.arange(items + 1))
+
+    def sharing(self, case: np.ndarray, row: np.ndarray, weight: np.ndarray, recent: int) -> Found:
+        """The last `recent` sessions with one of each case's items."""
+        stop = self.begin[row + 1]
+        line, entry = expand(np.maximum(self.begin[row], stop - recent), stop)  # older ones are not among the recent
+        key, run = np.unique(case[line] * self.sessions + self.holder[entry], return_inverse=True)
+        nearest = np.zeros(len(key))
+        np.maximum.at(nearest, run, weight[line])
+        every = Found(key // self.sessions, key % self.sessions, np.bincount(run, weight[line], len(key)), nearest)
+        to_go = np.searchsorted(every.case, every.case, "right") - np.arange(len(key))  # more recent ones of the case, and itself
+        return Found(*(array[to_go <= recent] for array in every))
+
+    def items_of(self, found: Found, likeness: np.ndarray, value: np.ndarray, neighbours: int) -> Entries:
+        """The items of each case's `neighbours` sessions most alike, with the `value` of all that have them. Of those equally
+        alike the more recent ones are taken."""
+        order = np.lexsort((-found.session, -likeness, found.case))
+        begin = np.searchsorted(found.case, found.case)
+        best = order[np.arange(len(order)) - begin < neighbours]
+        line, entry = expand(self.first[found.session[best]], self.first[found.session[best] + 1])
+        return summed(found.case[best][line], self.row[entry], value[best][line], self.items)
+
+
+def latest(prefixes: np.ndarray, items: int) -> Entries:
+    """The items of each prefix, with the place, from 1, that each stands at last."""
+    case, place = np.nonzero(prefixes != PAD)
+    key, turned = np.unique((case.astype(np.int64) * items + prefixes[case, place])[::-1], return_index=True)
+    return Entries(key // items, key % items, (place[::-1][turned] + 1).astype(np.float32))
 
 
 def popular_share(rows: np.ndarray, items: int) -> np.ndarray:
@@ -85,10 +175,15 @@ def popular_share(rows: np.ndarray, items: int) -> np.ndarray:
     return counts / (1000 * max(float(counts.max(initial=0)), 1.0))
 
 
-def count_pairs(first: np.ndarray, second: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct pairs in order of their first item, and how often each occurs."""
-    key, count = np.unique(first.astype(np.int64) * items + second, return_counts=True)
-    return key // items, key % items, count.astype(np.float32)
+def summed(case: np.ndarray, row: np.ndarray, value: np.ndarray, items: int) -> Entries:
+    """The distinct pairs, in order, with the sum of their values."""
+    key, place = np.unique(case.astype(np.int64) * items + row, return_inverse=True)
+    return Entries(key // items, key % items, np.bincount(place, value, len(key)).astype(np.float32))
+
+
+def count(case: np.ndarray, value: np.ndarray, cases: int) -> np.ndarray:
+    """(cases,) sum of the values of each case."""
+    return np.bincount(case, value, cases).astype(np.int64)
 
 
 def expand(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,3 +191,13 @@ def expand(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     length = stop - start
     line = np.repeat(np.arange(len(start)), length)
     return line, np.arange(len(line)) - np.repeat(np.cumsum(length) - length, length) + start[line]
+
+
+BASELINES: dict[str, Callable[[np.ndarray, np.ndarray, int], Scorer]] = {  # name -> (rows, offsets of the training sessions, items)
+    "popularity": lambda rows, offsets, items: popularity(rows, items),
+    "S-POP": lambda rows, offsets, items: session_popularity(rows, items),
+    "last-item repeat": lambda rows, offsets, items: last_item_repeat(rows, items),
+    "co-occurrence": co_occurrence,
+    "SKNN": session_knn,
+    "VSKNN": vector_knn,
+}

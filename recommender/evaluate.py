@@ -16,16 +16,16 @@ from rich.table import Table
 
 from pipeline.catalog import SessionLog, Split
 from pipeline.config import DataConfig
-from recommender import baselines
-from recommender.baselines import Scorer
+from recommender.baselines import BASELINES, Scorer
 from recommender.metrics import summarise_buckets, target_ranks
-from recommender.model import SessionModel
+from recommender.models import MODELS, Model
 from recommender.sessions import PAD, Windows, pack
 
 WIDTH = 140  # of a table that goes to a file or a pipe
 SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
 COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
-ROWS = ("popularity", "last-item repeat", "co-occurrence", "SKNN", "ID-only", "content-only", "full", "ceiling")
+PREFIXES_AT_ONCE = 256  # that baselines are asked for
+ROWS = (*BASELINES, *MODELS, "ceiling")
 Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
 
 
@@ -33,14 +33,14 @@ def cases_of(log: SessionLog, max_prefix: int) -> Windows:
     return pack(log.rows, log.offsets, max_prefix)
 
 
-def model_ranks(model: SessionModel, windows: Windows) -> np.ndarray:
+def model_ranks(model: Model, windows: Windows) -> np.ndarray:
     """The target's rank in every case of the windows, (cases,), in their order."""
     device = model.known.device
     model.eval()
     ranks = []
     with torch.inference_mode():
-        tables = model.tables()
-        size = max(1, SCORES_AT_ONCE // (model.config.items * windows.inputs.shape[1]))
+        tables: Any = model.tables()
+        size = max(1, SCORES_AT_ONCE // (len(model.known) * windows.inputs.shape[1]))
         for start in range(0, len(windows), size):
             part = windows.take(np.arange(start, min(start + size, len(windows))))
             rows, targets = (torch.as_tensor(a, device=device).long() for a in (part.inputs, part.targets))
@@ -49,14 +49,10 @@ def model_ranks(model: SessionModel, windows: Windows) -> np.ndarray:
     return np.concatenate(ranks) if ranks else np.empty(0)
 
 
-def baseline_ranks(score: Scorer, windows: Windows, items: int) -> np.ndarray:
+def baseline_ranks(score: Scorer, windows: Windows) -> np.ndarray:
     prefixes, targets = prefixes_of(windows)
-    size = max(1, SCORES_AT_ONCE // items)
-    ranks = []
-    for start in range(0, len(targets), size):
-        scores = torch.as_tensor(score(prefixes[start : start + size]))
-        ranks.append(target_ranks(scores, torch.as_tensor(targets[start : start + size]).long()).numpy())
-    return np.concatenate(ranks) if ranks else np.empty(0)
+    parts = (slice(start, start + PREFIXES_AT_ONCE) for start in range(0, len(targets), PREFIXES_AT_ONCE))
+    return np.concatenate([np.empty(0), *(score.ranks(prefixes[part], targets[part]) for part in parts)])
 
 
 def prefixes_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
@@ -136,13 +132,8 @@ def collect_results(
 ) -> dict[str, Any]:
     """Baselines, the trained models' `runs` and the ceiling, as metrics.json holds them. `test` are the windows of split.test."""
     train, items = split.train, len(counts)
-    scorers = {
-        "popularity": baselines.popularity(train.rows, items),
-        "last-item repeat": baselines.last_item_repeat(train.rows, items),
-        "co-occurrence": baselines.co_occurrence(train.rows, train.offsets, items),
-        "SKNN": baselines.session_knn(train.rows, train.offsets, items),
-    }
-    found = {name: [summarise_buckets(baseline_ranks(score, test, items), buckets)] for name, score in scorers.items()} | dict(runs)
+    scorers = {name: build(train.rows, train.offsets, items) for name, build in BASELINES.items()}
+    found = {name: [summarise_buckets(baseline_ranks(score, test), buckets)] for name, score in scorers.items()} | dict(runs)
     results = {name: dict(zip(("mean", "std"), average(each), strict=True)) | {"seeds": len(each)} for name, each in found.items()}
     if ceiling is not None:
         results["ceiling"] = {"mean": ceiling, "std": {}, "seeds": 1}

@@ -12,6 +12,7 @@ from pipeline.config import Config
 from pipeline.errors import ARTIFACT, DATA, UserError
 from recommender.evaluate import cases_of
 from recommender.model import Whitening, fit_whitening
+from recommender.models import MODELS, chosen
 from recommender.sessions import Windows, pack
 
 SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels", "layers", "neighbours")  # of two manifests: equal content, equal vectors
@@ -23,10 +24,10 @@ class Inputs:
 
     catalog: Catalog
     split: Split
-    content: np.ndarray  # (N, 2D) whitened, or (N, D) where the embeddings have one half
+    content: np.ndarray | None  # (N, 2D) whitened, or (N, D) where the embeddings have one half
     whitening: dict[str, Whitening]  # of each half
     counts: np.ndarray  # (N,) events in the training sessions
-    embeddings: Version
+    embeddings: Version | None  # None, as `content`, where no model reads them
     fingerprint: str
 
     def windows(self, max_prefix: int) -> tuple[Windows, Windows, Windows]:
@@ -36,13 +37,15 @@ class Inputs:
 
 
 def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
-    """Everything read and held against each other: embeddings of another catalogue, or ones that have seen the test, are refused."""
-    embeddings = read_embeddings(run / "embeddings")
+    """Everything read and held against each other: embeddings of another catalogue, or ones that have seen the test, are refused.
+    A run whose `sbr.models` know items by their ids alone needs none."""
+    embeddings = read_embeddings(run / "embeddings") if any(MODELS[name].content for name in chosen(config.sbr.models)) else None
     catalog = load_catalog(data)
-    check_catalogue(embeddings, catalog, run)
+    if embeddings is not None:
+        check_catalogue(embeddings, catalog, run)
     split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
-    made_of = embeddings.version.manifest
-    if made_of["sessions_sha256"] != split.train.ids_sha256():
+    made_of = embeddings.version.manifest if embeddings is not None else {}
+    if embeddings is not None and made_of["sessions_sha256"] != split.train.ids_sha256():
         raise UserError(
             f"embeddings were distilled from other training sessions ({run / 'embeddings'}, {data}); "
             "run `tpad distill` and `tpad export-embeddings` with the same data, data.valid and data.test",
@@ -51,9 +54,11 @@ def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
     if made_of.get("skipped"):
         catalog, split = without_skipped(catalog, split, set(made_of["skipped"]))
     counts = np.bincount(split.train.rows, minlength=len(catalog))
-    whitening = {half: fit_whitening(vectors, counts > 0) for half, vectors in embeddings.vectors.items()}
-    content = whitened(embeddings, whitening)
-    return Inputs(catalog, split, content, whitening, counts, embeddings.version, fingerprint(config, catalog, split, embeddings.version))
+    vectors = embeddings.vectors if embeddings is not None else {}
+    whitening = {half: fit_whitening(vectors[half], counts > 0) for half in vectors}
+    content = whitened(embeddings, whitening) if embeddings is not None else None
+    version = embeddings.version if embeddings is not None else None
+    return Inputs(catalog, split, content, whitening, counts, version, fingerprint(config, catalog, split, version))
 
 
 def check_catalogue(embeddings: Embeddings, catalog: Catalog, run: Path) -> None:
@@ -79,11 +84,10 @@ def without_skipped(catalog: Catalog, split: Split, skipped: set[str]) -> tuple[
         raise UserError(f"no session is left without the items skipped for their images ({catalog.path}); mend them", DATA) from None
 
 
-def fingerprint(config: Config, catalog: Catalog, split: Split, embeddings: Version) -> str:
+def fingerprint(config: Config, catalog: Catalog, split: Split, embeddings: Version | None) -> str:
     digest = hashlib.sha256()
     for log in (split.train, split.valid, split.test):
         digest.update(canonical_json(log.session_ids) + log.offsets.tobytes() + log.rows.tobytes())
     settings = {"sbr": config.sbr.model_dump(exclude={"index"}), "seed": config.seed, "max_prefix": config.data.max_prefix}
-    return hashlib.sha256(
-        canonical_json(settings | {"sessions": digest.hexdigest(), "catalogue": catalog.sha256, "embeddings": embeddings.manifest_sha256})
-    ).hexdigest()
+    made_of = {"sessions": digest.hexdigest(), "catalogue": catalog.sha256, "embeddings": embeddings and embeddings.manifest_sha256}
+    return hashlib.sha256(canonical_json(settings | made_of)).hexdigest()

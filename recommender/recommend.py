@@ -84,14 +84,16 @@ def write_model(
 class Recommender:
     def __init__(self, model: SessionModel, indexes: dict[str, Any], items: pa.Table, attributes: pa.Table, version: Version) -> None:
         self.model = model.eval()
-        self.item_ids, self.titles = items["item_id"].to_pylist(), items["title"].to_pylist()
+        self.item_ids = items["item_id"].to_pylist()
+        self.titles = [title or item_id for title, item_id in zip(items["title"].to_pylist(), self.item_ids, strict=True)]
         self.row = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self.attributes = attributes  # what items can be filtered by: text, or a list of texts
         self.version = version
         self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
         with safe_open(version.path / "whitening.safetensors", "numpy") as file:
             halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
-        self.halves = dict(zip(halves, model.content.chunk(len(halves), dim=1), strict=True))  # (N, D) each, whitened
+        content = model.content.chunk(len(halves), dim=1) if halves else ()
+        self.halves = dict(zip(halves, content, strict=True))  # (N, D) each, whitened; none of a model of ids alone
         with torch.inference_mode():
             self.tables = model.tables()
             self.index = ItemIndex(indexes, model, self.tables)
@@ -198,7 +200,7 @@ class Recommender:
 
     def _knowledge(self) -> Tensor:
         if "knowledge" not in self.halves:
-            raise UserError(f"the embeddings have no knowledge half to diversify by ({self.version.path}); leave --diversify out", USAGE)
+            raise UserError(f"the model reads no knowledge vectors to diversify by ({self.version.path}); leave --diversify out", USAGE)
         return self.halves["knowledge"]
 
     def sample_rows(self) -> list[list[int]]:
@@ -258,7 +260,10 @@ def load_model(folder: Path) -> SessionModel:
 
 
 def check_embeddings(run: Path, version: Version) -> None:
-    """Refuses a session model beside other embeddings than it was trained on. A run without embeddings serves as it is."""
+    """Refuses a session model beside other embeddings than it was trained on. A run without embeddings serves as it is, and so does
+    a model that reads none."""
+    if version.manifest["embeddings_manifest_sha256"] is None:
+        return
     pointer = run / "embeddings" / "current"
     try:
         current = json.loads(pointer.read_bytes())

@@ -1,8 +1,9 @@
-"""Trains the session model and its two halves on published embeddings, beside the baselines, and publishes the best.
+"""Trains session models on published embeddings, or on ids alone, beside the baselines, and publishes one of them.
 
-ID-only, content-only and full are one class with the same settings; the epoch of each is chosen on validation MRR@20,
-the test sessions are ranked once. Every random draw is a function of (seed, epoch, step), so a run that was killed goes
-on from its last epoch to the same weights, and several processes (accelerate) take the same steps as one.
+All have the same settings; the epoch of each is chosen on validation MRR@20, the test sessions are ranked once. Every random
+draw is a function of (seed, epoch, step), so a run that was killed goes on from its last epoch to the same weights, and
+several processes (accelerate) take the same steps as one (but for dropout inside the models of the literature, which each
+process draws for its own share of the batch).
 """
 
 import json
@@ -31,12 +32,13 @@ from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs
 from recommender.metrics import summarise, summarise_buckets
 from recommender.model import ModelConfig, SessionModel
+from recommender.models import MODELS, Model, chosen
+from recommender.models.sequence import SequenceModel
 from recommender.recommend import write_model
 from recommender.sessions import PAD, Windows, batches
 
-MODELS = {"ID-only": (False, True), "content-only": (True, False), "full": (True, True)}  # name -> (content, ids)
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
-SCALAR_RATE = 3.0  # learning rate of biases and weights of components, over that of the matrices
+SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SbrSummary:
 
 
 def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> SbrSummary:
-    """From `run/embeddings` and the sessions of `data` to `run/sbr`; prints the table of results."""
+    """From `run/embeddings`, where a model reads them, and the sessions of `data` to `run/sbr`; prints the table of results."""
     inputs = load_inputs(config, run, data)
     empty_index(config.sbr.index, len(inputs.catalog), config.sbr.dim + 1)  # now, and not after the training
     current = published(run / "sbr", "sbr")
@@ -62,13 +64,17 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> Sbr
     runs: dict[str, list[Metrics]] = {}
     ranks: dict[str, np.ndarray] = {}  # of the first seed
     best: SessionModel | None = None
-    for name in (name for name in MODELS if name in config.sbr.models):
+    names = chosen(config.sbr.models)
+    to_publish = "full" if "full" in names else "ID-only"
+    for name in names:
         for seed in range(config.seed, config.seed + config.sbr.seeds):
             model = train_model(name, seed, config, inputs, windows[:2], accelerator, folder, fresh)
             found = gather_ranks(model, windows[2], accelerator)
             ranks.setdefault(name, found)
             runs.setdefault(name, []).append(summarise_buckets(found, buckets))
-            best = model if name == "full" and best is None else best
+            if name == to_publish and best is None:
+                assert isinstance(model, SessionModel)
+                best = model
     assert best is not None
     if accelerator.is_main_process:
         ceiling = read_ceiling(data, config.data)
@@ -99,7 +105,7 @@ def train_model(
     accelerator: Accelerator,
     folder: Path,
     fresh: bool,
-) -> SessionModel:
+) -> Model:
     """One model, with the weights of its best epoch on validation."""
     train, valid = windows
     settings = config.sbr
@@ -146,28 +152,33 @@ def train_model(
     return model
 
 
-def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> SessionModel:
-    content, ids = MODELS[name]
+def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
+    recipe, settings = MODELS[name], config.sbr
+    content = inputs.content if recipe.content else None
+    assert content is not None or not recipe.content
     torch.manual_seed(seed)
-    settings = config.sbr
+    if recipe.encoder is not None:
+        return SequenceModel(recipe.encoder, inputs.counts, content, recipe.ids, settings.dim, config.data.max_prefix, settings.dropout)
     shape = ModelConfig(
         items=len(inputs.catalog),
-        content_dim=inputs.content.shape[1] if content else 0,
-        ids=ids,
+        content_dim=0 if content is None else content.shape[1],
+        ids=recipe.ids,
         dim=settings.dim,
         max_prefix=config.data.max_prefix,
         content_dropout=settings.content_dropout,
         id_dropout=settings.id_dropout,
     )
-    return SessionModel(shape, inputs.content if content else None, inputs.split.train.rows, inputs.split.train.offsets)
+    return SessionModel(shape, content, inputs.split.train.rows, inputs.split.train.offsets)
 
 
-def build_optimizer(model: SessionModel, settings: SbrConfig) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW in two groups: matrices with weight decay, scalars and vectors without and at a higher rate; and the parameters' names."""
+def build_optimizer(model: Model, settings: SbrConfig) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW in two groups: matrices with weight decay, scalars and vectors without and, of our model, at a higher rate; and the
+    parameters' names."""
     named = sorted(model.named_parameters(), key=lambda entry: entry[1].ndim < 2)
+    rate = SCALAR_RATE if isinstance(model, SessionModel) else 1.0
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay, "rate": 1.0},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0, "rate": SCALAR_RATE},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0, "rate": rate},
     ]
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True), [n for n, _ in named]
 
@@ -184,7 +195,7 @@ def schedule(step: int, steps: int) -> float:
 
 def train_step(
     wrapped: torch.nn.Module,
-    model: SessionModel,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     train: Windows,
     which: np.ndarray,
@@ -207,7 +218,7 @@ def train_step(
     return loss
 
 
-def gather_ranks(model: SessionModel, windows: Windows, accelerator: Accelerator) -> np.ndarray:
+def gather_ranks(model: Model, windows: Windows, accelerator: Accelerator) -> np.ndarray:
     """`model_ranks` of all windows, each process ranking a stretch of them."""
     bounds = np.linspace(0, len(windows), accelerator.num_processes + 1).astype(int)
     index = accelerator.process_index
@@ -215,14 +226,14 @@ def gather_ranks(model: SessionModel, windows: Windows, accelerator: Accelerator
     return own if accelerator.num_processes == 1 else np.concatenate(gather_object([own]))
 
 
-def weights_of(model: SessionModel) -> dict[str, Tensor]:
+def weights_of(model: Model) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def save(
     checkpoints: Checkpoints,
     step: int,
-    model: SessionModel,
+    model: Model,
     best: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     names: list[str],
@@ -234,7 +245,7 @@ def save(
 
 
 def restore(
-    model: SessionModel, optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor], state: dict[str, Any]
+    model: Model, optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor], state: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Puts a checkpoint back; returns the weights of the best epoch so far."""
     with torch.no_grad():
@@ -292,9 +303,9 @@ def rank_table(inputs: Inputs, test: Windows, ranks: dict[str, np.ndarray]) -> p
 def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metrics: dict[str, Any], ranks: pa.Table) -> Version:
     manifest = {
         "fingerprint": inputs.fingerprint,
-        "embeddings_manifest_sha256": inputs.embeddings.manifest_sha256,
-        "embeddings_version": inputs.embeddings.name,
-        "vectors": {key: inputs.embeddings.manifest.get(key) for key in SAME_VECTORS},
+        "embeddings_manifest_sha256": inputs.embeddings and inputs.embeddings.manifest_sha256,
+        "embeddings_version": inputs.embeddings and inputs.embeddings.name,
+        "vectors": inputs.embeddings and {key: inputs.embeddings.manifest.get(key) for key in SAME_VECTORS},
         "catalogue_sha256": inputs.catalog.sha256,
         "sessions_sha256": inputs.split.train.ids_sha256(),
         "settings": config.sbr.model_dump() | {"seed": config.seed},

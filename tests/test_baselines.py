@@ -3,8 +3,11 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
+import torch
 
 from recommender import baselines
+from recommender.metrics import target_ranks
 from recommender.sessions import PAD, pad_prefixes
 
 ITEMS = 25
@@ -56,3 +59,29 @@ def test_nearest_sessions_prefer_recent_ones() -> None:
     line = baselines.session_knn(*flat(log), ITEMS, neighbours=100, recent=1)(np.array([[0]]))[0]
     assert line[3] > 0.4
     assert line[1] < 0.01
+
+
+def test_session_popularity_counts_in_the_session() -> None:
+    line = baselines.session_popularity(flat(sessions())[0], ITEMS)(pad_prefixes([[5, 6, 5, 8, 6, 5]], 8))[0]
+    assert line[[5, 6, 8]].round().tolist() == [3, 2, 1]
+    assert np.argsort(-line)[:3].tolist() == [5, 6, 8]
+
+
+def test_the_vectors_of_vsknn_count_late_items_more() -> None:
+    """By hand, of the prefix (0, 1, 2, 1): item 0 stands at 1/4, item 2 at 3/4, item 1 at 1, where it is last."""
+    log = [[0, 10], [1, 11], [2, 12], [0, 2, 13], [5, 14]]
+    line = baselines.vector_knn(*flat(log), ITEMS)(pad_prefixes([[0, 1, 2, 1]], 8))[0]
+    wanted = {10: 0.25 / 4, 11: 1.0, 12: 0.75 / 2, 13: (0.25 + 0.75) / 2, 14: 0.0}  # shared weight, over steps to the last shared item
+    assert line[list(wanted)] == pytest.approx(list(wanted.values()), abs=0.002)
+    line = baselines.vector_knn(*flat(log), ITEMS, neighbours=2)(pad_prefixes([[0, 1, 2, 1]], 8))[0]
+    assert np.flatnonzero(line[10:15] > 0.01).tolist() == [1, 3]  # the two that share a weight of 1
+
+
+@pytest.mark.parametrize("name", baselines.BASELINES)
+def test_ranks_are_those_of_the_scores(name: str) -> None:
+    scorer = baselines.BASELINES[name](*flat(sessions()), ITEMS)
+    rng = np.random.default_rng(1)
+    prefixes = pad_prefixes([rng.integers(0, ITEMS, size=rng.integers(1, 9)).tolist() for _ in range(200)], 8)
+    targets = rng.integers(0, ITEMS, size=200)
+    wanted = target_ranks(torch.as_tensor(scorer(prefixes)), torch.as_tensor(targets))
+    assert scorer.ranks(prefixes, targets).tolist() == wanted.tolist()

@@ -13,7 +13,8 @@ from pipeline.catalog import load_catalog, load_sessions, split_by_time
 from pipeline.config import Config, load_config
 from pipeline.errors import ARTIFACT, UserError
 from recommender.inputs import load_inputs
-from recommender.train import MODELS, build_model, train_sbr
+from recommender.models import MODELS
+from recommender.train import build_model, train_sbr
 
 
 def settings(*more: str) -> Config:

@@ -1,0 +1,19 @@
+"""GRU4Rec: a recurrent network over the session (Hidasi et al., Session-based Recommendations with Recurrent Neural Networks, ICLR 2016).
+
+Departures: trained with the softmax over all items at every position of whole sessions, where the paper has pairwise losses on
+session-parallel mini-batches; and one vector an item, read and scored with.
+"""
+
+from torch import Tensor, nn
+
+
+class GRU4Rec(nn.Module):
+    def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.gru = nn.GRU(dim, dim, batch_first=True)
+
+    def forward(self, states: Tensor, rows: Tensor) -> Tensor:
+        """states (B, L, D), rows (B, L) -> session vectors (B, L, D)"""
+        found: Tensor = self.dropout(self.gru(self.dropout(states))[0])
+        return found

@@ -1,0 +1,46 @@
+"""SASRec: causal self-attention over the session (Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018).
+
+Two blocks of one head, learned positions, layer norm before each part. Departures: the softmax over all items in place of one
+negative an item, with which it is the stronger baseline (Petrov and Macdonald, RecSys 2023; Klenitskiy and Vasilev, RecSys 2023);
+positions count from the beginning of the window, which is padded on the right.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCKS = 2
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.rate = dropout
+        self.dropout = nn.Dropout(dropout)
+        self.before_attention, self.before_steps = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.queries, self.keys, self.values, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.steps = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(dim, dim))
+
+    def forward(self, states: Tensor) -> Tensor:
+        asked = self.before_attention(states)
+        rate = self.rate if self.training else 0.0
+        # padding stands on the right, where no real position looks
+        read = F.scaled_dot_product_attention(self.queries(asked), self.keys(states), self.values(states), dropout_p=rate, is_causal=True)
+        states = states + self.dropout(self.out(read))
+        found: Tensor = states + self.dropout(self.steps(self.before_steps(states)))
+        return found
+
+
+class SASRec(nn.Module):
+    def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(0.1 * torch.randn(max_prefix, dim))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(Block(dim, dropout) for _ in range(BLOCKS)))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, states: Tensor, rows: Tensor) -> Tensor:
+        """states (B, L, D), rows (B, L) -> session vectors (B, L, D)"""
+        states = states * states.shape[-1] ** 0.5 + self.positions[: rows.shape[1]]
+        found: Tensor = self.norm(self.blocks(self.dropout(states)))
+        return found
