@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifact import open_verified, write_json
-from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.catalog import load_catalog, load_sessions
 from pipeline.config import Config, load_config
 from pipeline.export import export
+from pipeline.split import split_sessions
 from recommender.evaluate import cases_of, model_ranks
 from recommender.metrics import summarise
 from recommender.recommend import load_model
@@ -42,7 +43,7 @@ def without(items: pa.Table, what: str, share: float, config: Config, seed: int)
 def hit_rate(run: Path, data: Path, config: Config) -> float:
     """HR@10 of the published session model on the test sessions."""
     model = load_model(open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first").path)
-    split = split_by_time(load_sessions(data, load_catalog(data)), config.data.valid, config.data.test)
+    split = split_sessions(load_sessions(data, load_catalog(data)), config.data)
     return summarise(model_ranks(model, cases_of(split.test, config.data.max_prefix)))["HR@10"]
 
 

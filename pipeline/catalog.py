@@ -1,4 +1,4 @@
-"""Items and sessions of a data folder: read, check, decode images safely, split by time.
+"""Items and sessions of a data folder: read, check, decode images safely.
 
 `items.parquet` and `sessions.parquet` are what users and `tpad prepare` hand over, so everything about them is checked
 here, once, and a fault is one line with file and row. Texts are held in memory, unless the catalogue is loaded to be
@@ -384,6 +384,8 @@ class SessionLog:
     offsets: np.ndarray  # (S + 1,) int64, where each session begins
     start: np.ndarray  # (S,) int64 seconds
     dropped: int = 0  # sessions of one event, left out: nothing follows in them
+    users: list[str] = field(default_factory=list)  # (S,) whose each is, where the file says so; else empty
+    last_out: bool = False  # a part of the protocol last-out: held out is the last item of each session, not the session
 
     def __len__(self) -> int:
         return len(self.session_ids)
@@ -398,22 +400,33 @@ class SessionLog:
         lengths = np.diff(self.offsets)[which]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         events = np.arange(offsets[-1]) + np.repeat(self.offsets[which] - offsets[:-1], lengths)
-        return SessionLog([self.session_ids[i] for i in which], self.rows[events], offsets, self.start[which])
+        return replace(self._named(which), rows=self.rows[events], offsets=offsets, dropped=0)
 
-    def moved(self, place: np.ndarray) -> "SessionLog":
-        """With the items' new rows `place` (N,), without the events of those at -1; ValueError where no session keeps two."""
-        rows = place[self.rows].astype(np.int32)
-        session = np.repeat(np.arange(len(self)), np.diff(self.offsets))
-        count = np.bincount(session[rows >= 0], minlength=len(self))
+    def keep(self, events: np.ndarray) -> "SessionLog":
+        """With these events (E,) bool alone; a session that keeps fewer than two goes. ValueError where none is left."""
+        lengths = np.diff(self.offsets)
+        count = np.bincount(np.repeat(np.arange(len(self)), lengths)[events], minlength=len(self))
         which = np.flatnonzero(count >= 2)
         if not len(which):
             raise ValueError("no session of two events")
         offsets = np.concatenate([[0], np.cumsum(count[which])]).astype(np.int64)
-        kept = rows[(rows >= 0) & (count >= 2)[session]]
-        return SessionLog([self.session_ids[i] for i in which], kept, offsets, self.start[which], self.dropped)
+        return replace(self._named(which), rows=self.rows[events & np.repeat(count >= 2, lengths)], offsets=offsets)
+
+    def moved(self, place: np.ndarray) -> "SessionLog":
+        """With the items' new rows `place` (N,), without the events of those at -1. ValueError where no session is left."""
+        rows = place[self.rows].astype(np.int32)
+        kept = rows >= 0
+        if self.last_out:  # another last item in its place would be one that was trained on
+            kept &= np.repeat(kept[self.offsets[1:] - 1], np.diff(self.offsets))
+        return replace(self, rows=rows).keep(kept)
+
+    def _named(self, which: np.ndarray) -> "SessionLog":
+        """What is known of the sessions `which`, beside their events."""
+        names, users = ([of[i] for i in which] if of else [] for of in (self.session_ids, self.users))
+        return replace(self, session_ids=names, users=users, start=self.start[which])
 
     def ids_sha256(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"last-out" if self.last_out else b"")  # there the ids do not tell what of a session was seen
         for session_id in sorted(self.session_ids):
             text = session_id.encode()
             digest.update(len(text).to_bytes(8, "little") + text)
@@ -424,9 +437,10 @@ def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
     path = data / SESSIONS
     schema = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`").schema_arrow
     need_columns(path, schema, {"session_id": is_text, "item_id": is_text, "timestamp": is_clock})
-    columns = ["session_id", "item_id", "timestamp"]
+    users = "user_id" in schema.names and is_text(schema.field("user_id").type)
+    columns = ["session_id", "item_id", "timestamp", *(["user_id"] if users else [])]
     try:
-        file = pq.ParquetFile(path, read_dictionary=columns[:2], page_checksum_verification=True)
+        file = pq.ParquetFile(path, read_dictionary=[name for name in columns if name != "timestamp"], page_checksum_verification=True)
         table = file.read(columns=columns, use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
@@ -444,7 +458,7 @@ def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
             DATA,
         )
     clock, unit = event_clock(path, table["timestamp"])
-    return _sessions(path, session, session_ids, rows, clock, unit)
+    return _sessions(path, session, session_ids, rows, clock, unit, table["user_id"] if users else None)
 
 
 def _codes(path: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[str]]:
@@ -476,7 +490,9 @@ def event_clock(path: Path, column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     return clock, 1000
 
 
-def _sessions(path: Path, session: np.ndarray, ids: list[str], rows: np.ndarray, clock: np.ndarray, unit: int) -> SessionLog:
+def _sessions(
+    path: Path, session: np.ndarray, ids: list[str], rows: np.ndarray, clock: np.ndarray, unit: int, user: pa.ChunkedArray | None
+) -> SessionLog:
     count = np.bincount(session, minlength=len(ids))
     start = np.full(len(ids), np.iinfo(np.int64).max)
     np.minimum.at(start, session, clock)
@@ -491,30 +507,7 @@ def _sessions(path: Path, session: np.ndarray, ids: list[str], rows: np.ndarray,
     events = np.flatnonzero(rank[session] >= 0)
     events = events[np.lexsort((clock[events], rank[session[events]]))]  # stable: equal times stay in file order
     offsets = np.concatenate([[0], np.cumsum(count[sessions])]).astype(np.int64)
-    return SessionLog(order["id"].to_pylist(), rows[events], offsets, start[sessions] // unit, int(len(ids) - len(kept)))
-
-
-# --- split
-
-
-@dataclass(frozen=True)
-class Split:
-    train: SessionLog
-    valid: SessionLog
-    test: SessionLog
-
-
-def split_by_time(log: SessionLog, valid: float, test: float) -> Split:
-    """The last `test` share of the sessions is the test, the `valid` share before it validation, what is earlier training."""
-    n_valid, n_test = (max(1, int(len(log) * share + 0.5)) if share > 0 else 0 for share in (valid, test))
-    n_train = len(log) - n_valid - n_test
-    if min(n_train, n_valid, n_test) < 1:
-        raise UserError(
-            f"{len(log)} sessions cannot be split into training, validation and test "
-            f"({max(n_train, 0)}, {n_valid}, {n_test} of them); give more sessions, or change data.valid and data.test",
-            DATA,
-        )
-    order = np.arange(len(log))
-    parts = order[:n_train], order[n_train : n_train + n_valid], order[n_train + n_valid :]
-    train = replace(log.select(parts[0]), dropped=log.dropped)
-    return Split(train, log.select(parts[1]), log.select(parts[2]))
+    names = order["id"].to_pylist()
+    users = [] if user is None else user.take(events[offsets[:-1]]).to_pylist()  # of the first event
+    users = [whose or name for whose, name in zip(users, names, strict=False)]
+    return SessionLog(names, rows[events], offsets, start[sessions] // unit, int(len(ids) - len(kept)), users)

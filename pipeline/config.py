@@ -47,8 +47,10 @@ class NeighboursConfig(Section):
 
 
 class DataConfig(Section):
-    valid: Share = 0.1  # share of the sessions, by start time, held out for validation: those before the test ones
-    test: Share = 0.1  # share of the sessions, by start time, held out for the test: the last ones
+    # how sessions are split, for every step: see pipeline/split.py
+    protocol: Literal["time", "user-hash", "last-out"] = "time"
+    valid: Share = 0.1  # share of the sessions held out for validation; by time: those before the test ones
+    test: Share = 0.1  # share of the sessions held out for the test; by time: the last ones
     max_prefix: Positive = 20  # a session is cut to its last so many events before it is used as a prefix
     text: list[str] = ["title", "description"]  # item columns shown to the MLLM, in this order
     attributes: list[str] | None = None  # item columns it learns to write; null: every other text column

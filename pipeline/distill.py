@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from pipeline import layers, prompts
 from pipeline.artifact import canonical_json, published, stage
 from pipeline.backbone import Backbone, build_backbone
-from pipeline.catalog import SessionLog, load_catalog, load_sessions, split_by_time
+from pipeline.catalog import SessionLog, load_catalog, load_sessions
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.chunks import backward, features, look_once
 from pipeline.config import Config, PhaseConfig
@@ -33,6 +33,7 @@ from pipeline.neighbours import load_neighbours
 from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts
+from pipeline.split import split_sessions
 from pipeline.summaries import write_summaries
 from pipeline.templates import load_templates
 from pipeline.variants import VARIANTS, merged, side_by_side, varied
@@ -240,7 +241,7 @@ def distill(
     """
     variant, config = VARIANTS[config.distill.variant], varied(config)
     catalog = load_catalog(data)
-    split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
+    split = split_sessions(load_sessions(data, catalog), config.data)
     neighbours = load_neighbours(config.data.neighbours, catalog, split.train.ids_sha256())
     views = Prompts(catalog, config.data, load_templates(config.data.prompts), neighbours)
     teacher = None
@@ -350,7 +351,7 @@ def _fingerprints(config: Config, views: Prompts, teacher: Teacher | None, catal
         "prompts": prompts.VERSION,
         "templates": views.templates.model_dump(),
         "seed": config.seed,
-        "data": config.data.model_dump(exclude={"valid", "test", "max_prefix", "neighbours", "prompts"}),
+        "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
         "backbone": config.backbone.model_dump(),
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.catalog import SessionLog, Split
+from pipeline.catalog import SessionLog
 from pipeline.config import DataConfig
+from pipeline.split import Split
 from recommender.baselines import BASELINES, Scorer
 from recommender.metrics import summarise_buckets, target_ranks
 from recommender.models import MODELS, Model
@@ -30,7 +31,23 @@ Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
 
 
 def cases_of(log: SessionLog, max_prefix: int) -> Windows:
-    return pack(log.rows, log.offsets, max_prefix)
+    """Every position of each session, or its last one alone, where the others were trained on."""
+    windows = pack(log.rows, log.offsets, max_prefix)
+    if not log.last_out:
+        return windows
+    last = np.flatnonzero(np.diff(windows.session, append=-1))  # the window of each session that ends it
+    inputs, line, place = windows.inputs[last], np.arange(len(last)), (windows.inputs[last] != PAD).sum(1) - 1
+    targets = np.full_like(inputs, PAD)
+    targets[line, place] = windows.targets[last, place]
+    return Windows(inputs, targets, windows.session[last])
+
+
+def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndarray]:
+    """Of every case, in their order: which session of the log it is in, and its target's position there, both (cases,).
+    Cases are the last events of their sessions."""
+    session = windows.session[np.nonzero(windows.targets != PAD)[0]]
+    to_go = np.searchsorted(session, session, "right") - np.arange(len(session))
+    return session, np.diff(log.offsets)[session] - to_go
 
 
 def model_ranks(model: Model, windows: Windows) -> np.ndarray:
@@ -93,7 +110,7 @@ def read_ceiling(data: Path, settings: DataConfig) -> Metrics | None:
     """What the true law of the sample shop scores; None without the file, or where it is of another split."""
     try:
         ceiling = json.loads((data / "ceiling.json").read_text(encoding="utf-8"))
-        same = all(ceiling[key] == getattr(settings, key) for key in ("valid", "test", "max_prefix"))
+        same = settings.protocol == "time" and all(ceiling[key] == getattr(settings, key) for key in ("valid", "test", "max_prefix"))
         return dict(ceiling["metrics"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.artifact import Embeddings, Version, canonical_json, read_embeddings
-from pipeline.catalog import Catalog, Split, load_catalog, load_sessions, split_by_time
+from pipeline.catalog import Catalog, load_catalog, load_sessions
 from pipeline.config import Config
 from pipeline.errors import ARTIFACT, DATA, UserError
+from pipeline.split import Split, split_sessions
 from recommender.evaluate import cases_of
 from recommender.model import Whitening, fit_whitening
 from recommender.models import MODELS, chosen
@@ -43,12 +44,12 @@ def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
     catalog = load_catalog(data)
     if embeddings is not None:
         check_catalogue(embeddings, catalog, run)
-    split = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test)
+    split = split_sessions(load_sessions(data, catalog), config.data)
     made_of = embeddings.version.manifest if embeddings is not None else {}
     if embeddings is not None and made_of["sessions_sha256"] != split.train.ids_sha256():
         raise UserError(
             f"embeddings were distilled from other training sessions ({run / 'embeddings'}, {data}); "
-            "run `tpad distill` and `tpad export-embeddings` with the same data, data.valid and data.test",
+            "run `tpad distill` and `tpad export-embeddings` with the same data, data.protocol, data.valid and data.test",
             ARTIFACT,
         )
     if made_of.get("skipped"):

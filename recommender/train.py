@@ -27,7 +27,7 @@ from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_o
 from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.progress import Steps
-from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, print_results, read_ceiling
+from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, positions_of, print_results, read_ceiling
 from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs
 from recommender.metrics import summarise, summarise_buckets
@@ -35,7 +35,7 @@ from recommender.model import ModelConfig, SessionModel
 from recommender.models import MODELS, Model, chosen
 from recommender.models.sequence import SequenceModel
 from recommender.recommend import write_model
-from recommender.sessions import PAD, Windows, batches
+from recommender.sessions import Windows, batches
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
@@ -289,13 +289,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 def rank_table(inputs: Inputs, test: Windows, ranks: dict[str, np.ndarray]) -> pa.Table:
     """Every case of the test: session_id, position and item_id of the target, and its rank by each trained model."""
-    window, place = np.nonzero(test.targets != PAD)
-    session = test.session[window]
-    position = 1 + np.arange(len(session)) - np.searchsorted(session, session)  # its cases are every position but the first
+    log = inputs.split.test
+    session, position = positions_of(test, log)
     columns = {
-        "session_id": [inputs.split.test.session_ids[number] for number in session],
+        "session_id": [log.session_ids[number] for number in session],
         "position": pa.array(position, pa.int32()),
-        "item_id": [inputs.catalog.item_ids[row] for row in test.targets[window, place]],
+        "item_id": [inputs.catalog.item_ids[row] for row in log.rows[log.offsets[session] + position]],
     }
     return pa.table(columns | {name: pa.array(of, pa.float64()) for name, of in ranks.items()})
 

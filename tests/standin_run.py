@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import HALVES, embeddings_schema, stage, vector_columns, write_part
-from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.catalog import load_catalog, load_sessions
 from pipeline.config import Config
+from pipeline.split import split_sessions
 
 GROUPS = 6  # the next item is mostly one of the next group: what the vectors show
 DIM = 8
@@ -67,7 +68,7 @@ def publish_embeddings(
     facts = {"dim": DIM, "dtype": "float32", "rows": len(kept), "parts": [{"name": "part-00000.parquet", "rows": len(kept)}]}
     facts |= {"catalogue_sha256": catalog.sha256, "skipped": [catalog.item_ids[row] for row in skipped]} | wrong
     if "sessions_sha256" not in facts:
-        facts["sessions_sha256"] = split_by_time(load_sessions(data, catalog), config.data.valid, config.data.test).train.ids_sha256()
+        facts["sessions_sha256"] = split_sessions(load_sessions(data, catalog), config.data).train.ids_sha256()
     schema = embeddings_schema(DIM, "float32")
     columns = {"item_id": [catalog.item_ids[row] for row in kept], "has_image": [True] * len(kept), "has_text": [True] * len(kept)}
     columns |= {"n_tokens": [5] * len(kept), "content_sha256": [bytes(32)] * len(kept)}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.catalog import Catalog, SessionLog, decode_image, load_catalog, load_sessions, split_by_time
+from pipeline.catalog import Catalog, decode_image, load_catalog, load_sessions
 from pipeline.errors import DATA, UserError
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -310,23 +310,6 @@ def test_missing_log_and_column(shop: Path) -> None:
     refused(lambda: load_sessions(shop, catalog), "sessions.parquet", "not found")
     pq.write_table(pa.table({"session_id": ["s"], "item_id": ["a"]}), shop / "sessions.parquet")
     refused(lambda: load_sessions(shop, catalog), "`timestamp`", "missing")
-
-
-def log_of(count: int) -> SessionLog:
-    offsets = np.arange(count + 1, dtype=np.int64) * 2
-    return SessionLog([f"s{i}" for i in range(count)], np.zeros(2 * count, np.int32), offsets, np.arange(count, dtype=np.int64))
-
-
-def test_split_is_by_start_and_complete() -> None:
-    split = split_by_time(log_of(100), valid=0.1, test=0.2)
-    assert [len(part) for part in (split.train, split.valid, split.test)] == [70, 10, 20]
-    assert split.train.start.max() < split.valid.start.min() and split.valid.start.max() < split.test.start.min()
-    assert [len(part) for part in vars(split_by_time(log_of(3), 0.1, 0.1)).values()] == [1, 1, 1]
-
-
-@pytest.mark.parametrize(("count", "valid", "test"), [(2, 0.1, 0.1), (100, 0.0, 0.1), (100, 0.5, 0.5)])
-def test_split_without_a_part_is_refused(count: int, valid: float, test: float) -> None:
-    refused(lambda: split_by_time(log_of(count), valid, test), f"{count} sessions", "data.valid")
 
 
 def test_catalogue_needs_no_torch() -> None:

@@ -33,11 +33,12 @@ from typer.testing import CliRunner
 
 import cli
 from pipeline.artifact import read_embeddings
-from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.catalog import load_catalog, load_sessions
 from pipeline.config import Config
 from pipeline.distill import SHARDED, _check_batches
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.phases import Align, drawn
+from pipeline.split import split_sessions
 
 ROOT = Path(__file__).parents[1]
 
@@ -259,7 +260,7 @@ def other_items(data: Path, to: Path, change: Callable[[str], bool]) -> Path:
 
 
 def held_out(data: Path) -> set[str]:
-    split = split_by_time(load_sessions(data, load_catalog(data)), Config().data.valid, Config().data.test)
+    split = split_sessions(load_sessions(data, load_catalog(data)), Config().data)
     return {*split.valid.session_ids, *split.test.session_ids}
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from standin_run import publish_embeddings, write_data
 
-from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.catalog import load_catalog, load_sessions
 from pipeline.config import Config, load_config
 from pipeline.errors import ARTIFACT, UserError
+from pipeline.split import split_sessions
 from recommender.inputs import load_inputs
 from recommender.models import MODELS
 from recommender.train import build_model, train_sbr
@@ -47,7 +48,7 @@ def test_a_test_session_moved_into_training_is_refused(tmp_path: Path) -> None:
 def test_other_held_out_sessions_change_no_count_no_whitening_no_graph_and_no_weight(tmp_path: Path) -> None:
     group = write_data(tmp_path / "one")
     log = pq.read_table(tmp_path / "one" / "sessions.parquet")
-    split = split_by_time(load_sessions(tmp_path / "one", load_catalog(tmp_path / "one")), settings().data.valid, settings().data.test)
+    split = split_sessions(load_sessions(tmp_path / "one", load_catalog(tmp_path / "one")), settings().data)
     late = set(split.test.session_ids)
     items = [
         f"item-{59 - int(item[5:]):03d}" if session in late else item

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.catalog import Catalog, load_catalog, load_sessions, split_by_time
+from pipeline.catalog import Catalog, load_catalog, load_sessions
 from pipeline.config import DataConfig, ShopConfig
 from pipeline.shop import COLOURS, LAST, MOTIFS, Law, build_law, draw_shop
+from pipeline.split import split_by_time
 
 # 2005 sessions: a tenth is 200.5 of them, so the shop and the split must round alike
 SHOP = ShopConfig(items=300, sessions=2005, image_size=32)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from tiny_run import SETTINGS, STEPS, distill_run, kill_when, losses, same, settings, start, weights
 
-from pipeline.catalog import load_catalog, load_sessions, split_by_time
+from pipeline.catalog import load_catalog, load_sessions
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.phases import soft_loss, starts, summary_key
 from pipeline.prompts import Part, Prompts
+from pipeline.split import split_by_time
 from pipeline.summaries import folds
 from recommender.teacher import Teacher
 from recommender.train import train_sbr
