@@ -259,6 +259,7 @@ class SbrConfig(Section):
     content_dropout: Share = 0.0  # of the numbers of the whitened embeddings
     dropout: Share = 0.2  # in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)
     patience: Positive = 3  # epochs without a better validation MRR@20 before it stops
+    precision: Literal["no", "bf16"] = "no"  # bf16: matrix products of the training in bfloat16, for GPUs that have it
     seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published
     index: str = "auto"  # auto: by the catalogue's size; flat (exact), hnsw, ivf, or a factory string of FAISS; `tpad index` changes it
     # those that are trained: of recommender/models also e.g. SASRec, SASRec on vectors. The first of full, ID-only is published

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 PAD = -1  # in `inputs`: no event; in `targets`: not a case
 
@@ -33,6 +35,27 @@ class Windows:
         inputs = self.inputs[which]
         longest = max(1, int((inputs != PAD).sum(1).max(initial=1)))
         return Windows(inputs[:, :longest], self.targets[which, :longest], self.session[which])
+
+
+class DeviceWindows:
+    """Windows packed once on a device, so that a batch is a selection there. What the host must know of a batch, how long
+    its longest window is and how many cases it has, the host keeps: asking the device would be waiting for it."""
+
+    def __init__(self, windows: Windows, device: torch.device) -> None:
+        self.inputs = torch.as_tensor(windows.inputs, device=device)  # (W, L) int32
+        self.targets = torch.as_tensor(windows.targets, device=device)  # (W, L) int32
+        self.lengths = (windows.inputs != PAD).sum(1)
+        self.cases = (windows.targets != PAD).sum(1)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, which: np.ndarray, share: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, L) int64 of the `share` of windows `which`, cut to the longest of them all."""
+        place = torch.as_tensor(which[share], device=self.inputs.device)
+        longest = max(1, int(self.lengths[which].max(initial=1)))
+        rows, targets = (packed.index_select(0, place)[:, :longest].long() for packed in (self.inputs, self.targets))
+        return rows, targets
 
 
 def pack(rows: np.ndarray, offsets: np.ndarray, max_prefix: int, stride: int = 1) -> Windows:

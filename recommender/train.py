@@ -1,15 +1,18 @@
 """Trains session models on published embeddings, or on ids alone, beside the baselines, and publishes one of them.
 
 All have the same settings; the epoch of each is chosen on validation MRR@20, the test sessions are ranked once. Every random
-draw is a function of (seed, epoch, step), so a run that was killed goes on from its last epoch to the same weights, and
-several processes (accelerate) take the same steps as one (but for dropout inside the models of the literature, which each
-process draws for its own share of the batch).
+draw is a function of (seed, epoch, step), so a run that was killed goes on to the same weights, and several processes
+(accelerate) take the same steps as one (but for dropout inside the models of the literature, which each process draws for
+its own share of the batch). With `sbr.precision: bf16` matrix products are in bfloat16 under autocast; weights, their
+optimiser, logsumexp and losses stay in float32.
 """
 
+import hashlib
 import json
 import math
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +38,13 @@ from recommender.model import ModelConfig, SessionModel
 from recommender.models import MODELS, Model, chosen
 from recommender.models.sequence import SequenceModel
 from recommender.recommend import write_model
-from recommender.sessions import Windows, batches
+from recommender.sessions import DeviceWindows, Windows, batches
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
+LOG_EVERY = 20  # steps whose losses are fetched from the device at once: asking for each would make it wait
+SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
+Watch = Callable[[list[float]], None]  # told the validation MRR@20 of the epochs so far, each time there is one more
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> Sbr
         metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
         print_results(metrics)
         return SbrSummary(current, False, metrics)
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator = make_accelerator()
     windows = inputs.windows(config.data.max_prefix)
     buckets = buckets_of(windows[2], inputs.counts)
     folder = run / "sbr-train"
@@ -96,6 +102,13 @@ def _missing(run: Path) -> Version:
 # --- training
 
 
+def make_accelerator() -> Accelerator:
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"no training in {accelerator.mixed_precision} (accelerate launch --mixed_precision); take no or bf16", USAGE)
+    return accelerator
+
+
 def train_model(
     name: str,
     seed: int,
@@ -105,12 +118,13 @@ def train_model(
     accelerator: Accelerator,
     folder: Path,
     fresh: bool,
+    watch: Watch | None = None,
 ) -> Model:
-    """One model, with the weights of its best epoch on validation."""
-    train, valid = windows
+    """One model, with the weights of its best epoch on validation. `watch` may stop the training by raising."""
     settings = config.sbr
     model = build_model(name, seed, config, inputs)
-    checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}", f"{inputs.fingerprint} {name} {seed}")
+    own = hashlib.sha256(canonical_json(settings.model_dump(exclude={"index", "models", "seeds"}))).hexdigest()
+    checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}", f"{inputs.fingerprint} {own} {name} {seed}")
     if fresh and accelerator.is_main_process:
         checkpoints.clear()
     accelerator.wait_for_everyone()
@@ -118,34 +132,52 @@ def train_model(
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         wrapped = accelerator.prepare(model)
     optimizer, names = build_optimizer(model, settings)
-    state: dict[str, Any] = {"epoch": 0, "best": -1.0, "best_epoch": -1, "over": False}
+    state: dict[str, Any] = {"step": 0, "scores": [], "over": False}  # of each epoch: validation MRR@20
     best = weights_of(model)
     found = checkpoints.newest()
     if found is not None:
         best = restore(model, optimizer, names, found[1], found[2])
         state = {key: found[2][key] for key in state}
+        if watch is not None and state["scores"]:
+            watch(state["scores"])
+    train, valid = DeviceWindows(windows[0], accelerator.device), windows[1]
     steps = math.ceil(len(train) / settings.batch)
-    log = StepLog(folder / "metrics.jsonl", name, seed, state["epoch"] * steps, accelerator.is_main_process)
+    log = StepLog(folder / "metrics.jsonl", name, seed, state["step"], steps, accelerator)
+    saved = time.monotonic()
     with (
         Interrupt() as interrupt,
-        Steps(f"{name} (seed {seed})", settings.epochs * steps, state["epoch"] * steps, accelerator.is_main_process) as shown,
+        Steps(f"{name} (seed {seed})", settings.epochs * steps, state["step"], accelerator.is_main_process) as shown,
     ):
         while not state["over"]:
-            epoch = state["epoch"]
+            epoch, begin = divmod(state["step"], steps)
             model.train()
             for number, which in enumerate(batches(len(train), settings.batch, seed, epoch)):
-                step = epoch * steps + number
-                set_rate(optimizer, settings.lr * schedule(step, steps * settings.epochs))
-                loss = train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator)
-                log.add(step, loss)
-                shown.advance(f"loss {loss:.3f}, validation MRR@20 {max(state['best'], 0):.4f}")
+                if number < begin:
+                    continue
+                set_rate(optimizer, settings.lr * schedule(state["step"], steps * settings.epochs))
+                log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings.precision))
+                state["step"] += 1
+                shown.advance(f"loss {log.last:.3f}, validation MRR@20 {max(state['scores'], default=0):.4f}")
+                if log.due and number + 1 < steps:
+                    log.write()
+                    stopped = interrupt.agreed(accelerator)
+                    if accelerator.is_main_process and (stopped or time.monotonic() - saved > SAVE_SECONDS):
+                        save(checkpoints, model, best, optimizer, names, state)
+                        saved = time.monotonic()
+                    if stopped:
+                        raise interrupt.exit()
+            log.write()
             score = summarise(gather_ranks(model, valid, accelerator))["MRR@20"]
-            if score > state["best"]:
-                best, state["best"], state["best_epoch"] = weights_of(model), score, epoch
-            state["epoch"] = epoch + 1
-            state["over"] = epoch + 1 == settings.epochs or epoch - state["best_epoch"] >= settings.patience
+            if score > max(state["scores"], default=-1.0):
+                best = weights_of(model)
+            state["scores"].append(score)
+            waited = epoch - state["scores"].index(max(state["scores"]))
+            state["over"] = epoch + 1 == settings.epochs or waited >= settings.patience
             if accelerator.is_main_process:
-                save(checkpoints, epoch + 1, model, best, optimizer, names, state)
+                save(checkpoints, model, best, optimizer, names, state)
+                saved = time.monotonic()
+            if watch is not None:
+                watch(state["scores"])
             if interrupt.agreed(accelerator):
                 raise interrupt.exit()
     model.load_state_dict(best, strict=False)
@@ -197,25 +229,23 @@ def train_step(
     wrapped: torch.nn.Module,
     model: Model,
     optimizer: torch.optim.Optimizer,
-    train: Windows,
+    train: DeviceWindows,
     which: np.ndarray,
     draw: tuple[int, int, int],
     accelerator: Accelerator,
-) -> float:
-    """One step on the windows `which`, of which each process takes its share; returns the mean loss over all of them."""
-    whole = train.take(which)
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    rows, targets = (torch.as_tensor(a[mine], device=accelerator.device).long() for a in (whole.inputs, whole.targets))
+    precision: str,
+) -> Tensor:
+    """One step on the windows `which`, of which each process takes its share; returns that share's part of the mean loss, ()."""
+    rows, targets = train.take(which, slice(accelerator.process_index, None, accelerator.num_processes))
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
     known = model.draw_known(generator)
-    total = wrapped(rows, targets, known, generator).sum() / whole.cases
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        losses = wrapped(rows, targets, known, generator)
+    total: Tensor = losses.float().sum() / int(train.cases[which].sum())
     optimizer.zero_grad()
     accelerator.backward(total * accelerator.num_processes)  # processes average their gradients
     optimizer.step()
-    loss = float(accelerator.reduce(total.detach(), "sum"))
-    if not math.isfinite(loss):
-        raise UserError(f"loss is {loss} (session model, step {draw[2]} of epoch {draw[1]}); lower sbr.lr", USAGE)
-    return loss
+    return total.detach()
 
 
 def gather_ranks(model: Model, windows: Windows, accelerator: Accelerator) -> np.ndarray:
@@ -232,7 +262,6 @@ def weights_of(model: Model) -> dict[str, Tensor]:
 
 def save(
     checkpoints: Checkpoints,
-    step: int,
     model: Model,
     best: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
@@ -241,7 +270,7 @@ def save(
 ) -> None:
     moments, packed = pack_optimizer(optimizer, names)
     tensors = {f"now/{n}": w for n, w in weights_of(model).items()} | {f"best/{n}": w for n, w in best.items()} | moments
-    checkpoints.save(step, tensors, state | {"optimizer": packed})
+    checkpoints.save(state["step"], tensors, state | {"optimizer": packed})
 
 
 def restore(
@@ -256,12 +285,17 @@ def restore(
 
 
 class StepLog:
-    """metrics.jsonl: one line a step, of the main process; steps that are about to be done again are forgotten."""
+    """metrics.jsonl: one line a step, of the main process; steps that are about to be done again are forgotten.
 
-    def __init__(self, path: Path, name: str, seed: int, start: int, active: bool) -> None:
-        self.path, self.active = path, active
+    Losses wait on the device, as each process has its part of them, until `write`: a loss that is no number is found there.
+    """
+
+    def __init__(self, path: Path, name: str, seed: int, start: int, steps: int, accelerator: Accelerator) -> None:
+        self.path, self.step, self.steps, self.accelerator = path, start, steps, accelerator
         self.entry = {"stage": "sbr", "model": name, "seed": seed}
-        if active:
+        self.waiting: list[Tensor] = []
+        self.last = math.nan
+        if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in _lines(path) if not self._again(line, start)]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -273,10 +307,26 @@ class StepLog:
         except (ValueError, KeyError, TypeError):
             return True  # the line a kill cut short
 
-    def add(self, step: int, loss: float) -> None:
-        if self.active:
+    @property
+    def due(self) -> bool:
+        return len(self.waiting) >= LOG_EVERY
+
+    def add(self, part: Tensor) -> None:
+        """`part`, (), is what this process adds to the loss of the step after the last one."""
+        self.waiting.append(part)
+
+    def write(self) -> None:
+        losses = self.accelerator.reduce(torch.stack(self.waiting), "sum").tolist() if self.waiting else []
+        begin, self.step, self.waiting = self.step, self.step + len(losses), []
+        for step, self.last in enumerate(losses, begin):
+            if not math.isfinite(self.last):
+                epoch, number = divmod(step, self.steps)
+                where = f"{self.entry['model']}, step {number} of epoch {epoch}"
+                raise UserError(f"loss is {self.last} ({where}); lower sbr.lr", USAGE)
+        if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.entry | {"step": step, "loss": round(loss, 6)}) + "\n")
+                lines = (json.dumps(self.entry | {"step": step, "loss": round(loss, 6)}) for step, loss in enumerate(losses, begin))
+                file.writelines(f"{line}\n" for line in lines)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -55,6 +55,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "sbr" / version / "model.safetensors")
 
 
+def found_by_full(run: Path) -> dict[str, dict[str, float]]:
+    """bucket -> metric -> value, of a run that is trained already"""
+    summary = train_sbr(settings(), run, run / "data")
+    assert not summary.made
+    return dict(summary.metrics["results"]["full"]["mean"])
+
+
 def copy_inputs(run: Path, to: Path) -> Path:
     shutil.copytree(run / "data", to / "data")
     shutil.copytree(run / "embeddings", to / "embeddings")
@@ -123,7 +130,7 @@ def test_no_embeddings_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_a_loss_that_leaves_the_numbers_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
-    with pytest.raises(UserError, match=r"sbr\.lr") as error:
+    with pytest.raises(UserError, match=r"ID-only, step \d of epoch 0\); lower sbr\.lr") as error:
         train_sbr(settings("sbr.lr=1e30"), run, run / "data")
     assert error.value.code == USAGE
     assert not (run / "sbr" / "current").exists()
@@ -150,6 +157,34 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(trained: Path,
         assert (run / file).read_bytes() == (trained / file).read_bytes()
 
 
+def test_sigterm_in_the_middle_of_an_epoch_loses_no_step(trained: Path, tmp_path: Path) -> None:
+    more = ["sbr.models=[full]", "sbr.epochs=2", "sbr.batch=4"]
+    whole, stopped = copy_inputs(trained, tmp_path / "whole"), copy_inputs(trained, tmp_path / "stopped")
+    train_sbr(settings(*more), whole, whole / "data")
+    command = [sys.executable, "-c", SCRIPT, str(stopped), str(stopped / "data"), *SETTINGS, *more]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    log = stopped / "sbr-train" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    (checkpoint,) = (stopped / "sbr-train" / "checkpoints" / "full-0").iterdir()
+    assert 0 < int(checkpoint.name.removeprefix("step-")) < 80  # of the first epoch
+    train_sbr(settings(*more), stopped, stopped / "data")
+    one, two = weights(whole), weights(stopped)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert log.read_text() == (whole / "sbr-train" / "metrics.jsonl").read_text()
+
+
+def test_bfloat16_learns_as_much(trained: Path, tmp_path: Path) -> None:
+    run = copy_inputs(trained, tmp_path)
+    found = train_sbr(settings("sbr.models=[full]", "sbr.precision=bf16"), run, run / "data").metrics["results"]["full"]["mean"]["all"]
+    exact = found_by_full(trained)["all"]
+    assert found != exact and abs(found["HR@10"] - exact["HR@10"]) < 0.05
+    assert {tensor.dtype for name, tensor in weights(run).items() if "weight" in name} == {torch.float32}
+
+
 def test_two_processes_take_the_steps_of_one(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
     script = tmp_path / "script.py"
@@ -166,6 +201,8 @@ def test_two_processes_take_the_steps_of_one(trained: Path, tmp_path: Path) -> N
         losses[name] = {(line["model"], line["step"]): line["loss"] for line in shared}
     assert losses["one"].keys() == losses["two"].keys()
     assert all(abs(losses["one"][key] - losses["two"][key]) < 1e-3 for key in losses["one"])
+    one, two = found_by_full(trained), found_by_full(run)
+    assert all(abs(one[bucket][metric] - two[bucket][metric]) < 1e-3 for bucket in one for metric in one[bucket])
 
 
 def test_only_the_models_asked_for_are_trained_and_each_rank_is_published(trained: Path, tmp_path: Path) -> None:
