@@ -130,7 +130,7 @@ def test_no_embeddings_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_a_loss_that_leaves_the_numbers_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
-    with pytest.raises(UserError, match=r"ID-only, step \d of epoch 0\); lower sbr\.lr") as error:
+    with pytest.raises(UserError, match=r"loss is nan \([\w -]+, step \d of epoch 0\); lower sbr\.lr") as error:
         train_sbr(settings("sbr.lr=1e30"), run, run / "data")
     assert error.value.code == USAGE
     assert not (run / "sbr" / "current").exists()
