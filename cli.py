@@ -460,9 +460,11 @@ def api_key(key_file: Path | None) -> str | None:
 
 @app.command()
 def prepare(
-    items: Annotated[Path, typer.Option(help="Catalogue: CSV, TSV, JSONL or Parquet.")],
     sessions: Annotated[Path, typer.Option(help="Log of events: session (or user) and item, with a time or a position.")],
     out: Annotated[Path, typer.Option(help="Folder to write items.parquet and sessions.parquet to.")],
+    items: Annotated[
+        Path | None, typer.Option(help="Catalogue: CSV, TSV, JSONL or Parquet. Default: the items of the log, with nothing but their ids.")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of pictures named item_id.jpg (.png, .webp), or that the image column's paths start from.")
     ] = None,
@@ -486,7 +488,8 @@ def prepare(
         options = PrepareOptions(items, sessions, out, images, session_gap, min_item_count, max_session_length, on_bad_image, columns)  # type: ignore[arg-type]
         for line in run_import(options).lines():
             typer.echo(line)
-        say(f"next: tpad distill --data {out} --run artifacts/{out.name}")
+        command, last = ("distill", "") if items else ("train-sbr", " --set sbr.models=[ID-only]")
+        say(f"next: tpad {command} --data {out} --run artifacts/{out.name}{last}")
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Foreign catalogues and logs -> `items.parquet` and `sessions.parquet`, the files every other step reads.
 
 Events that cannot be used are dropped and counted; a faulty item is an error, because a catalogue is expected to be right.
-Items without an event stay: they are the cold ones. Images are copied into the file, so the folder stands alone.
+Items without an event stay: they are the cold ones. Images are copied into the file, so the folder stands alone. A log without
+a catalogue gives items of nothing but their ids.
 """
 
 import os
@@ -54,7 +55,7 @@ GROUP_ROWS, GROUP_BYTES = 1024, 16 * 1024 * 1024  # of a row group: random acces
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    items: Path
+    items: Path | None  # None: the items are those of the sessions
     sessions: Path
     out: Path
     images: Path | None = None  # folder of files named item_id.jpg (.png, .webp), or that the `image` column's paths start from
@@ -95,16 +96,21 @@ def prepare(options: PrepareOptions) -> PrepareSummary:
     """Writes both files or, on any error, neither."""
     _check(options)
     summary = PrepareSummary(options.out)
-    items, log = open_source(options.items), open_source(options.sessions)
-    item_columns = _find_columns(items, ITEM_NAMES, options.columns, summary)
+    items = open_source(options.items) if options.items is not None else None
+    log = open_source(options.sessions)
+    item_columns = _find_columns(items, ITEM_NAMES, options.columns, summary) if items is not None else {}
     event_columns = _find_columns(log, EVENT_NAMES, options.columns, summary)
-    texts = _texts(items, item_columns, summary)
+    texts = _texts(items, item_columns, summary) if items is not None else None
+    known = texts["item_id"] if texts is not None else log.ids(log.need(event_columns, "item_id"))
     rules = SessionRules(options.session_gap_minutes * 60, options.min_item_count, options.max_session_length)
-    events = build_sessions(log, event_columns, texts["item_id"], rules, summary.drop, summary.notes.append)
+    events = build_sessions(log, event_columns, known, rules, summary.drop, summary.notes.append)
+    if texts is None:
+        texts = pa.table({"item_id": (found := events["item_id"].unique()), "title": pa.nulls(len(found), pa.string())})
+        check_ids(texts["item_id"], "item_id", lambda _: str(log.path))
     summary.events, summary.sessions = len(events), len(events["session_id"].unique())
     summary.cold = len(texts) - len(events["item_id"].unique())
     with _both_or_neither(options.out) as folder:
-        _write_items(folder / ITEMS, texts, items, item_columns.get("image"), options, summary)
+        _write_items(folder / ITEMS, texts, items or log, item_columns.get("image"), options, summary)
         pq.write_table(events, folder / SESSIONS, compression="zstd", write_page_checksum=True, row_group_size=2**20)
     return summary
 
@@ -114,6 +120,8 @@ def _check(options: PrepareOptions) -> None:
     if unknown:
         known = ", ".join(dict.fromkeys([*ITEM_NAMES, *EVENT_NAMES]))
         raise UserError(f"no column of ours is called `{min(unknown)}` (--column); known: {known}", USAGE)
+    if options.images is not None and options.items is None:
+        raise UserError("--images without --items (command line); give the catalogue that the pictures belong to", USAGE)
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"image folder not found ({options.images}); give an existing folder", DATA)
     if not options.session_gap_minutes > 0 or options.min_item_count < 1 or options.max_session_length < 0:

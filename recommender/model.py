@@ -285,11 +285,12 @@ class SessionModel(nn.Module):
         model.load_state_dict(tensors)
         return model
 
-    def over(self, rows: Tensor, content: Tensor) -> "SessionModel":
+    def over(self, rows: Tensor, content: Tensor | None) -> "SessionModel":
         """The same model over another catalogue: `rows` (N,) says which item here each of its items is, -1 for a new one,
         which is then known by its `content` (N, content_dim) alone, as one without training events is."""
         tensors, count, old = dict(self.state_dict()), len(rows), rows.clamp(min=0)
-        tensors |= {"content": content, "known": self.known[old] & (rows >= 0), "log_count": self.log_count[old]}
+        tensors |= {"known": self.known[old] & (rows >= 0), "log_count": self.log_count[old]}
+        tensors |= {"content": content} if content is not None else {}
         if self.config.ids:
             place = torch.full((self.config.items,), -1)
             place[rows[rows >= 0]] = (rows >= 0).nonzero()[:, 0]

@@ -34,33 +34,39 @@ class Refreshed:
 def refresh(run: Path, data: Path, setting: str = "auto", rebuild: bool = False) -> Refreshed:
     """Publishes `run/sbr` again, over the current embeddings of the items in `data`, with the index of `setting`."""
     before = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
-    embeddings = read_embeddings(run / "embeddings")
-    made_of = embeddings.version.manifest
-    same = before.manifest["embeddings_manifest_sha256"] == embeddings.version.manifest_sha256
+    reads = before.manifest["embeddings_manifest_sha256"] is not None
+    embeddings = read_embeddings(run / "embeddings") if reads else None
+    catalog = load_catalog(data)
+    source = embeddings.version.manifest_sha256 if embeddings else catalog.sha256
+    same = source == before.manifest["embeddings_manifest_sha256" if reads else "catalogue_sha256"]
     if same and before.manifest.get("index", {}).get("setting") == setting and not rebuild:
         return Refreshed(before, 0, 0, made=False)
-    trained_on = before.manifest.get("vectors") or {}
-    if any(trained_on.get(key) != made_of.get(key) for key in SAME_VECTORS):
-        raise UserError(f"the session model was trained on vectors of another MLLM or image budget ({run}); run `tpad train-sbr`", ARTIFACT)
-    catalog = load_catalog(data)
-    check_catalogue(embeddings, catalog, run)
+    if embeddings is not None:
+        trained_on, made_of = before.manifest.get("vectors") or {}, embeddings.version.manifest
+        if any(trained_on.get(key) != made_of.get(key) for key in SAME_VECTORS):
+            what = "the session model was trained on vectors of another MLLM or image budget"
+            raise UserError(f"{what} ({run}); run `tpad train-sbr`", ARTIFACT)
+        check_catalogue(embeddings, catalog, run)
+    item_ids = embeddings.item_ids if embeddings else catalog.item_ids
     items = pq.read_table(before.path / "items.parquet", page_checksum_verification=True)
     old = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
-    rows = np.array([old.get(item_id, -1) for item_id in embeddings.item_ids])
-    arrays = load_file(before.path / "whitening.safetensors")
-    whitening = {half: Whitening(*(arrays[f"{half}.{name}"] for name in Whitening._fields)) for half in embeddings.vectors}
-    model = load_model(before.path).over(torch.as_tensor(rows), torch.as_tensor(whitened(embeddings, whitening)))
+    rows = np.array([old.get(item_id, -1) for item_id in item_ids])
+    arrays, whitening, content = load_file(before.path / "whitening.safetensors"), {}, None
+    if embeddings is not None:
+        whitening = {half: Whitening(*(arrays[f"{half}.{name}"] for name in Whitening._fields)) for half in embeddings.vectors}
+        content = torch.as_tensor(whitened(embeddings, whitening))
+    model = load_model(before.path).over(torch.as_tensor(rows), content)
     if not model.known.any():
         raise UserError(f"none of the items the session model was trained on is left ({data}); run `tpad train-sbr`", ARTIFACT)
-    there = set(embeddings.item_ids)
+    there = set(item_ids)
     samples = [[item for item in session if item in there] for session in json.loads((before.path / "samples.json").read_bytes())]
-    samples = [session for session in samples if session] or [embeddings.item_ids[:1]]
-    kept = catalog.only(embeddings.item_ids)
+    samples = [session for session in samples if session] or [item_ids[:1]]
+    kept = catalog.only(item_ids)
     counts = np.where(rows < 0, 0, items["count"].to_numpy()[rows])
     manifest = {key: value for key, value in before.manifest.items() if key not in OWN_KEYS} | {
-        "fingerprint": hashlib.sha256(canonical_json([before.manifest["fingerprint"], embeddings.version.manifest_sha256])).hexdigest(),
-        "embeddings_manifest_sha256": embeddings.version.manifest_sha256,
-        "embeddings_version": embeddings.version.name,
+        "fingerprint": hashlib.sha256(canonical_json([before.manifest["fingerprint"], source])).hexdigest(),
+        "embeddings_manifest_sha256": embeddings and embeddings.version.manifest_sha256,
+        "embeddings_version": embeddings and embeddings.version.name,
         "catalogue_sha256": catalog.sha256,
     }
     manifest["model"] |= {"items": len(rows)}

@@ -101,7 +101,7 @@ def write_report(run: Path, data: Path, config: str) -> Path:
     counts = ", ".join(f"{facts[f'{name}_sessions']:,} {name} sessions" for name in ("train", "valid", "test"))
     parts = [
         f"<h1>{escape(run.resolve().name)}</h1>",
-        f'<p class="dim">session model {recommender.version.name}, embeddings {escape(str(made_of["embeddings_version"]))}; '
+        f'<p class="dim">session model {recommender.version.name}, embeddings {escape(made_of["embeddings_version"] or "none")}; '
         f"{facts['items']:,} items, {facts['cold_items']:,} of them in no training session; {counts}</p>",
         *section("Results", results(metrics, recommender.version.path / "ranks.parquet")),
         *section("Test sessions", sessions(recommender, pictures)),
@@ -206,6 +206,8 @@ def training(path: Path) -> Iterator[str]:
 
 
 def maps(recommender: Recommender, pictures: Pictures) -> Iterator[str]:
+    if not recommender.halves:
+        return
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(len(recommender.item_ids))[:DOTS])
     chosen = rng.permutation(len(rows))[:PICTURES].tolist()

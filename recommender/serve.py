@@ -120,7 +120,7 @@ class Similar(FromVersion):
 
 class Info(FromVersion):
     manifest_sha256: str
-    embeddings_version: str
+    embeddings_version: Annotated[str | None, Field(description="null: the model knows items by their ids alone")]
     items: int
     model: dict[str, Any]
     loaded_at: float

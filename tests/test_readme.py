@@ -15,7 +15,7 @@ import typer
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from server import serving
-from tiny import ENVIRONMENT, ROOT, SET, SETTINGS, tpad
+from tiny import ENVIRONMENT, ROOT, SET, SETTINGS, command, tpad
 
 import cli
 from pipeline.config import Config, load_config
@@ -150,13 +150,37 @@ def test_what_the_commands_are_said_to_make_is_there(place: Path, played: dict[s
         assert pq.read_table(out).column_names == ["session_id", "item_id", "rank", "score"]
 
 
-@pytest.mark.parametrize("snippet", [content for language, content in blocks(README) if language == "python"])
+SNIPPETS = [content for language, content in blocks(README) if language == "python"]
+A_MODEL = next(snippet for snippet in SNIPPETS if "nn.Module" in snippet)
+
+
+@pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if snippet != A_MODEL])
 def test_a_python_snippet_runs(place: Path, played: dict[str, subprocess.CompletedProcess[str]], snippet: str) -> None:
     done = subprocess.run([sys.executable, "-c", snippet], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(
         r"1 p\d{4} \w+ \w+ \w+ -?\d" if "recommender" in snippet else r"knowledge(.|\n)*transition(.|\n)*has_image", done.stdout
     )
+
+
+def test_a_session_model_is_added_by_one_file_and_one_entry(place: Path, played: dict[str, Any], tmp_path: Path) -> None:
+    """What the README says, done in a copy of the tree."""
+    for name in ("pipeline", "recommender", "cli.py", "configs"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    path = A_MODEL.splitlines()[0].removeprefix("# ")
+    (tmp_path / path).write_text(A_MODEL)
+    table = tmp_path / "recommender" / "models" / "__init__.py"
+    name_of_file, name = Path(path).stem, "RecentMean"
+    line, entry = f"from recommender.models.{name_of_file} import {name}", f'"{name}": {name}'
+    assert f"`{line}`" in README and f"`{entry}`" in README
+    text = table.read_text().replace("ENCODERS: dict[str, Encoder] = {", f"{line}\n\nENCODERS: dict[str, Encoder] = {{{entry}, ")
+    table.write_text(text)
+    arguments = ["train-sbr", "--data", place / "artifacts" / "clicks-data", "--run", tmp_path / "run"]
+    settings = ["--set", f"sbr.models=[{name}, ID-only]", "--set", "sbr.epochs=1"]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command(*arguments, *settings), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^{name} +0\.\d+", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", [word for words in COMMANDS if words[0] == "make" for word in words[1:]])

@@ -1,0 +1,75 @@
+"""A click log and nothing else: items of which only the ids are known, from `prepare` to an answer, without embeddings."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from standin_run import write_data
+
+from pipeline.config import load_config
+from pipeline.errors import USAGE, UserError
+from pipeline.importers import PrepareOptions, prepare
+from recommender.recommend import Recommender
+from recommender.refresh import refresh
+from recommender.report import write_report
+from recommender.train import SbrSummary, train_sbr
+
+SETTINGS = ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[GRU4Rec, ID-only]"]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("log")
+    write_data(data)
+    return data / "sessions.parquet"
+
+
+@pytest.fixture(scope="module")
+def made(log: Path) -> tuple[Path, SbrSummary]:
+    torch.set_num_threads(1)
+    run = log.parent / "run"
+    prepare(PrepareOptions(None, log, run / "data"))
+    return run, train_sbr(load_config(None, SETTINGS), run, run / "data")
+
+
+def test_the_items_of_a_log_are_those_of_its_sessions(made: tuple[Path, SbrSummary], log: Path) -> None:
+    items = pq.read_table(made[0] / "data" / "items.parquet")
+    assert items.column_names == ["item_id", "title"]
+    assert set(items["item_id"].to_pylist()) == set(pq.read_table(log)["item_id"].to_pylist())
+    assert items["title"].null_count == len(items)
+
+
+def test_a_run_of_ids_needs_no_embeddings(made: tuple[Path, SbrSummary]) -> None:
+    run, found = made
+    assert {"GRU4Rec", "ID-only", "popularity"} < found.metrics["results"].keys()
+    assert found.metrics["results"]["ID-only"]["mean"]["all"]["HR@10"] > found.metrics["results"]["popularity"]["mean"]["all"]["HR@10"]
+    assert not train_sbr(load_config(None, SETTINGS), run, run / "data").made
+    recommender = Recommender.load(run)
+    items = recommender.recommend(["item-001", "item-008"], k=5).items
+    assert [item.title for item in items] == [item.item_id for item in items]  # nothing else to call them by
+    assert any(item.after == "item-008" for item in items)
+    assert not any(item.similar_to for item in items)
+    with pytest.raises(UserError, match="--diversify") as error:
+        recommender.recommend(["item-001"], diversify=0.5)
+    assert error.value.code == USAGE
+    assert "Results" in write_report(run, run / "data", "").read_text()
+
+
+def test_another_index_comes_to_a_model_of_ids(made: tuple[Path, SbrSummary]) -> None:
+    run, before = made
+    wanted = Recommender.load(run).recommend(["item-001"], k=5)
+    found = refresh(run, run / "data", "hnsw")
+    assert found.made
+    assert (found.added, found.removed) == (0, 0)
+    assert found.version.manifest["index"]["setting"] == "hnsw"
+    assert [item.item_id for item in Recommender.load(run).recommend(["item-001"], k=5).items] == [item.item_id for item in wanted.items]
+    assert json.loads((found.version.path / "metrics.json").read_bytes()) == before.metrics
+    assert not refresh(run, run / "data", "hnsw").made
+
+
+def test_pictures_without_a_catalogue_are_refused(log: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--items") as error:
+        prepare(PrepareOptions(None, log, tmp_path / "out", images=tmp_path))
+    assert error.value.code == USAGE
