@@ -247,6 +247,18 @@ class ExportConfig(Section):
     keep: Positive = 2  # published versions kept
 
 
+class PartsConfig(Section):
+    """What our session model is made of. Each part can be left out, to see what it adds."""
+
+    graph: bool = True  # gated step over the transitions inside the session
+    attention: bool = True  # each query reads the whole prefix
+    followers: bool = True  # counts of what directly followed an item in training
+    companions: Count = 3  # counts of what stood up to so many places from it, before or after; 0: none
+    repeat: bool = True  # an item of the prefix again
+    popularity: bool = True  # training events of an item raise its score
+    whitening: bool = True  # of the exported vectors, fitted on the training items; false: only centred and scaled
+
+
 class SbrConfig(Section):
     """The session model. Every baseline is trained beside it, on the same data, with the same settings."""
 
@@ -259,6 +271,9 @@ class SbrConfig(Section):
     content_dropout: Share = 0.0  # of the numbers of the whitened embeddings
     dropout: Share = 0.2  # in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)
     patience: Positive = 3  # epochs without a better validation MRR@20 before it stops
+    loss: Literal["auto", "softmax", "sampled"] = "auto"  # softmax over all items, or sampled; auto: sampled above 20,000 items
+    negatives: Positive = 2048  # items drawn for a step, where the loss is sampled
+    parts: PartsConfig = PartsConfig()
     precision: Literal["no", "bf16"] = "no"  # bf16: matrix products of the training in bfloat16, for GPUs that have it
     seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published
     index: str = "auto"  # auto: by the catalogue's size; flat (exact), hnsw, ivf, or a factory string of FAISS; `tpad index` changes it

@@ -2,7 +2,7 @@
 
 The model's score is a sum over queries: one for each channel and item of the session. So every channel has an index of its
 own, over [v ; prior / scale] of its items; the inner product with [scale * q ; scale] is what a query gives an item. The
-best M of every query, the followers, the items of the session and the popular ones are scored exactly by the model.
+best M of every query, the items counted beside those of the session, these themselves and the popular ones are scored exactly by the model.
 
 With a flat index the answer is exact: it stops when the k-th best of the candidates beats all that an item outside every
 list could score, else it takes a larger M. Any other index (HNSW, IVF, ...) finds most of the candidates in a fraction of
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pipeline.errors import USAGE, UserError
 from pipeline.progress import Steps
-from recommender.model import NEVER, Reading, SessionModel, Tables
+from recommender.model import Reading, SessionModel, Tables
+from recommender.pairs import NEVER
 from recommender.sessions import pad_prefixes
 
 FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
@@ -138,7 +139,7 @@ class ItemIndex:
             query = torch.cat([reading.queries[name][0], torch.full((len(weight), 1), _scale(self.model, name))], 1)
             open_ = weight > NEVER / 2
             queries[name] = query[open_].numpy(), weight[open_]
-        own = torch.cat([rows[0], self.model.follower_rows(rows[0])])
+        own = torch.cat([rows[0], self.model.paired(rows[0])])
         size = max(self.first, 2 * k)
         if allowed is not None:
             size = math.ceil(size * count / max(1, int(allowed.sum())))

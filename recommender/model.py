@@ -6,8 +6,8 @@ id. Each kind is a channel with a session graph, attention and queries of its ow
     score(j) = log sum_c exp(score of component c for j)
 
 over the components: content channel at each position of the prefix, id channel at each position, what followed that
-position's item in training (counts, each session held against the other ones), copy of an item of the prefix,
-popularity. A sum of vectors or of logits lets a weak channel spoil a strong one for every item; in this mixture a
+position's item in training, what stood near it (counts, each session held against the other ones), an item of the prefix
+again, popularity. A sum of vectors or of logits lets a weak channel spoil a strong one for every item; in this mixture a
 component that knows nothing about the case has a low weight and does no harm. It is also what a shop does: the next
 item goes with one of the items seen, for one reason.
 
@@ -15,7 +15,8 @@ An item without training events has no id vector: the id channel neither reads n
 model such items during training. Position t reads only events up to t, so one pass answers every prefix of a session.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recommender.candidates import Candidates
+from recommender.pairs import NEVER, Pairs, causal, find, steps_back
 from recommender.sessions import PAD
 
-NEVER = -1e4  # log-weight of what cannot be: exp gives 0, and float32 still adds to it
+
+@dataclass(frozen=True)
+class Parts:
+    """What the model is made of, each with its switch: see `sbr.parts` in configs/shop.yaml."""
+
+    graph: bool = True
+    attention: bool = True
+    followers: bool = True
+    companions: int = 3
+    repeat: bool = True
+    popularity: bool = True
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class ModelConfig:
     max_prefix: int = 20
     content_dropout: float = 0.0
     id_dropout: float = 0.0  # of whole items
+    parts: Parts = field(default_factory=Parts)
 
 
 class Tables(NamedTuple):
@@ -53,109 +67,6 @@ class Reading(NamedTuple):
     queries: dict[str, Tensor]  # (B, L, D), the channel's scale in them
     weights: dict[str, Tensor]  # (B, L, L); also "copy"
     popular: Tensor  # () log-weight
-
-
-class Followers(nn.Module):
-    """Which item followed which in training, and how often: a sparse table of direct transitions.
-
-    Shares are discounted, (count - d) / (total - d * distinct) with one learned d, as Kneser and Ney (ICASSP 1995) do for
-    words: most of what was seen once is what the other components explain, and what came again is not.
-    """
-
-    keys: Tensor  # (P,) int64: row * items + follower, ascending
-    counts: Tensor  # (P,)
-    totals: Tensor  # (N,)
-    distinct: Tensor  # (N,) different followers
-
-    def __init__(self, rows: np.ndarray, offsets: np.ndarray, items: int, max_prefix: int) -> None:
-        super().__init__()
-        inside = np.ones(max(len(rows) - 1, 0), bool)
-        inside[offsets[1:-1] - 1] = False  # pairs that straddle two sessions
-        keys, counts = np.unique(rows[:-1][inside].astype(np.int64) * items + rows[1:][inside], return_counts=True)
-        self.items = items
-        self.register_buffer("keys", torch.as_tensor(keys))
-        self.register_buffer("counts", torch.as_tensor(counts, dtype=torch.float32))
-        totals, distinct = tally(self.keys, self.counts, items)
-        self.register_buffer("totals", totals)
-        self.register_buffer("distinct", distinct)
-        self.discount = nn.Parameter(torch.zeros(()))  # the logit of d
-        self.recency = nn.Parameter(torch.zeros(max_prefix))
-        self.evidence = nn.Parameter(torch.tensor([-1.0, 0.3]))  # weight: constant, and per log of the item's transitions
-        with torch.no_grad():
-            self.recency[0] = 2.0
-
-    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) windows -> share of each target among the followers of each position's item, and log-weights, both
-        (B, L, L). The window's own transitions are taken out: a session must not be its own evidence."""
-        same = (rows[:, :, None] == rows[:, None, :]) & (rows != PAD)[:, None, :]  # (s, u)
-        step = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], PAD)], 1)
-        follower = torch.where(targets != PAD, targets, step)  # what follows u; PAD after the end
-        own = (same & (follower != PAD)[:, None, :]).float()
-        gone = own @ (follower[:, :, None] == targets[:, None, :]).float()  # (s, t) of the target's count
-        twins = (own * (follower[:, :, None] == follower[:, None, :])).sum(-1).clamp(min=1)  # (u) times the window has this transition
-        only_here = (self.count(rows, follower) <= twins) / twins  # each follower known from this window alone sums to 1
-        count = self.count(rows[:, None, :], targets[:, :, None]) - gone.transpose(1, 2)  # (t, s)
-        total = self.totals[rows.clamp(min=0)] - own.sum(-1)
-        distinct = self.distinct[rows.clamp(min=0)] - (own @ only_here[:, :, None])[..., 0]
-        share = self.share(count, total[:, None, :], distinct[:, None, :])
-        return share, self.weights(rows, total)
-
-    def count(self, rows: Tensor, followers: Tensor) -> Tensor:
-        """How often each of `followers` followed each of `rows`, in the shape the two broadcast to."""
-        keys = rows.clamp(min=0).long() * self.items + followers.clamp(min=0).long()
-        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-        return torch.where(self.keys[place] == keys, self.counts[place], 0.0)
-
-    def share(self, count: Tensor, total: Tensor, distinct: Tensor) -> Tensor:
-        discount = self.discount.sigmoid()
-        return (count - discount).clamp(min=0) / (total - discount * distinct).clamp(min=1e-6)
-
-    def shares(self, rows: Tensor, items: Tensor) -> Tensor:
-        """The share of each of `items` (C,) among the followers of each of `rows` (L,), (L, C)."""
-        known = rows.clamp(min=0)
-        return self.share(self.count(known[:, None], items), self.totals[known][:, None], self.distinct[known][:, None])
-
-    def weights(self, rows: Tensor, total: Tensor) -> Tensor:
-        """Log-weights (B, L, L) of the positions' items, given how many transitions (B, L) speak for each."""
-        trust = (self.evidence[0] + self.evidence[1] * total.clamp(min=1).log()).masked_fill(total < 1, NEVER)
-        open_ = causal(rows.shape[1], rows.device) & (rows != PAD)[:, None, :]
-        return (trust[:, None, :] + self.recency[steps_back(rows.shape[1], rows.device)]).masked_fill(~open_, NEVER)
-
-    def resize(self, pairs: int) -> None:
-        """Makes room for so many pairs, to be filled by `load_state_dict`."""
-        self.keys, self.counts = torch.zeros(pairs, dtype=torch.int64), torch.zeros(pairs)
-
-    def entries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(R,) items -> for each of their entries in the table: (which of the R, which entry)."""
-        begin = torch.searchsorted(self.keys, rows.long() * self.items)
-        length = torch.searchsorted(self.keys, (rows.long() + 1) * self.items) - begin
-        line = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
-        return line, torch.arange(len(line), device=rows.device) - (length.cumsum(0) - length)[line] + begin[line]
-
-    def add(self, scores: Tensor, events: Tensor, weights: Tensor, items: Tensor | None = None) -> None:
-        """Adds to scores (M, N), or (M, C) of `items`, each event's weight, events and weights (M, L), times the shares of its
-        followers."""
-        case, position = (weights > 0).nonzero(as_tuple=True)
-        rows = events[case, position]
-        line, entry = self.entries(rows)
-        value = self.share(self.counts[entry], self.totals[rows][line], self.distinct[rows][line]) * weights[case, position][line]
-        place = self.keys[entry] % self.items
-        if items is not None:
-            place, there = find(items, place, torch.ones_like(place, dtype=torch.bool))
-            value = value * there
-        scores.index_put_((case[line], place), value, accumulate=True)
-
-
-def find(items: Tensor, rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the `rows` stand in `items` (C,), ascending, and which of the `real` ones do."""
-    place = torch.searchsorted(items, rows).clamp(max=len(items) - 1)
-    return place, real & (items[place] == rows)
-
-
-def tally(keys: Tensor, counts: Tensor, items: int) -> tuple[Tensor, Tensor]:
-    """How many transitions start at each item, and to how many different followers, both (N,)."""
-    source = keys // items
-    return torch.bincount(source, weights=counts, minlength=items).float(), torch.bincount(source, minlength=items).float()
 
 
 class SessionGraph(nn.Module):
@@ -188,41 +99,46 @@ def transitions(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     return share(before), share(after)
 
 
-def causal(length: int, device: torch.device) -> Tensor:
-    """(L, L) bool: at t, which s are past or present."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-
-
 def share(neighbours: Tensor) -> Tensor:
     return neighbours / neighbours.sum(-1, keepdim=True).clamp(min=1)
 
 
-def steps_back(length: int, device: torch.device) -> Tensor:
-    """(L, L): t - s, 0 where s is later."""
-    position = torch.arange(length, device=device)
-    return (position[:, None] - position[None, :]).clamp(min=0)
+class Attention(nn.Module):
+    """What each position reads of the ones up to it."""
+
+    def __init__(self, dim: int, max_prefix: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.ask = nn.Linear(dim, dim)
+        self.answer = nn.Linear(dim, dim, bias=False)
+        self.recency = nn.Parameter(torch.zeros(max_prefix))
+        self.read = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.read.weight)
+
+    def forward(self, states: Tensor, open_: Tensor, back: Tensor) -> Tensor:
+        """states (B, L, D), open_ (B, L, L), back (L, L) -> (B, L, D)"""
+        weights = self.ask(states) @ self.answer(states).transpose(1, 2) / self.dim**0.5 + self.recency[back]
+        read: Tensor = self.read(weights.masked_fill(~open_, NEVER).softmax(-1) @ states)
+        return read
 
 
 class Channel(nn.Module):
     """Item vectors of one kind -> at each position a query, and how much each earlier query still counts."""
 
-    def __init__(self, dim: int, max_prefix: int) -> None:
+    def __init__(self, dim: int, max_prefix: int, parts: Parts) -> None:
         super().__init__()
         self.dim = dim
-        self.graph = SessionGraph(dim)
-        self.ask = nn.Linear(dim, dim)
-        self.answer = nn.Linear(dim, dim, bias=False)
-        self.recency = nn.Parameter(torch.zeros(max_prefix))
+        self.graph = SessionGraph(dim) if parts.graph else None
+        self.attention = Attention(dim, max_prefix) if parts.attention else None
         self.last = nn.Linear(dim, dim, bias=False)
-        self.attended = nn.Linear(dim, dim, bias=False)
         self.weigh = nn.Linear(dim, dim)
         self.weighed = nn.Linear(dim, dim, bias=False)
         self.merit = nn.Linear(dim, 1)  # how telling an item is, whatever came after it
         self.weight_recency = nn.Parameter(torch.zeros(max_prefix))
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
-        self.popularity = nn.Parameter(torch.tensor(0.5))  # exponent of an item's count in its prior
+        self.popularity = nn.Parameter(torch.tensor(0.5)) if parts.popularity else 0.0  # exponent of an item's count in its prior
         nn.init.eye_(self.last.weight)
-        for layer in (self.attended, self.weigh, self.merit):
+        for layer in (self.weigh, self.merit):
             nn.init.zeros_(layer.weight)
         for layer in (self.weigh, self.merit):
             nn.init.zeros_(layer.bias)
@@ -231,12 +147,14 @@ class Channel(nn.Module):
 
     def forward(self, states: Tensor, rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """states (B, L, D) -> queries (B, L, D), log-weights (B, L, L)"""
-        states = self.graph(states, rows, real)
+        if self.graph is not None:
+            states = self.graph(states, rows, real)
         back = steps_back(rows.shape[1], rows.device)
         open_ = causal(rows.shape[1], rows.device) & real[:, None, :]
-        attention = self.ask(states) @ self.answer(states).transpose(1, 2) / self.dim**0.5 + self.recency[back]
-        read = attention.masked_fill(~open_, NEVER).softmax(-1) @ states
-        queries = F.normalize(self.last(states) + self.attended(read), dim=-1)
+        queries = self.last(states)
+        if self.attention is not None:
+            queries = queries + self.attention(states, open_, back)
+        queries = F.normalize(queries, dim=-1)
         weights = self.weigh(states) @ self.weighed(states).transpose(1, 2) / self.dim**0.5
         weights = weights + self.merit(states).transpose(1, 2) + self.weight_recency[back]
         return self.log_scale.exp() * queries, weights.masked_fill(~open_, NEVER)
@@ -261,27 +179,29 @@ class SessionModel(nn.Module):
         self.register_buffer("known", known)
         self.register_buffer("log_count", log_count - log_count[known].mean())
         self.channels = nn.ModuleDict()
+        self.pairs = nn.ModuleDict()
         if config.content_dim:
             self.register_buffer("content", torch.as_tensor(content, dtype=torch.float32))
             self.project = nn.Linear(config.content_dim, config.dim, bias=False)
-            self.channels["content"] = Channel(config.dim, config.max_prefix)
+            self.channels["content"] = Channel(config.dim, config.max_prefix, config.parts)
             self.stranger = nn.Parameter(torch.zeros(2))  # prior of an item without training events: content, popularity
         if config.ids:
             self.ids = nn.Embedding(config.items, config.dim)
             nn.init.normal_(self.ids.weight, std=0.1)
-            self.channels["id"] = Channel(config.dim, config.max_prefix)
-            self.followers = Followers(rows, offsets, config.items, config.max_prefix)
-        self.copy = nn.Parameter(torch.full((config.max_prefix,), -4.0))
+            self.channels["id"] = Channel(config.dim, config.max_prefix, config.parts)
+            for name, steps in pair_steps(config.parts).items():
+                self.pairs[name] = Pairs(rows, offsets, config.items, config.max_prefix, steps)
+        self.copy = nn.Parameter(torch.full((config.max_prefix,), -4.0)) if config.parts.repeat else None
         self.popular = nn.Parameter(torch.tensor(-1.0))
-        self.popularity = nn.Parameter(torch.tensor(0.5))
+        self.popularity = nn.Parameter(torch.tensor(0.5)) if config.parts.popularity else 0.0
 
     @classmethod
     def restored(cls, config: ModelConfig, tensors: dict[str, Tensor]) -> "SessionModel":
         """The model whose `state_dict()` is `tensors`."""
         content = np.zeros((config.items, config.content_dim), np.float32) if config.content_dim else None
         model = cls(config, content, np.zeros(1, np.int64), np.array([0, 1]))
-        if config.ids:
-            model.followers.resize(len(tensors["followers.keys"]))
+        for name, pairs in model.counted():
+            pairs.resize(len(tensors[f"pairs.{name}.keys"]))
         model.load_state_dict(tensors)
         return model
 
@@ -294,11 +214,9 @@ class SessionModel(nn.Module):
         if self.config.ids:
             place = torch.full((self.config.items,), -1)
             place[rows[rows >= 0]] = (rows >= 0).nonzero()[:, 0]
-            pairs = torch.stack([place[self.followers.keys // self.config.items], place[self.followers.keys % self.config.items]])
-            kept = (pairs >= 0).all(0)  # not those of items that are gone
-            keys, order = (pairs[0] * count + pairs[1])[kept].sort()
-            tensors |= {"ids.weight": self.ids.weight[old], "followers.keys": keys, "followers.counts": self.followers.counts[kept][order]}
-            tensors["followers.totals"], tensors["followers.distinct"] = tally(keys, tensors["followers.counts"], count)
+            tensors["ids.weight"] = self.ids.weight[old]
+            for name, pairs in self.counted():
+                tensors |= {f"pairs.{name}.{key}": value for key, value in pairs.over(place, count).items()}
         return SessionModel.restored(replace(self.config, items=count), tensors)
 
     def tables(self, known: Tensor | None = None, generator: torch.Generator | None = None) -> Tables:
@@ -319,14 +237,20 @@ class SessionModel(nn.Module):
         priors["popular"] = priors["popular"] - priors["popular"][self.known].logsumexp(0)
         return Tables(vectors, priors, known)
 
-    def forward(self, rows: Tensor, targets: Tensor, known: Tensor, generator: torch.Generator) -> Tensor:
-        """The training losses of (B, L) windows among the items of the training sessions, (cases,)."""
-        return self.losses(rows, targets, self.tables(known, generator), self.known.nonzero()[:, 0])
+    def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
+        """The training losses of (B, L) windows, (cases,)."""
+        return self.losses(rows, targets, self.tables(known, generator), candidates)
 
     def channel(self, name: str) -> Channel:
         found = self.channels[name]
         assert isinstance(found, Channel)
         return found
+
+    def counted(self) -> Iterator[tuple[str, Pairs]]:
+        """The tables of pairs, by name."""
+        for name, pairs in self.pairs.items():
+            assert isinstance(pairs, Pairs)
+            yield name, pairs
 
     def draw_known(self, generator: torch.Generator) -> Tensor:
         """Whose id is shown in a training step: ID dropout of whole items, from a generator on the CPU; (N,) bool."""
@@ -346,31 +270,34 @@ class SessionModel(nn.Module):
             weights["id"] = weights["id"].masked_fill(~tables.known[item][:, None, :], NEVER)
         back = steps_back(rows.shape[1], rows.device)
         open_ = causal(rows.shape[1], rows.device) & real[:, None, :]
-        weights["copy"] = self.copy[back].masked_fill(~open_, NEVER)
+        copy = torch.full_like(back, NEVER, dtype=self.popular.dtype) if self.copy is None else self.copy[back]
+        weights["copy"] = copy.masked_fill(~open_, NEVER)
         return Reading(queries, weights, self.popular)
 
-    def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Tensor) -> Tensor:
-        """-log P(target | prefix) of every case of (B, L) windows, among `candidates` (C,): full softmax, (cases,)."""
+    def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
+        """-log P(target | prefix) of every case of (B, L) windows, (cases,): what the channels give all items is summed over
+        the `candidates`."""
         reading = self.read(rows, tables)
         real = rows != PAD
         target = targets.clamp(min=0)
         over, under = [], []  # log of the target's part, log of everybody's part
         for name, query in reading.queries.items():
             vectors, prior = tables.vectors[name], tables.priors[name]
-            logits = query[real] @ vectors[candidates].T + prior[candidates]  # (events, C)
+            items, correction = candidates
+            logits = query[real] @ vectors[items].T + (prior[items] + correction)  # (events, C)
             total = torch.zeros(rows.shape, device=rows.device).masked_scatter(real, logits.logsumexp(-1))
             over.append(reading.weights[name] + vectors[target] @ query.transpose(1, 2) + prior[target][..., None])
             under.append(reading.weights[name] + total[:, None, :])
         over.append(reading.weights["copy"].masked_fill(targets[:, :, None] != rows[:, None, :], NEVER))
         under.append(reading.weights["copy"])
-        if "id" in self.channels:
-            share, weights = self.followers(rows, targets)
+        for _, pairs in self.counted():
+            share, weights = pairs(rows, targets)
             allowed = tables.known[target][..., None] & tables.known[rows.clamp(min=0)][:, None, :]
             over.append((weights + share.clamp(min=1e-30).log()).masked_fill(~allowed | (share == 0), NEVER))
             under.append(weights.masked_fill(~tables.known[rows.clamp(min=0)][:, None, :], NEVER))
         popular = tables.priors["popular"] + reading.popular
         over.append(popular[target][..., None])
-        under.append(popular[candidates].logsumexp(0).expand(*rows.shape, 1))
+        under.append(reading.popular.expand(*rows.shape, 1))
         case = targets != PAD
         return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1)
 
@@ -389,38 +316,41 @@ class SessionModel(nn.Module):
         for name, query in reading.queries.items():
             part = (query @ tables.vectors[name][some].T + tables.priors[name][some]).exp()  # (B, L, N)
             total += (reading.weights[name].exp() @ part)[session, position]
-        # counts of followers and copies are sparse: per case a few items at a time, added where they belong
+        # counts of pairs and copies are sparse: per case a few items at a time, added where they belong
         sparse = torch.zeros_like(total)
         events = rows[session]
         copies, place, there = reading.weights["copy"].exp()[session, position], events.clamp(min=0), events != PAD
         if items is not None:
             place, there = find(items, place, there)
         sparse.scatter_add_(1, place, copies * there)
-        if "id" in self.channels:
-            weights = self.followers.weights(rows, self.followers.totals[rows.clamp(min=0)])[session, position].exp()
-            self.followers.add(sparse, events, weights, items)
+        for _, pairs in self.counted():
+            pairs.add(sparse, events, pairs.weights(rows)[session, position].exp(), items)
         return (total + sparse).log()
 
     def origins(self, rows: Tensor, tables: Tables, items: Tensor, reading: Reading | None = None) -> Tensor:
         """Where the scores of `items` (C,) after one prefix, rows (1, L), come from, (L + 1, C): what the channels and the
-        followers of each position's item add to exp(score), and in the last line what popularity adds."""
+        pairs of each position's item add to exp(score), and in the last line what popularity adds."""
         reading = self.read(rows, tables) if reading is None else reading
         last = int((rows != PAD).sum()) - 1
         parts = torch.zeros(rows.shape[1], len(items))
         for name, query in reading.queries.items():
             part = query[0] @ tables.vectors[name][items].T + tables.priors[name][items]
             parts += (reading.weights[name][0, last][:, None] + part).exp()
-        if "id" in self.channels:
-            weights = self.followers.weights(rows, self.followers.totals[rows.clamp(min=0)])[0, last]
-            parts += weights.exp()[:, None] * self.followers.shares(rows[0], items)
+        for _, pairs in self.counted():
+            parts += pairs.weights(rows)[0, last].exp()[:, None] * pairs.shares(rows[0], items)
         return torch.cat([parts, (tables.priors["popular"][items] + reading.popular).exp()[None]])
 
-    def follower_rows(self, rows: Tensor) -> Tensor:
-        """All items that followed one of `rows` (R,) in training."""
-        if "id" not in self.channels:
-            return rows.new_empty(0)
-        _, entry = self.followers.entries(rows[rows != PAD])
-        return self.followers.keys[entry] % self.config.items
+    def paired(self, rows: Tensor) -> Tensor:
+        """All items that stood by one of `rows` (R,) in training, (P,)."""
+        found = [pairs.others(rows[rows != PAD]) for _, pairs in self.counted()]
+        return torch.cat(found) if found else rows.new_empty(0)
+
+
+def pair_steps(parts: Parts) -> dict[str, list[int]]:
+    """How far apart the items of each table of pairs stand."""
+    steps = {"followers": [1]} if parts.followers else {}
+    near = [step for step in range(-parts.companions, parts.companions + 1) if step not in (0, *steps.get("followers", []))]
+    return steps | ({"companions": near} if near else {})
 
 
 def dropout(values: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
@@ -440,10 +370,11 @@ class Whitening(NamedTuple):
         return np.asarray((vectors - self.mean) @ self.axes, np.float32)
 
 
-def fit_whitening(vectors: np.ndarray, fitted_on: np.ndarray) -> Whitening:
+def fit_whitening(vectors: np.ndarray, fitted_on: np.ndarray, whiten: bool = True) -> Whitening:
     """PCA-whitening of (N, D), with mean and covariance of the rows `fitted_on` (N,) bool only; directions that carry
-    next to nothing there are left small and not blown up."""
+    next to nothing there are left small and not blown up. Without `whiten`: centred, and scaled as a whole."""
     mean = vectors[fitted_on].mean(0, dtype=np.float64)
     values, axes = np.linalg.eigh(np.atleast_2d(np.cov((vectors - mean)[fitted_on], rowvar=False)))
     values = np.maximum(values, 0)
-    return Whitening(mean, axes / np.sqrt(values + 0.01 * max(values.mean(), 1e-12)))
+    least = max(values.mean(), 1e-12)
+    return Whitening(mean, axes / np.sqrt(values + 0.01 * least) if whiten else np.eye(len(axes)) / np.sqrt(least))

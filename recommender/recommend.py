@@ -26,7 +26,7 @@ from pipeline.artifact import HALVES, Version, canonical_json, open_verified
 from pipeline.catalog import Catalog
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.index import ItemIndex, build_indexes, describe, load_indexes, save_indexes
-from recommender.model import ModelConfig, Reading, SessionModel, Whitening
+from recommender.model import ModelConfig, Parts, Reading, SessionModel, Whitening
 from recommender.sessions import pad_prefixes
 
 DENSE_ITEMS = 20_000
@@ -220,8 +220,8 @@ class Recommender:
             origins = self.model.origins(rows, self.tables, items, reading)
             origins[:-1].masked_fill_(own, 0.0)
             source = origins.max(0).indices
-            if "id" in self.model.channels:
-                share, followed = self.model.followers.shares(rows[0], items).masked_fill(own, 0.0).max(0)
+            if (followers := dict(self.model.counted()).get("followers")) is not None:
+                share, followed = followers.shares(rows[0], items).masked_fill(own, 0.0).max(0)
                 source = torch.where(share > 0, followed, source)
             nearest = alike.masked_fill(own, -1.0).max(0)
         seen = [self.item_ids[row] for row in rows[0].tolist()]
@@ -255,8 +255,8 @@ def diverse(vectors: Tensor, scores: Tensor, k: int, strength: float) -> Tensor:
 
 
 def load_model(folder: Path) -> SessionModel:
-    config = ModelConfig(**json.loads((folder / "config.json").read_bytes()))
-    return SessionModel.restored(config, load_file(folder / "model.safetensors"))
+    config = json.loads((folder / "config.json").read_bytes())
+    return SessionModel.restored(ModelConfig(**config | {"parts": Parts(**config["parts"])}), load_file(folder / "model.safetensors"))
 
 
 def check_embeddings(run: Path, version: Version) -> None:

@@ -50,9 +50,9 @@ class DeviceWindows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, which: np.ndarray, share: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, L) int64 of the `share` of windows `which`, cut to the longest of them all."""
-        place = torch.as_tensor(which[share], device=self.inputs.device)
+    def take(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, L) int64 of the windows `which`, cut to the longest of them."""
+        place = torch.as_tensor(which, device=self.inputs.device)
         longest = max(1, int(self.lengths[which].max(initial=1)))
         rows, targets = (packed.index_select(0, place)[:, :longest].long() for packed in (self.inputs, self.targets))
         return rows, targets

@@ -30,11 +30,12 @@ from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_o
 from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.progress import Steps
+from recommender.candidates import everything, sampled, share_drawn
 from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, positions_of, print_results, read_ceiling
 from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs
 from recommender.metrics import summarise, summarise_buckets
-from recommender.model import ModelConfig, SessionModel
+from recommender.model import ModelConfig, Parts, SessionModel
 from recommender.models import MODELS, Model, chosen
 from recommender.models.sequence import SequenceModel
 from recommender.recommend import write_model
@@ -42,6 +43,7 @@ from recommender.sessions import DeviceWindows, Windows, batches
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
+MANY_ITEMS = 20_000  # above, a softmax over all of them costs more than it gives
 LOG_EVERY = 20  # steps whose losses are fetched from the device at once: asking for each would make it wait
 SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
 Watch = Callable[[list[float]], None]  # told the validation MRR@20 of the epochs so far, each time there is one more
@@ -141,6 +143,8 @@ def train_model(
         if watch is not None and state["scores"]:
             watch(state["scores"])
     train, valid = DeviceWindows(windows[0], accelerator.device), windows[1]
+    sampling = settings.loss == "sampled" or (settings.loss == "auto" and len(inputs.catalog) > MANY_ITEMS)
+    share = share_drawn(inputs.counts) if sampling else None
     steps = math.ceil(len(train) / settings.batch)
     log = StepLog(folder / "metrics.jsonl", name, seed, state["step"], steps, accelerator)
     saved = time.monotonic()
@@ -155,7 +159,7 @@ def train_model(
                 if number < begin:
                     continue
                 set_rate(optimizer, settings.lr * schedule(state["step"], steps * settings.epochs))
-                log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings.precision))
+                log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings, share))
                 state["step"] += 1
                 shown.advance(f"loss {log.last:.3f}, validation MRR@20 {max(state['scores'], default=0):.4f}")
                 if log.due and number + 1 < steps:
@@ -199,6 +203,7 @@ def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
         max_prefix=config.data.max_prefix,
         content_dropout=settings.content_dropout,
         id_dropout=settings.id_dropout,
+        parts=Parts(**settings.parts.model_dump(exclude={"whitening"})),
     )
     return SessionModel(shape, content, inputs.split.train.rows, inputs.split.train.offsets)
 
@@ -233,14 +238,18 @@ def train_step(
     which: np.ndarray,
     draw: tuple[int, int, int],
     accelerator: Accelerator,
-    precision: str,
+    settings: SbrConfig,
+    share: Tensor | None,
 ) -> Tensor:
-    """One step on the windows `which`, of which each process takes its share; returns that share's part of the mean loss, ()."""
-    rows, targets = train.take(which, slice(accelerator.process_index, None, accelerator.num_processes))
+    """One step on the windows `which`, of which each process takes its share; returns that share's part of the mean loss, ().
+    `share` (N,): how likely an item is drawn as a candidate; None: all are candidates."""
+    rows, targets = train.take(which)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
     known = model.draw_known(generator)
-    with torch.autocast(rows.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        losses = wrapped(rows, targets, known, generator)
+    candidates = everything(model.known) if share is None else sampled(share, targets, settings.negatives, generator)
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        losses = wrapped(rows[mine], targets[mine], known, candidates, generator)
     total: Tensor = losses.float().sum() / int(train.cases[which].sum())
     optimizer.zero_grad()
     accelerator.backward(total * accelerator.num_processes)  # processes average their gradients

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from recommender.candidates import everything
 from recommender.evaluate import model_ranks
 from recommender.models import ENCODERS
 from recommender.models.sequence import SequenceModel
@@ -84,7 +85,7 @@ def test_a_law_of_transitions_is_learned(name: str, content: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, targets = torch.tensor(windows.inputs).long(), torch.tensor(windows.targets).long()
     for _ in range(120):
-        loss = model(rows, targets, model.draw_known(generator), generator).mean()
+        loss = model(rows, targets, model.draw_known(generator), everything(model.known), generator).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,6 +109,6 @@ def test_a_cold_item_ranks_by_its_vector_and_last_by_its_id(name: str) -> None:
 def test_dropout_is_drawn_from_the_step_alone() -> None:
     model = build("SASRec").train()
     rows, targets = torch.tensor([[3, 7, 3]]), torch.tensor([[7, 3, PAD]])
-    losses = [model(rows, targets, model.known, torch.Generator().manual_seed(step)) for step in (1, 2, 1)]
+    losses = [model(rows, targets, model.known, everything(model.known), torch.Generator().manual_seed(step)) for step in (1, 2, 1)]
     assert torch.equal(losses[0], losses[2])
     assert not torch.equal(losses[0], losses[1])

@@ -44,7 +44,7 @@ def ids(found: recommend.Recommendation) -> list[str]:
 
 def companion(recommender: Recommender, item_id: str) -> str:
     """What followed it most often."""
-    followers = recommender.model.followers
+    followers = dict(recommender.model.counted())["followers"]
     _, entry = followers.entries(torch.tensor([recommender.row[item_id]]))
     return recommender.item_ids[int(followers.keys[entry[followers.counts[entry].argmax()]]) % 60]
 

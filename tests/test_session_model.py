@@ -1,14 +1,17 @@
 """What the session model must not do (look ahead, see padding, use ids it has not) and the loss it must have."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from recommender.candidates import everything, sampled, share_drawn
 from recommender.evaluate import model_ranks
 from recommender.index import ItemIndex, build_indexes
-from recommender.model import ModelConfig, SessionModel, fit_whitening
+from recommender.model import ModelConfig, Parts, SessionModel, fit_whitening
+from recommender.pairs import Pairs
 from recommender.sessions import PAD, pack, pad_prefixes
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
@@ -80,38 +83,70 @@ def test_the_origins_of_a_score_add_up_to_it(content: bool, ids: bool) -> None:
 def test_the_loss_is_the_softmax_of_the_scores(content: bool, ids: bool) -> None:
     """On sessions that are not part of the training log, the counts hold nothing of them to take out."""
     model = build(content, ids)
-    if ids:
-        model.followers.counts.zero_()
-        model.followers.totals.zero_()
+    for _, pairs in model.counted():
+        pairs.counts.zero_()
+        pairs.totals.zero_()
     rows = torch.tensor([[3, 7, 3, 9], [1, 2, PAD, PAD]])
     targets = torch.tensor([[7, 3, 9, 1], [2, 4, PAD, PAD]])
-    tables, warm = model.tables(), model.known.nonzero()[:, 0]
+    tables, candidates = model.tables(), everything(model.known)
+    warm = candidates.items
     scores = model.scores(rows, tables, targets != PAD)[:, warm]
     column = {int(row): n for n, row in enumerate(warm)}
     wanted = torch.nn.functional.cross_entropy(scores, torch.tensor([column[int(t)] for t in targets[targets != PAD]]), reduction="none")
-    assert torch.allclose(model.losses(rows, targets, tables, warm), wanted, atol=1e-4)
+    assert torch.allclose(model.losses(rows, targets, tables, candidates), wanted, atol=1e-4)
 
 
-def test_a_session_is_no_evidence_for_itself() -> None:
-    """Counts of the followers leave out the session they are asked for: as if the log did not have it."""
+@pytest.mark.parametrize("name", ["followers", "companions"])
+def test_a_session_is_no_evidence_for_itself(name: str) -> None:
+    """Counts of pairs leave out the session they are asked for: as if the log did not have it."""
     rows, offsets = log()
     windows = pack(rows, offsets, 8)
-    model = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8), None, rows, offsets)
+    tables = dict(SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8), None, rows, offsets).counted())
     for number in range(5):
         kept = np.ones(len(rows), bool)
         kept[offsets[number] : offsets[number + 1]] = False
         lengths = np.delete(np.diff(offsets), number)
-        without = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8), None, rows[kept], np.cumsum([0, *lengths]))
+        without = Pairs(rows[kept], np.cumsum([0, *lengths]), ITEMS, 8, tables[name].steps)
         one = windows.take(np.array([number]))
         asked = torch.tensor(one.inputs).long(), torch.tensor(one.targets).long()
-        found, weights = model.followers(*asked)
+        found, weights = tables[name](*asked)
         share = torch.zeros_like(found)
         for t, target in enumerate(one.targets[0]):
             table = torch.zeros(len(one.inputs[0]), ITEMS)
-            without.followers.add(table, asked[0][0][:, None], torch.ones(len(one.inputs[0]), 1))
+            without.add(table, asked[0][0][:, None], torch.ones(len(one.inputs[0]), 1))
             share[0, t] = table[:, target]
         assert torch.allclose(found, share, atol=1e-6)
-        assert torch.allclose(weights, without.followers.weights(asked[0], without.followers.totals[asked[0]]), atol=1e-4)
+        assert torch.allclose(weights, without.weights(asked[0]), atol=1e-4)
+
+
+def test_pairs_count_what_stands_so_far_apart_inside_a_session() -> None:
+    rows, offsets = np.array([1, 2, 1, 3, 2, 3]), np.array([0, 4, 6])  # 1 2 1 3 | 2 3
+    pairs = Pairs(rows, offsets, 5, 8, [-2, 2, 1])
+    counted = {(int(key) // 5, int(key) % 5): int(count) for key, count in zip(pairs.keys, pairs.counts, strict=True)}
+    assert counted == {(1, 2): 1, (2, 1): 1, (1, 3): 1, (2, 3): 2, (1, 1): 2, (3, 2): 1}
+
+
+def test_a_sampled_softmax_estimates_the_full_one() -> None:
+    """The mean over many samples of the sum over the candidates is the sum over all items, and targets are always in it."""
+    model = build(content=False)
+    counts = np.bincount(log()[0], minlength=ITEMS)
+    targets, generator, logits = torch.tensor([[7, 3, PAD]]), torch.Generator().manual_seed(0), torch.randn(ITEMS)
+    whole = everything(model.known)
+    wanted, sums = logits[whole.items].exp().sum(), []
+    for _ in range(400):
+        items, correction = sampled(share_drawn(counts), targets, 16, generator)
+        assert {3, 7} <= set(items.tolist()) <= set(whole.items.tolist()) and torch.equal(items, items.unique())
+        sums.append((logits[items] + correction).exp().sum())
+    assert abs(torch.stack(sums).mean() / wanted - 1) < 0.05
+
+
+@pytest.mark.parametrize("part", ["graph", "attention", "followers", "companions", "repeat", "popularity"])
+def test_a_part_that_is_left_out_leaves_no_weights(part: str) -> None:
+    rows = torch.tensor([[3, 7, 3, 9]])
+    whole = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8), None, *log())
+    model = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8, parts=replace(Parts(), **{part: False})), None, *log())
+    assert set(dict(model.named_parameters())) < set(dict(whole.named_parameters()))
+    assert torch.isfinite(model.scores(rows, model.tables())[0, model.known]).all()
 
 
 def test_a_cold_item_ranks_by_its_content() -> None:
@@ -133,7 +168,7 @@ def test_a_cold_item_ranks_by_its_content() -> None:
 
 
 def test_content_only_ignores_ids_and_id_only_ignores_content() -> None:
-    assert not any("ids" in name or "followers" in name for name in dict(build(True, False).named_parameters()))
+    assert not any("ids" in name or "pairs" in name for name in dict(build(True, False).named_parameters()))
     assert not any("project" in name for name in dict(build(False, True).named_parameters()))
 
 

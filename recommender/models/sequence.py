@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recommender.candidates import Candidates
 from recommender.sessions import PAD
 
 Encoder = Callable[[int, int, float], nn.Module]  # dim, max_prefix, dropout
@@ -43,14 +44,12 @@ class SequenceModel(nn.Module):
             nn.init.normal_(self.project.weight, std=0.1 / content.shape[1] ** 0.5)
         self.encoder = encoder(dim, max_prefix, dropout)
 
-    def forward(self, rows: Tensor, targets: Tensor, known: Tensor, generator: torch.Generator) -> Tensor:
-        """The training losses of (B, L) windows among the items of the training sessions, (cases,)."""
+    def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
+        """The training losses of (B, L) windows among the `candidates`, (cases,)."""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # the encoder's dropout: by the step, not by what came before
-        vectors, candidates = self.tables(), self.known.nonzero()[:, 0]
-        place = self.known.cumsum(0) - 1  # of an item among the candidates
-        case = targets != PAD
-        logits = self.encode(rows, vectors)[case] @ vectors[candidates].T
-        return F.cross_entropy(logits, place[targets[case]], reduction="none")
+        vectors, (items, correction), case = self.tables(), candidates, targets != PAD
+        logits = self.encode(rows, vectors)[case] @ vectors[items].T + correction
+        return F.cross_entropy(logits, torch.searchsorted(items, targets[case]), reduction="none")
 
     def draw_known(self, generator: torch.Generator) -> Tensor:
         return self.known

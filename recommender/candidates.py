@@ -1,0 +1,46 @@
+"""The items a training step compares with: all of the training sessions, or a sample of them."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recommender.sessions import PAD
+
+POWER = 0.75  # items are drawn by their counts to this power (Mikolov et al., NeurIPS 2013)
+
+
+class Candidates(NamedTuple):
+    """Of the items (C,), ascending, one that was drawn speaks for those that were not: its logit is raised by its `correction`."""
+
+    items: Tensor  # (C,)
+    correction: Tensor  # (C,)
+
+
+def everything(known: Tensor) -> Candidates:
+    """The full softmax, over the items of the training sessions, `known` (N,) bool."""
+    items = known.nonzero()[:, 0]
+    return Candidates(items, torch.zeros(len(items), device=items.device))
+
+
+def share_drawn(counts: np.ndarray) -> Tensor:
+    """(N,) how likely each item is to be drawn, by its training events `counts` (N,)."""
+    share = torch.as_tensor(counts, dtype=torch.float64) ** POWER * torch.as_tensor(counts > 0)
+    return share / share.sum()
+
+
+def sampled(share: Tensor, targets: Tensor, negatives: int, generator: torch.Generator) -> Candidates:
+    """The targets of a batch, (B, L), and `negatives` draws from the `share` (N,) of the items; it and `generator` are on the CPU.
+
+    Sampled softmax with logQ correction (Bengio and Senecal, 2008). A target stands for itself alone, so that no item is both
+    counted and corrected for (the flaw of the plain form: Khrylchenko et al., arXiv 2507.09331), and the sum over the
+    candidates is an unbiased estimate of the sum over all items.
+    """
+    draws = torch.multinomial(share, negatives, replacement=True, generator=generator)
+    drawn, times = draws.unique(return_counts=True)  # type: ignore[no-untyped-call]
+    shown = targets[targets != PAD].cpu().unique()  # type: ignore[no-untyped-call]
+    rest = ~torch.isin(drawn, shown)
+    correction = (times[rest] / (negatives * share[drawn[rest]])).log().float()
+    items, order = torch.cat([shown, drawn[rest]]).sort()
+    return Candidates(items.to(targets.device), torch.cat([torch.zeros(len(shown)), correction])[order].to(targets.device))

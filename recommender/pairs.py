@@ -1,0 +1,153 @@
+"""Which items stood near which in the training sessions: the part of the session model that counts instead of learning."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recommender.sessions import PAD
+
+NEVER = -1e4  # log-weight of what cannot be: exp gives 0, and float32 still adds to it
+
+
+class Pairs(nn.Module):
+    """How often an item stood so many `steps` after another one in the training sessions: a sparse table.
+
+    Steps of (1,) give the followers of an item; several, negative ones too, its companions, the evidence of nearest-session
+    methods (Ludewig and Jannach, UMUAI 2018) as a table. Shares are discounted, (count - d) / (total - d * distinct) with one
+    learned d, as Kneser and Ney (ICASSP 1995) do for words: most of what was seen once is what the other components
+    explain, and what came again is not.
+    """
+
+    keys: Tensor  # (P,) int64: row * items + other, ascending
+    counts: Tensor  # (P,)
+    totals: Tensor  # (N,)
+    distinct: Tensor  # (N,) different other items
+
+    def __init__(self, rows: np.ndarray, offsets: np.ndarray, items: int, max_prefix: int, steps: Sequence[int]) -> None:
+        super().__init__()
+        self.items, self.steps = items, tuple(steps)
+        keys, counts = np.unique(np.concatenate([pairs(rows, offsets, items, step) for step in steps]), return_counts=True)
+        self.register_buffer("keys", torch.as_tensor(keys))
+        self.register_buffer("counts", torch.as_tensor(counts, dtype=torch.float32))
+        totals, distinct = tally(self.keys, self.counts, items)
+        self.register_buffer("totals", totals)
+        self.register_buffer("distinct", distinct)
+        self.discount = nn.Parameter(torch.zeros(()))  # the logit of d
+        self.recency = nn.Parameter(torch.zeros(max_prefix))
+        self.evidence = nn.Parameter(torch.tensor([-1.0, 0.3]))  # weight: constant, and per log of the item's pairs
+        with torch.no_grad():
+            self.recency[0] = 2.0
+
+    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) windows -> share of each target among the other items of each position's item, and log-weights, both
+        (B, L, L). The window's own pairs are taken out: a session must not be its own evidence."""
+        after = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], PAD)], 1)
+        whole = torch.cat([rows[:, :1], torch.where(targets != PAD, targets, after)], 1)  # (B, L + 1) the window and its last target
+        real = (whole != PAD)[:, None, :].float()
+        place = torch.arange(whole.shape[1], device=rows.device)
+        near = torch.zeros(len(place), len(place), device=rows.device)
+        for step in self.steps:
+            near += place[None, :] - place[:, None] == step
+        same = (rows[:, :, None] == whole[:, None, :]) * real  # (s, u)
+        own = (same @ near) * real  # (s, v) how often the window has v `steps` after the item of s
+        gone = own @ (whole[:, :, None] == targets[:, None, :]).float()  # (s, t) of the target's count
+        twins = (own @ (whole[:, :, None] == whole[:, None, :]).float()).clamp(min=1)  # (s, v) as own, by the item of v
+        only_here = (self.count(rows[:, :, None], whole[:, None, :]) <= twins) / twins  # each pair known from this window alone sums to 1
+        count = self.count(rows[:, None, :], targets[:, :, None]) - gone.transpose(1, 2)  # (t, s)
+        total = self.totals[rows.clamp(min=0)] - own.sum(-1)
+        distinct = self.distinct[rows.clamp(min=0)] - (own * only_here).sum(-1)
+        return self.share(count, total[:, None, :], distinct[:, None, :]), self.weights(rows, total)
+
+    def count(self, rows: Tensor, others: Tensor) -> Tensor:
+        """How often each of `others` stood by each of `rows`, in the shape the two broadcast to."""
+        keys = rows.clamp(min=0).long() * self.items + others.clamp(min=0).long()
+        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        return torch.where(self.keys[place] == keys, self.counts[place], 0.0)
+
+    def share(self, count: Tensor, total: Tensor, distinct: Tensor) -> Tensor:
+        discount = self.discount.sigmoid()
+        return (count - discount).clamp(min=0) / (total - discount * distinct).clamp(min=1e-6)
+
+    def shares(self, rows: Tensor, items: Tensor) -> Tensor:
+        """The share of each of `items` (C,) among the others of each of `rows` (L,), (L, C)."""
+        known = rows.clamp(min=0)
+        return self.share(self.count(known[:, None], items), self.totals[known][:, None], self.distinct[known][:, None])
+
+    def weights(self, rows: Tensor, total: Tensor | None = None) -> Tensor:
+        """Log-weights (B, L, L) of the positions' items, given how many pairs (B, L) speak for each; None: all there are."""
+        total = self.totals[rows.clamp(min=0)] if total is None else total
+        trust = (self.evidence[0] + self.evidence[1] * total.clamp(min=1).log()).masked_fill(total < 1, NEVER)
+        open_ = causal(rows.shape[1], rows.device) & (rows != PAD)[:, None, :]
+        return (trust[:, None, :] + self.recency[steps_back(rows.shape[1], rows.device)]).masked_fill(~open_, NEVER)
+
+    def resize(self, pairs: int) -> None:
+        """Makes room for so many pairs, to be filled by `load_state_dict`."""
+        self.keys, self.counts = torch.zeros(pairs, dtype=torch.int64), torch.zeros(pairs)
+
+    def over(self, place: Tensor, items: int) -> dict[str, Tensor]:
+        """The buffers of the table over another catalogue, in which an item stands at `place` (N,), -1: it is gone."""
+        ends = torch.stack([place[self.keys // self.items], place[self.keys % self.items]])
+        kept = (ends >= 0).all(0)
+        keys, order = (ends[0] * items + ends[1])[kept].sort()
+        counts = self.counts[kept][order]
+        totals, distinct = tally(keys, counts, items)
+        return {"keys": keys, "counts": counts, "totals": totals, "distinct": distinct}
+
+    def entries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,) items -> for each of their entries in the table: (which of the R, which entry)."""
+        begin = torch.searchsorted(self.keys, rows.long() * self.items)
+        length = torch.searchsorted(self.keys, (rows.long() + 1) * self.items) - begin
+        line = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
+        return line, torch.arange(len(line), device=rows.device) - (length.cumsum(0) - length)[line] + begin[line]
+
+    def others(self, rows: Tensor) -> Tensor:
+        """All items that stood by one of `rows` (R,)."""
+        return self.keys[self.entries(rows)[1]] % self.items
+
+    def add(self, scores: Tensor, events: Tensor, weights: Tensor, items: Tensor | None = None) -> None:
+        """Adds to scores (M, N), or (M, C) of `items`, each event's weight, events and weights (M, L), times the shares of its
+        other items."""
+        case, position = (weights > 0).nonzero(as_tuple=True)
+        rows = events[case, position]
+        line, entry = self.entries(rows)
+        value = self.share(self.counts[entry], self.totals[rows][line], self.distinct[rows][line]) * weights[case, position][line]
+        place = self.keys[entry] % self.items
+        if items is not None:
+            place, there = find(items, place, torch.ones_like(place, dtype=torch.bool))
+            value = value * there
+        scores.index_put_((case[line], place), value, accumulate=True)
+
+
+def pairs(rows: np.ndarray, offsets: np.ndarray, items: int, step: int) -> np.ndarray:
+    """Keys (row * items + other) of all pairs so far apart inside a session, (P,) int64."""
+    session = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    gap = min(abs(step), len(rows))
+    inside = session[gap:] == session[: len(rows) - gap]
+    first, second = rows[: len(rows) - gap][inside].astype(np.int64), rows[gap:][inside].astype(np.int64)
+    keys: np.ndarray = first * items + second if step > 0 else second * items + first
+    return keys
+
+
+def find(items: Tensor, rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the `rows` stand in `items` (C,), ascending, and which of the `real` ones do."""
+    place = torch.searchsorted(items, rows).clamp(max=len(items) - 1)
+    return place, real & (items[place] == rows)
+
+
+def tally(keys: Tensor, counts: Tensor, items: int) -> tuple[Tensor, Tensor]:
+    """How many pairs start at each item, and with how many different others, both (N,)."""
+    source = keys // items
+    return torch.bincount(source, weights=counts, minlength=items).float(), torch.bincount(source, minlength=items).float()
+
+
+def causal(length: int, device: torch.device) -> Tensor:
+    """(L, L) bool: at t, which s are past or present."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def steps_back(length: int, device: torch.device) -> Tensor:
+    """(L, L): t - s, 0 where s is later."""
+    position = torch.arange(length, device=device)
+    return (position[:, None] - position[None, :]).clamp(min=0)
