@@ -415,6 +415,39 @@ def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]
 
 
 @app.command()
+def evaluate(
+    protocol: Annotated[
+        str | None, typer.Option(metavar="time|user-hash|last-out|paper-max", help="How sessions are split. Default: as in the run.")
+    ] = None,
+    models: Annotated[str | None, typer.Option(metavar="A,B,...", help="Models and baselines. Default: every one there is.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How often each model is trained (sbr.seeds).")] = None,
+    against: Annotated[str | None, typer.Option(help="What the others are held against. Default: full, else ID-only.")] = None,
+    config: ConfigFile = None,
+    data: DataFolder = None,
+    run: RunFolder = RUN,
+    set_: Override = None,
+    fresh: Fresh = False,
+    debug: Debug = False,
+) -> None:
+    """Train models and baselines under one protocol, and tell what the figures are worth. Goes on where it was, if it was killed."""
+    with errors(debug), open_run(config, data, run, set_) as (settings, folder):
+        from recommender.evaluation import PROTOCOLS, chosen_models
+        from recommender.evaluation import evaluate as run_evaluation
+
+        protocol = protocol or settings.data.protocol
+        if protocol not in PROTOCOLS:
+            raise UserError(f"no protocol `{protocol}` (--protocol); known: {', '.join(PROTOCOLS)}", USAGE)
+        names = None if models is None else chosen_models(models)
+        if seeds is not None:
+            settings = settings.model_copy(update={"sbr": settings.sbr.model_copy(update={"seeds": seeds})})
+        version, text, left_out = run_evaluation(settings, run, folder, protocol, names, against, fresh)
+        typer.echo(text.partition("\n## Distinct")[0])
+        if left_out:
+            say(f"left out: {left_out}")
+        say(f"evaluation: {version.path / 'report.md'}")
+
+
+@app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,

@@ -25,6 +25,7 @@ from recommender.sessions import PAD, Windows, pack
 WIDTH = 140  # of a table that goes to a file or a pipe
 SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
 COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
+TOP = 20  # recommendations of a case that are counted
 PREFIXES_AT_ONCE = 256  # that baselines are asked for
 ROWS = (*BASELINES, *MODELS, "ceiling")
 Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
@@ -50,8 +51,9 @@ def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndar
     return session, np.diff(log.offsets)[session] - to_go
 
 
-def model_ranks(model: Model, windows: Windows) -> np.ndarray:
-    """The target's rank in every case of the windows, (cases,), in their order."""
+def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None = None) -> np.ndarray:
+    """The target's rank in every case of the windows, (cases,), in their order. `recommended` (N,) counts in how many cases
+    each item is among the first `TOP`."""
     device = model.known.device
     model.eval()
     ranks = []
@@ -62,7 +64,10 @@ def model_ranks(model: Model, windows: Windows) -> np.ndarray:
             part = windows.take(np.arange(start, min(start + size, len(windows))))
             rows, targets = (torch.as_tensor(a, device=device).long() for a in (part.inputs, part.targets))
             case = targets != PAD
-            ranks.append(target_ranks(model.scores(rows, tables, case), targets[case]).cpu().numpy())
+            scores = model.scores(rows, tables, case)
+            ranks.append(target_ranks(scores, targets[case]).cpu().numpy())
+            if recommended is not None:
+                count_top(scores, recommended)
     return np.concatenate(ranks) if ranks else np.empty(0)
 
 
@@ -70,6 +75,18 @@ def baseline_ranks(score: Scorer, windows: Windows) -> np.ndarray:
     prefixes, targets = prefixes_of(windows)
     parts = (slice(start, start + PREFIXES_AT_ONCE) for start in range(0, len(targets), PREFIXES_AT_ONCE))
     return np.concatenate([np.empty(0), *(score.ranks(prefixes[part], targets[part]) for part in parts)])
+
+
+def baseline_top(score: Scorer, windows: Windows, recommended: np.ndarray) -> None:
+    """`recommended` as in `model_ranks`."""
+    prefixes, _ = prefixes_of(windows)
+    for start in range(0, len(prefixes), PREFIXES_AT_ONCE):
+        count_top(torch.as_tensor(score(prefixes[start : start + PREFIXES_AT_ONCE])), recommended)
+
+
+def count_top(scores: torch.Tensor, recommended: np.ndarray) -> None:
+    top = scores.topk(min(TOP, scores.shape[1])).indices
+    recommended += np.bincount(top.flatten().cpu().numpy(), minlength=len(recommended))
 
 
 def prefixes_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
@@ -80,19 +97,36 @@ def prefixes_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def buckets_of(windows: Windows, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Kinds of cases: target seen in training or not, already in the prefix or not, prefix of up to two items or longer."""
+    """Kinds of cases: by whether the target was seen in training, whether it is in the prefix already, how long the prefix is,
+    and how popular the target: `head`, `middle` and `tail` are the items with a third each of the training events."""
     prefixes, targets = prefixes_of(windows)
     warm = counts[targets] > 0
     repeat = (prefixes == targets[:, None]).any(1)
-    short = (prefixes != PAD).sum(1) <= 2
-    return {"warm": warm, "cold": ~warm, "repeat": repeat, "novel": ~repeat, "short": short, "long": ~short}
+    length = (prefixes != PAD).sum(1)
+    order = np.argsort(-counts, kind="stable")
+    third = np.empty(len(counts), np.int64)
+    before = counts[order].cumsum() - counts[order]  # events of the more popular items
+    third[order] = np.minimum(3 * before // max(counts.sum(), 1), 2)
+    return {
+        **{"warm": warm, "cold": ~warm, "repeat": repeat, "novel": ~repeat},
+        **{"prefix 1": length == 1, "prefix 2": length == 2, "prefix 3-4": (length == 3) | (length == 4), "prefix 5+": length >= 5},
+        **{name: warm & (third[targets] == n) for n, name in enumerate(("head", "middle", "tail"))},
+    }
 
 
 def duplicate_sessions(test: SessionLog, train: SessionLog) -> tuple[int, int]:
     """How many test sessions have exactly the items of a training session, and of an earlier test session."""
-    known = {train.session(i).tobytes() for i in range(len(train))}
+    known, group = duplicates(test, train)
+    return int(known.sum()), len(group) - len(set(group.tolist()))
+
+
+def duplicates(test: SessionLog, train: SessionLog) -> tuple[np.ndarray, np.ndarray]:
+    """Of each test session: whether a training session has exactly its items, and the first test session that has, both (S,)."""
+    trained = {train.session(i).tobytes() for i in range(len(train))}
     own = [test.session(i).tobytes() for i in range(len(test))]
-    return sum(s in known for s in own), len(own) - len(set(own))
+    first: dict[bytes, int] = {}
+    group = np.array([first.setdefault(items, n) for n, items in enumerate(own)], np.int64)
+    return np.array([items in trained for items in own], bool), group
 
 
 def average(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:

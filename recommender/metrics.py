@@ -13,13 +13,18 @@ from torch import Tensor
 
 CUTOFFS = (5, 10, 20)
 DRAWS = 10_000  # of the bootstrap
-DRAWS_AT_ONCE = 500  # bounds its memory
+DRAWS_AT_ONCE = 500
+DRAWN_AT_ONCE = 10_000_000  # sessions: bounds its memory
+
+
+class NotANumber(ValueError):
+    """Scores that nothing can be ranked by."""
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Ranks (B,) from 1 of `targets` (B,) in `scores` (B, N); ties get their average rank."""
     if torch.isnan(scores).any():
-        raise ValueError("scores hold NaN: no rank follows from them")
+        raise NotANumber("scores hold NaN: no rank follows from them")
     own = scores.gather(1, targets[:, None])
     greater = (scores > own).sum(1)
     equal = (scores == own).sum(1)
@@ -56,17 +61,34 @@ class Difference(NamedTuple):
 
 def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, session: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Difference:
     """How far the mean of `ours` (cases,) is above that of `theirs` on the same cases, whose test sessions are numbered in
-    `session` (cases,). Whole sessions are drawn, with replacement: the cases of one are not independent.
+    `session` (cases,): `paired_bootstraps` of one comparison."""
+    return paired_bootstraps((ours.astype(float) - theirs)[None], session, draws, seed)[0]
+
+
+def paired_bootstraps(differences: np.ndarray, session: np.ndarray, draws: int = DRAWS, seed: int = 0) -> list[Difference]:
+    """How far the mean of each of `differences` (K, cases) is above zero. Whole sessions, which `session` (cases,) numbers, are
+    drawn, with replacement: the cases of one are not independent. All comparisons see the same draws.
 
     Percentile interval; p is twice the share of draws on the far side of zero (Efron and Tibshirani, 1993).
     """
     _, place = np.unique(session, return_inverse=True)
-    total, cases = np.bincount(place, ours.astype(float) - theirs), np.bincount(place)
-    rng, found = np.random.default_rng(seed), []
-    for first in range(0, draws, DRAWS_AT_ONCE):
-        drawn = rng.integers(len(cases), size=(min(DRAWS_AT_ONCE, draws - first), len(cases)))
-        found.append(total[drawn].sum(1) / cases[drawn].sum(1))
-    means = np.concatenate(found)
-    low, high = np.quantile(means, (0.025, 0.975))
-    beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return Difference(float(total.sum() / cases.sum()), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + draws)))
+    sums = np.stack([*(np.bincount(place, of) for of in differences), np.bincount(place)], axis=1)  # (sessions, K + 1)
+    rng, count, drawn = np.random.default_rng(seed), len(sums), []
+    at_once = max(1, min(DRAWS_AT_ONCE, DRAWN_AT_ONCE // count))
+    for first in range(0, draws, at_once):
+        picks = rng.integers(count, size=(min(at_once, draws - first), count))
+        drawn.append(np.stack([np.bincount(pick, minlength=count) for pick in picks]) @ sums)
+    totals = np.concatenate(drawn)
+    found = []
+    for means, mean in zip((totals[:, :-1] / totals[:, -1:]).T, sums[:, :-1].sum(0) / sums[:, -1].sum(), strict=True):
+        low, high = np.quantile(means, (0.025, 0.975))
+        beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
+        found.append(Difference(float(mean), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + draws))))
+    return found
+
+
+def gini(counts: np.ndarray) -> float:
+    """How unevenly `counts` (N,) are spread: 0 where all are equal, near 1 where one has everything."""
+    total, items = counts.sum(), len(counts)
+    places = 2 * np.arange(1, items + 1) - items - 1
+    return float((places * np.sort(counts)).sum() / (items * total)) if total else 0.0

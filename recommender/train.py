@@ -121,8 +121,10 @@ def train_model(
     folder: Path,
     fresh: bool,
     watch: Watch | None = None,
+    each_epoch: Callable[[int, Model], None] | None = None,
 ) -> Model:
-    """One model, with the weights of its best epoch on validation. `watch` may stop the training by raising."""
+    """One model, with the weights of its best epoch on validation. `watch` may stop the training by raising; `each_epoch` is
+    shown every epoch's weights."""
     settings = config.sbr
     model = build_model(name, seed, config, inputs)
     own = hashlib.sha256(canonical_json(settings.model_dump(exclude={"index", "models", "seeds"}))).hexdigest()
@@ -171,6 +173,8 @@ def train_model(
                     if stopped:
                         raise interrupt.exit()
             log.write()
+            if each_epoch is not None:
+                each_epoch(epoch, model)
             score = summarise(gather_ranks(model, valid, accelerator))["MRR@20"]
             if score > max(state["scores"], default=-1.0):
                 best = weights_of(model)
