@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from pipeline.artifact import Version, canonical_json, published, remove, stage, write_json
 from pipeline.catalog import SessionLog
 from pipeline.checkpoint import Checkpoints
-from pipeline.config import Config
+from pipeline.config import Config, SbrConfig
 from pipeline.errors import USAGE, UserError
 from recommender.baselines import BASELINES, Scorer
 from recommender.comparison import Figure, Row, table, told
@@ -131,8 +131,8 @@ def evaluate(
     plain = [name for name in BASELINES if names is None or name in names]
     seeds = range(config.seed, config.seed + config.sbr.seeds)
     reference = None if protocol == PAPER_MAX else chosen_reference(against, [*plain, *neural])
-    prints = {name: model_fingerprint(name, config, inputs) for name in neural}
-    whole = hashlib.sha256(canonical_json([inputs.fingerprint, protocol, plain, prints, list(seeds), reference])).hexdigest()
+    prints = {name: own_fingerprint(name, config, inputs) for name in [*plain, *neural]}
+    whole = hashlib.sha256(canonical_json([protocol, prints, list(seeds), reference])).hexdigest()
     target = run / "evaluation" / protocol
     current = published(target, "evaluation")
     if current is not None and current.manifest["fingerprint"] == whole and not fresh:
@@ -148,7 +148,7 @@ def evaluate(
     results: dict[str, list[Metrics]] = {}
     for name in plain:
         scorer = BASELINES[name](inputs.split.train.rows, inputs.split.train.offsets, len(inputs.counts))
-        found = found_baseline(scorer, test, Checkpoints(work / "found" / name, f"{inputs.fingerprint} {name}", keep=1))
+        found = found_baseline(scorer, test, Checkpoints(work / "found" / name, prints[name], keep=1))
         ranks[name], results[name] = [found], [summarise_buckets(found.ranks, test.buckets)]
     for name in neural:
         own = replace(inputs, fingerprint=prints[name])
@@ -217,11 +217,11 @@ def chosen_reference(against: str | None, names: list[str]) -> str | None:
     return against or next((name for name in ("full", "ID-only") if name in names), None)
 
 
-def model_fingerprint(name: str, config: Config, inputs: Inputs) -> str:
-    """All that its training depends on: not on which other models there are, nor on how many seeds."""
-    sbr = config.sbr.model_copy(update={"models": [name], "seeds": 1})
-    embeddings = inputs.embeddings if MODELS[name].content else None
-    return fingerprint(config.model_copy(update={"sbr": sbr}), inputs.catalog, inputs.split, embeddings)
+def own_fingerprint(name: str, config: Config, inputs: Inputs) -> str:
+    """All that what is found of a model or baseline depends on, but for the seed: not which others there are, nor how many seeds."""
+    sbr = config.sbr.model_copy(update={"models": [name], "seeds": 1}) if name in MODELS else SbrConfig()
+    embeddings = inputs.embeddings if name in MODELS and MODELS[name].content else None
+    return fingerprint(config.model_copy(update={"sbr": sbr, "seed": 0}), inputs.catalog, inputs.split, embeddings)
 
 
 # --- what the test says

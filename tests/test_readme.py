@@ -115,6 +115,7 @@ def test_the_readme_has_the_commands_it_should() -> None:
         "distill",
         "export-embeddings",
         "train-sbr",
+        "evaluate",
         "recommend",
         "prepare",
         "index",
