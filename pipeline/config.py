@@ -273,6 +273,7 @@ class SbrConfig(Section):
     patience: Positive = 3  # epochs without a better validation MRR@20 before it stops
     loss: Literal["auto", "softmax", "sampled"] = "auto"  # softmax over all items, or sampled; auto: sampled above 20,000 items
     negatives: Positive = 2048  # items drawn for a step, where the loss is sampled
+    own_loss: Weight = 0.0  # weight of the loss of each channel of our model, ids and vectors, on its own
     parts: PartsConfig = PartsConfig()
     precision: Literal["no", "bf16"] = "no"  # bf16: matrix products of the training in bfloat16, for GPUs that have it
     seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published

@@ -281,7 +281,7 @@ def best_on_test(name: str, seed: int, config: Config, inputs: Inputs, test: Tes
     if not epochs:
         remove(work / "checkpoints" / f"{name}-{seed}")  # of epochs nobody looked at
     if len(epochs) < config.sbr.epochs:
-        train_model(name, seed, config, inputs, inputs.windows(config.data.max_prefix)[:2], accelerator, work, False, look)
+        train_model(name, seed, config, inputs, inputs.windows(config.data.max_prefix)[:2], accelerator, work, False, each_epoch=look)
         remove(work / "checkpoints" / f"{name}-{seed}")
     every = list(epochs.values())
     return {bucket: {metric: max(of[bucket][metric] for of in every) for metric in every[0][bucket]} for bucket in every[0]}

@@ -50,6 +50,7 @@ class ModelConfig:
     max_prefix: int = 20
     content_dropout: float = 0.0
     id_dropout: float = 0.0  # of whole items
+    own_loss: float = 0.0
     parts: Parts = field(default_factory=Parts)
 
 
@@ -275,12 +276,15 @@ class SessionModel(nn.Module):
         return Reading(queries, weights, self.popular)
 
     def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
-        """-log P(target | prefix) of every case of (B, L) windows, (cases,): what the channels give all items is summed over
-        the `candidates`."""
+        """-log P(target | prefix) of every case of (B, L) windows, (cases,), plus `own_loss` times that of each channel on its own,
+        without which a channel learns only what the counts leave unexplained, which is mostly noise. What the channels give
+        all items is summed over the `candidates`."""
         reading = self.read(rows, tables)
         real = rows != PAD
         target = targets.clamp(min=0)
         over, under = [], []  # log of the target's part, log of everybody's part
+        own = torch.zeros((), device=rows.device)
+        case = targets != PAD
         for name, query in reading.queries.items():
             vectors, prior = tables.vectors[name], tables.priors[name]
             items, correction = candidates
@@ -288,6 +292,7 @@ class SessionModel(nn.Module):
             total = torch.zeros(rows.shape, device=rows.device).masked_scatter(real, logits.logsumexp(-1))
             over.append(reading.weights[name] + vectors[target] @ query.transpose(1, 2) + prior[target][..., None])
             under.append(reading.weights[name] + total[:, None, :])
+            own = own + under[-1][case].logsumexp(-1) - over[-1][case].logsumexp(-1)
         over.append(reading.weights["copy"].masked_fill(targets[:, :, None] != rows[:, None, :], NEVER))
         under.append(reading.weights["copy"])
         for _, pairs in self.counted():
@@ -298,8 +303,7 @@ class SessionModel(nn.Module):
         popular = tables.priors["popular"] + reading.popular
         over.append(popular[target][..., None])
         under.append(reading.popular.expand(*rows.shape, 1))
-        case = targets != PAD
-        return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1)
+        return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1) + self.config.own_loss * own
 
     def scores(
         self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None, reading: Reading | None = None

@@ -207,6 +207,7 @@ def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
         max_prefix=config.data.max_prefix,
         content_dropout=settings.content_dropout,
         id_dropout=settings.id_dropout,
+        own_loss=settings.own_loss,
         parts=Parts(**settings.parts.model_dump(exclude={"whitening"})),
     )
     return SessionModel(shape, content, inputs.split.train.rows, inputs.split.train.offsets)
