@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable ".[faiss-cpu,serve,dev,ablate]"
+	$(PIP) --editable ".[faiss-cpu,serve,dev,ablate,search]"
 	touch $@
 
 clean:

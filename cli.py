@@ -241,6 +241,9 @@ def train_sbr(
     data: DataFolder = None,
     run: RunFolder = RUN,
     set_: Override = None,
+    search: Annotated[
+        int, typer.Option(metavar="N", min=0, help="First try N settings of each model, on validation. What is found stays until --fresh.")
+    ] = 0,
     fresh: Fresh = False,
     debug: Debug = False,
 ) -> None:
@@ -248,7 +251,7 @@ def train_sbr(
     with errors(debug), open_run(config, data, run, set_) as (settings, folder):
         from recommender.train import train_sbr as run_training
 
-        found = run_training(settings, run, folder, fresh)
+        found = run_training(settings, run, folder, fresh, search)
         say(f"session model: {found.version.path}{'' if found.made else ' (up to date)'}")
         following("recommend", run)
 

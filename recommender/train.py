@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,10 @@ SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
 Watch = Callable[[list[float]], None]  # told the validation MRR@20 of the epochs so far, each time there is one more
 
 
+class Diverged(UserError):
+    """A loss that is no number."""
+
+
 @dataclass(frozen=True)
 class SbrSummary:
     version: Version
@@ -56,17 +60,31 @@ class SbrSummary:
     metrics: dict[str, Any]  # as in metrics.json
 
 
-def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> SbrSummary:
-    """From `run/embeddings`, where a model reads them, and the sessions of `data` to `run/sbr`; prints the table of results."""
+def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials: int = 0) -> SbrSummary:
+    """From `run/embeddings`, where a model reads them, and the sessions of `data` to `run/sbr`; prints the table of results.
+    With `trials`, so many settings of each model are tried first; those that a search has found stay, until `fresh`."""
+    from recommender.search import forget, need_optuna, search, settings_for  # it calls `train_model`
+
+    if trials:
+        need_optuna()
     inputs = load_inputs(config, run, data)
     empty_index(config.sbr.index, len(inputs.catalog), config.sbr.dim + 1)  # now, and not after the training
+    accelerator = make_accelerator()
+    if fresh and accelerator.is_main_process:
+        forget(run)
+    accelerator.wait_for_everyone()
+    windows = inputs.windows(config.data.max_prefix)
+    if trials:
+        search(config, inputs, windows[:2], accelerator, run, trials)
+    settings = settings_for(config, inputs, run)
+    if any(each != config.sbr for each in settings.values()):
+        searched = {name: each.model_dump() for name, each in settings.items()}
+        inputs = replace(inputs, fingerprint=hashlib.sha256(canonical_json([inputs.fingerprint, searched])).hexdigest())
     current = published(run / "sbr", "sbr")
     if current is not None and current.manifest["fingerprint"] == inputs.fingerprint and not fresh:
         metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
         print_results(metrics)
         return SbrSummary(current, False, metrics)
-    accelerator = make_accelerator()
-    windows = inputs.windows(config.data.max_prefix)
     buckets = buckets_of(windows[2], inputs.counts)
     folder = run / "sbr-train"
     runs: dict[str, list[Metrics]] = {}
@@ -74,9 +92,11 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> Sbr
     best: SessionModel | None = None
     names = chosen(config.sbr.models)
     to_publish = "full" if "full" in names else "ID-only"
+    empty_index(config.sbr.index, len(inputs.catalog), settings[to_publish].dim + 1)
     for name in names:
+        own = config.model_copy(update={"sbr": settings[name]})
         for seed in range(config.seed, config.seed + config.sbr.seeds):
-            model = train_model(name, seed, config, inputs, windows[:2], accelerator, folder, fresh)
+            model = train_model(name, seed, own, inputs, windows[:2], accelerator, folder, fresh)
             found = gather_ranks(model, windows[2], accelerator)
             ranks.setdefault(name, found)
             runs.setdefault(name, []).append(summarise_buckets(found, buckets))
@@ -87,7 +107,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False) -> Sbr
     if accelerator.is_main_process:
         ceiling = read_ceiling(data, config.data)
         metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling)
-        version = publish(run, config, inputs, best, metrics, rank_table(inputs, windows[2], ranks))
+        version = publish(run, config, settings[to_publish], inputs, best, metrics, rank_table(inputs, windows[2], ranks))
         remove(folder / "checkpoints")
         print_results(metrics)
     accelerator.wait_for_everyone()
@@ -184,10 +204,10 @@ def train_model(
             if accelerator.is_main_process:
                 save(checkpoints, model, best, optimizer, names, state)
                 saved = time.monotonic()
-            if watch is not None:
-                watch(state["scores"])
             if interrupt.agreed(accelerator):
                 raise interrupt.exit()
+            if watch is not None:
+                watch(state["scores"])
     model.load_state_dict(best, strict=False)
     return model
 
@@ -336,7 +356,7 @@ class StepLog:
             if not math.isfinite(self.last):
                 epoch, number = divmod(step, self.steps)
                 where = f"{self.entry['model']}, step {number} of epoch {epoch}"
-                raise UserError(f"loss is {self.last} ({where}); lower sbr.lr", USAGE)
+                raise Diverged(f"loss is {self.last} ({where}); lower sbr.lr", USAGE)
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 lines = (json.dumps(self.entry | {"step": step, "loss": round(loss, 6)}) for step, loss in enumerate(losses, begin))
@@ -363,7 +383,10 @@ def rank_table(inputs: Inputs, test: Windows, ranks: dict[str, np.ndarray]) -> p
     return pa.table(columns | {name: pa.array(of, pa.float64()) for name, of in ranks.items()})
 
 
-def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metrics: dict[str, Any], ranks: pa.Table) -> Version:
+def publish(
+    run: Path, config: Config, settings: SbrConfig, inputs: Inputs, model: SessionModel, metrics: dict[str, Any], ranks: pa.Table
+) -> Version:
+    """`settings` are those that the model was trained with."""
     manifest = {
         "fingerprint": inputs.fingerprint,
         "embeddings_manifest_sha256": inputs.embeddings and inputs.embeddings.manifest_sha256,
@@ -371,7 +394,7 @@ def publish(run: Path, config: Config, inputs: Inputs, model: SessionModel, metr
         "vectors": inputs.embeddings and {key: inputs.embeddings.manifest.get(key) for key in SAME_VECTORS},
         "catalogue_sha256": inputs.catalog.sha256,
         "sessions_sha256": inputs.split.train.ids_sha256(),
-        "settings": config.sbr.model_dump() | {"seed": config.seed},
+        "settings": settings.model_dump() | {"seed": config.seed},
         "model": asdict(model.config),
     }
     test = inputs.split.test

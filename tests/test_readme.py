@@ -70,6 +70,7 @@ def launched(words: list[str]) -> list[str]:
 
 
 def smaller(words: list[str]) -> list[str]:
+    words = ["2" if before == "--search" else word for before, word in zip(["", *words], words, strict=False)]
     return [*words, *SET] if DISTILLING.search(shlex.join(words)) else words
 
 

@@ -1,0 +1,178 @@
+"""`tpad train-sbr --search N`: the settings of every model by optuna, judged on validation alone; the test is never looked at.
+
+Each model of `sbr.models` has a study of its own with the same number of trials, so that no baseline is held back. The first
+trial has the settings of the config; the later ones are drawn by TPE (Bergstra et al., NeurIPS 2011) from a seed and the
+trials before, and stopped after an epoch that is below the median of theirs. Studies are kept in `sbr-train/search.db`: a
+search that was killed goes on with the trial in hand, at its last checkpoint, and a greater N adds to the trials there are.
+They hold for one set of inputs and of settings that are searched from. What was found best stands in `sbr-train/search.json`.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from pipeline.artifact import canonical_json, remove, write_json
+from pipeline.config import Config, SbrConfig
+from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
+from recommender.inputs import Inputs, fingerprint
+from recommender.models import MODELS, chosen
+from recommender.sessions import Windows
+from recommender.train import Diverged, train_model
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+
+FOUND, STUDIES = "search.json", "search.db"  # in `sbr-train`
+DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def space(name: str, settings: SbrConfig) -> "dict[str, BaseDistribution]":
+    """What is searched for a model: around the `settings` it starts from, which lie inside."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    recipe = MODELS[name]
+    ours = ["content_dropout"] * recipe.content + ["id_dropout"] * (recipe.content and recipe.ids)
+    return {
+        "lr": FloatDistribution(settings.lr / 10, settings.lr * 4, log=True),
+        "weight_decay": CategoricalDistribution(sorted({*DECAYS, settings.weight_decay})),
+        "epochs": IntDistribution(math.ceil(settings.epochs / 2), settings.epochs),
+        **{key: CategoricalDistribution(_around(getattr(settings, key))) for key in ("dim", "batch")},
+        **{key: FloatDistribution(0.0, max(0.5, getattr(settings, key))) for key in (ours if recipe.encoder is None else ["dropout"])},
+    }
+
+
+def _around(size: int) -> list[int]:
+    return sorted({max(1, size // 2), size, 2 * size})
+
+
+def settings_for(config: Config, inputs: Inputs, run: Path) -> dict[str, SbrConfig]:
+    """The settings of each model of `sbr.models`: those that a search in this run has found, from the same inputs and config,
+    or else the config's."""
+    path = run / "sbr-train" / FOUND
+    try:
+        entry = json.loads(path.read_bytes())
+        found = entry["models"] if entry["fingerprint"] == study_fingerprint(config, inputs) else {}
+        return {name: config.sbr.model_copy(update=found[name]["settings"] if name in found else {}) for name in chosen(config.sbr.models)}
+    except FileNotFoundError:
+        return dict.fromkeys(chosen(config.sbr.models), config.sbr)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"not the record of a search ({path}); delete it, or search again with --fresh", ARTIFACT) from None
+
+
+def study_fingerprint(config: Config, inputs: Inputs) -> str:
+    """Of what all studies of a search hold for, whichever the models and however many the seeds of the trainings that follow."""
+    same = config.sbr.model_copy(update={"models": [], "seeds": 1})
+    return fingerprint(config.model_copy(update={"sbr": same}), inputs.catalog, inputs.split, inputs.embeddings)
+
+
+def forget(run: Path) -> None:
+    for name in (FOUND, STUDIES, "trials"):
+        remove(run / "sbr-train" / name)
+
+
+def need_optuna() -> None:
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise UserError("optuna is not installed (tpad train-sbr --search); pip install 'tpad[search]'", ENVIRONMENT) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def search(config: Config, inputs: Inputs, windows: tuple[Windows, Windows], accelerator: Accelerator, run: Path, trials: int) -> None:
+    """So many trials of each model, less those that are done, and their best in `search.json`."""
+    folder, holds_for = run / "sbr-train", study_fingerprint(config, inputs)
+    entry: dict[str, Any] = {"fingerprint": holds_for, "models": {}}
+    if (folder / FOUND).exists() and json.loads((folder / FOUND).read_bytes()).get("fingerprint") == holds_for:
+        entry = json.loads((folder / FOUND).read_bytes())
+    for name in chosen(config.sbr.models):
+        study = open_study(name, holds_for, folder) if accelerator.is_main_process else None
+        while _agree(None if study is None else len(finished(study))) < trials:
+            one_trial(study, name, config, inputs, windows, accelerator, folder / "trials")
+        if study is not None:
+            best, done = study.best_trial, finished(study)
+            pruned = sum(trial.state.name == "PRUNED" for trial in done)
+            entry["models"][name] = {"trials": len(done), "stopped_early": pruned, "MRR@20": best.value, "settings": best.params}
+            write_json(folder / FOUND, entry)
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in best.params.items())
+            print(f"{name}: validation MRR@20 {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early: {shown}")
+    accelerator.wait_for_everyone()
+
+
+def open_study(name: str, holds_for: str, folder: Path) -> "Study":
+    import optuna
+
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / STUDIES).resolve()}")
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0)
+    study = optuna.create_study(study_name=f"{name} {holds_for}", storage=storage, pruner=pruner, direction="maximize", load_if_exists=True)
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a kill cut it short: it is drawn again
+    return study
+
+
+def finished(study: "Study") -> list[Any]:
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED")]
+
+
+def one_trial(
+    study: "Study | None",
+    name: str,
+    config: Config,
+    inputs: Inputs,
+    windows: tuple[Windows, Windows],
+    accelerator: Accelerator,
+    folder: Path,
+) -> None:
+    """The next trial of the study, which the main process has. A training that diverges has a score of 0."""
+    import optuna
+
+    drawn: dict[str, Any] = {}
+    if study is not None:
+        around, number = space(name, config.sbr), len(finished(study))
+        study.sampler = optuna.samplers.TPESampler(seed=config.seed + number)  # the draw depends on the trials before alone
+        if number == 0:
+            study.enqueue_trial({key: getattr(config.sbr, key) for key in around})
+        trial = study.ask(around)
+        drawn = trial.params
+        print(f"{name}: trial {number + 1}, {', '.join(f'{key} {value:.4g}' for key, value in drawn.items())}", file=sys.stderr)
+    drawn = _agree(drawn)
+    told: list[float] = []
+
+    def watch(scores: list[float]) -> None:
+        stop = False
+        if study is not None:
+            for step in range(len(told), len(scores)):
+                trial.report(scores[step], step)
+            stop = trial.should_prune()
+        told[:] = scores
+        if _agree(stop):
+            raise optuna.TrialPruned
+
+    own = folder / f"{name}-{hashlib.sha256(canonical_json(drawn)).hexdigest()[:16]}"
+    state, value = optuna.trial.TrialState.COMPLETE, 0.0
+    try:
+        changed = config.model_copy(update={"sbr": config.sbr.model_copy(update=drawn)})
+        train_model(name, config.seed, changed, inputs, windows, accelerator, own, False, watch)
+        value = max(told)
+    except optuna.TrialPruned:
+        state = optuna.trial.TrialState.PRUNED
+    except Diverged as reason:
+        if accelerator.is_main_process:
+            print(f"{name}: {reason}; the trial counts as 0", file=sys.stderr)
+    accelerator.free_memory()  # it holds on to every model it has prepared
+    accelerator.wait_for_everyone()
+    if study is not None:
+        study.tell(trial, value if state.name == "COMPLETE" else None, state=state)
+        remove(own)
+
+
+def _agree(value: Any) -> Any:
+    """What the main process has, in every process."""
+    return broadcast_object_list([value])[0]
