@@ -270,7 +270,8 @@ class SbrConfig(Section):
     id_dropout: Share = 0.2  # share of the items whose id is hidden in a training step, as a new item's is
     content_dropout: Share = 0.0  # of the numbers of the whitened embeddings
     dropout: Share = 0.2  # in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)
-    patience: Positive = 3  # epochs without a better validation MRR@20 before it stops
+    select: Literal["HR@10", "HR@20", "MRR@10", "MRR@20", "NDCG@10", "NDCG@20"] = "MRR@20"  # on validation: which epoch is taken
+    patience: Positive = 3  # epochs without a better one before it stops
     loss: Literal["auto", "softmax", "sampled"] = "auto"  # softmax over all items, or sampled; auto: sampled above 20,000 items
     negatives: Positive = 2048  # items drawn for a step, where the loss is sampled
     own_loss: Weight = 0.0  # weight of the loss of each channel of our model, ids and vectors, on its own

@@ -98,10 +98,11 @@ def search(config: Config, inputs: Inputs, windows: tuple[Windows, Windows], acc
         if study is not None:
             best, done = study.best_trial, finished(study)
             pruned = sum(trial.state.name == "PRUNED" for trial in done)
-            entry["models"][name] = {"trials": len(done), "stopped_early": pruned, "MRR@20": best.value, "settings": best.params}
+            entry["models"][name] = {"trials": len(done), "stopped_early": pruned, config.sbr.select: best.value, "settings": best.params}
             write_json(folder / FOUND, entry)
             shown = ", ".join(f"{key} {value:.4g}" for key, value in best.params.items())
-            print(f"{name}: validation MRR@20 {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early: {shown}")
+            told = f"validation {config.sbr.select} {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early"
+            print(f"{name}: {told}: {shown}")
     accelerator.wait_for_everyone()
 
 

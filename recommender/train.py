@@ -1,6 +1,6 @@
 """Trains session models on published embeddings, or on ids alone, beside the baselines, and publishes one of them.
 
-All have the same settings; the epoch of each is chosen on validation MRR@20, the test sessions are ranked once. Every random
+All have the same settings; the epoch of each is chosen on validation, the test sessions are ranked once. Every random
 draw is a function of (seed, epoch, step), so a run that was killed goes on to the same weights, and several processes
 (accelerate) take the same steps as one (but for dropout inside the models of the literature, which each process draws for
 its own share of the batch). With `sbr.precision: bf16` matrix products are in bfloat16 under autocast; weights, their
@@ -46,7 +46,7 @@ SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of componen
 MANY_ITEMS = 20_000  # above, a softmax over all of them costs more than it gives
 LOG_EVERY = 20  # steps whose losses are fetched from the device at once: asking for each would make it wait
 SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
-Watch = Callable[[list[float]], None]  # told the validation MRR@20 of the epochs so far, each time there is one more
+Watch = Callable[[list[float]], None]  # told the validation scores of the epochs so far, each time there is one more
 
 
 class Diverged(UserError):
@@ -156,7 +156,7 @@ def train_model(
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         wrapped = accelerator.prepare(model)
     optimizer, names = build_optimizer(model, settings)
-    state: dict[str, Any] = {"step": 0, "scores": [], "over": False}  # of each epoch: validation MRR@20
+    state: dict[str, Any] = {"step": 0, "scores": [], "over": False}  # of each epoch: `settings.select` on validation
     best = weights_of(model)
     found = checkpoints.newest()
     if found is not None:
@@ -183,7 +183,7 @@ def train_model(
                 set_rate(optimizer, settings.lr * schedule(state["step"], steps * settings.epochs))
                 log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings, share))
                 state["step"] += 1
-                shown.advance(f"loss {log.last:.3f}, validation MRR@20 {max(state['scores'], default=0):.4f}")
+                shown.advance(f"loss {log.last:.3f}, validation {settings.select} {max(state['scores'], default=0):.4f}")
                 if log.due and number + 1 < steps:
                     log.write()
                     stopped = interrupt.agreed(accelerator)
@@ -195,7 +195,7 @@ def train_model(
             log.write()
             if each_epoch is not None:
                 each_epoch(epoch, model)
-            score = summarise(gather_ranks(model, valid, accelerator))["MRR@20"]
+            score = summarise(gather_ranks(model, valid, accelerator))[settings.select]
             if score > max(state["scores"], default=-1.0):
                 best = weights_of(model)
             state["scores"].append(score)
