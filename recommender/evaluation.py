@@ -44,6 +44,7 @@ from recommender.evaluate import (
 from recommender.inputs import Inputs, fingerprint, load_inputs
 from recommender.metrics import NotANumber, case_values, gini, paired_bootstraps, summarise_buckets
 from recommender.models import MODELS, Model
+from recommender.search import settings_for
 from recommender.sessions import PAD, Windows
 from recommender.train import train_model
 
@@ -125,13 +126,16 @@ def evaluate(
     """The models `names` (None: all that can be evaluated), `config.sbr.seeds` times each; returns the published version, its
     report, and what was left out, or nothing."""
     settings = config.data.model_copy(update={"protocol": "time" if protocol == PAPER_MAX else protocol})
-    sbr = {"patience": config.sbr.epochs} if protocol == PAPER_MAX else {}  # its maximum is over all epochs
-    config = config.model_copy(update={"data": settings, "sbr": config.sbr.model_copy(update=sbr)})
+    config = config.model_copy(update={"data": settings})
     inputs, neural, left_out = open_inputs(config, run, data, names)
     plain = [name for name in BASELINES if names is None or name in names]
     seeds = range(config.seed, config.seed + config.sbr.seeds)
     reference = None if protocol == PAPER_MAX else chosen_reference(against, [*plain, *neural])
-    prints = {name: own_fingerprint(name, config, inputs) for name in [*plain, *neural]}
+    own_config = {}  # with the settings that a search has found
+    for name, each in settings_for(neural, config, inputs, run).items():
+        patience = {"patience": each.epochs} if protocol == PAPER_MAX else {}  # its maximum is over all epochs
+        own_config[name] = config.model_copy(update={"sbr": each.model_copy(update=patience)})
+    prints = {name: own_fingerprint(name, own_config.get(name, config), inputs) for name in [*plain, *neural]}
     whole = hashlib.sha256(canonical_json([protocol, prints, list(seeds), reference])).hexdigest()
     target = run / "evaluation" / protocol
     current = published(target, "evaluation")
@@ -155,9 +159,9 @@ def evaluate(
         for seed in seeds:
             try:
                 if protocol == PAPER_MAX:
-                    results.setdefault(name, []).append(best_on_test(name, seed, config, own, test, accelerator, work))
+                    results.setdefault(name, []).append(best_on_test(name, seed, own_config[name], own, test, accelerator, work))
                 else:
-                    ranks.setdefault(name, []).append(found_model(name, seed, config, own, test, accelerator, work))
+                    ranks.setdefault(name, []).append(found_model(name, seed, own_config[name], own, test, accelerator, work))
                     results.setdefault(name, []).append(summarise_buckets(ranks[name][-1].ranks, test.buckets))
             except NotANumber:
                 raise UserError(f"scores hold NaN ({name}, seed {seed}); lower sbr.lr and evaluate again with --fresh", USAGE) from None

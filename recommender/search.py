@@ -52,24 +52,32 @@ def _around(size: int) -> list[int]:
     return sorted({max(1, size // 2), size, 2 * size})
 
 
-def settings_for(config: Config, inputs: Inputs, run: Path) -> dict[str, SbrConfig]:
-    """The settings of each model of `sbr.models`: those that a search in this run has found, from the same inputs and config,
-    or else the config's."""
-    path = run / "sbr-train" / FOUND
+def settings_for(names: list[str], config: Config, inputs: Inputs, run: Path) -> dict[str, SbrConfig]:
+    """The settings of each of these models: those that a search in this run has found, from the same inputs and config, or else
+    the config's."""
+    found = read_found(run / "sbr-train")
+    settings = {}
+    for name in names:
+        holds = name in found and found[name]["holds_for"] == study_fingerprint(name, config, inputs)
+        settings[name] = config.sbr.model_copy(update=found[name]["settings"] if holds else {})
+    return settings
+
+
+def read_found(folder: Path) -> dict[str, dict[str, Any]]:
     try:
-        entry = json.loads(path.read_bytes())
-        found = entry["models"] if entry["fingerprint"] == study_fingerprint(config, inputs) else {}
-        return {name: config.sbr.model_copy(update=found[name]["settings"] if name in found else {}) for name in chosen(config.sbr.models)}
+        found = json.loads((folder / FOUND).read_bytes())
+        return {name: {"settings": dict(entry["settings"]), "holds_for": entry["holds_for"]} | entry for name, entry in found.items()}
     except FileNotFoundError:
-        return dict.fromkeys(chosen(config.sbr.models), config.sbr)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"not the record of a search ({path}); delete it, or search again with --fresh", ARTIFACT) from None
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"not what a search has found ({folder / FOUND}); delete it, or search again with --fresh", ARTIFACT) from None
 
 
-def study_fingerprint(config: Config, inputs: Inputs) -> str:
-    """Of what all studies of a search hold for, whichever the models and however many the seeds of the trainings that follow."""
-    same = config.sbr.model_copy(update={"models": [], "seeds": 1})
-    return fingerprint(config.model_copy(update={"sbr": same}), inputs.catalog, inputs.split, inputs.embeddings)
+def study_fingerprint(name: str, config: Config, inputs: Inputs) -> str:
+    """All that a study depends on: not which other models there are, nor how many seeds the trainings have that follow."""
+    same = config.sbr.model_copy(update={"models": [name], "seeds": 1})
+    embeddings = inputs.embeddings if MODELS[name].content else None
+    return fingerprint(config.model_copy(update={"sbr": same}), inputs.catalog, inputs.split, embeddings)
 
 
 def forget(run: Path) -> None:
@@ -87,19 +95,18 @@ def need_optuna() -> None:
 
 def search(config: Config, inputs: Inputs, windows: tuple[Windows, Windows], accelerator: Accelerator, run: Path, trials: int) -> None:
     """So many trials of each model, less those that are done, and their best in `search.json`."""
-    folder, holds_for = run / "sbr-train", study_fingerprint(config, inputs)
-    entry: dict[str, Any] = {"fingerprint": holds_for, "models": {}}
-    if (folder / FOUND).exists() and json.loads((folder / FOUND).read_bytes()).get("fingerprint") == holds_for:
-        entry = json.loads((folder / FOUND).read_bytes())
+    folder = run / "sbr-train"
     for name in chosen(config.sbr.models):
+        holds_for = study_fingerprint(name, config, inputs)
         study = open_study(name, holds_for, folder) if accelerator.is_main_process else None
         while _agree(None if study is None else len(finished(study))) < trials:
             one_trial(study, name, config, inputs, windows, accelerator, folder / "trials")
         if study is not None:
             best, done = study.best_trial, finished(study)
             pruned = sum(trial.state.name == "PRUNED" for trial in done)
-            entry["models"][name] = {"trials": len(done), "stopped_early": pruned, config.sbr.select: best.value, "settings": best.params}
-            write_json(folder / FOUND, entry)
+            entry = {"trials": len(done), "stopped_early": pruned, config.sbr.select: best.value}
+            entry |= {"settings": best.params, "holds_for": holds_for}
+            write_json(folder / FOUND, read_found(folder) | {name: entry})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in best.params.items())
             told = f"validation {config.sbr.select} {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early"
             print(f"{name}: {told}: {shown}")

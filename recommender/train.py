@@ -76,7 +76,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     windows = inputs.windows(config.data.max_prefix)
     if trials:
         search(config, inputs, windows[:2], accelerator, run, trials)
-    settings = settings_for(config, inputs, run)
+    settings = settings_for(chosen(config.sbr.models), config, inputs, run)
     if any(each != config.sbr for each in settings.values()):
         searched = {name: each.model_dump() for name, each in settings.items()}
         inputs = replace(inputs, fingerprint=hashlib.sha256(canonical_json([inputs.fingerprint, searched])).hexdigest())

@@ -47,7 +47,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(run: Path) -> dict[str, dict]:
-    return dict(json.loads((run / "sbr-train" / "search.json").read_text())["models"])
+    return dict(json.loads((run / "sbr-train" / "search.json").read_text()))
 
 
 def test_every_model_gets_as_many_trials_and_is_trained_with_its_best(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
