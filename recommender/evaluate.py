@@ -23,7 +23,7 @@ from recommender.models import MODELS, Model
 from recommender.sessions import PAD, Windows, pack
 
 WIDTH = 140  # of a table that goes to a file or a pipe
-SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
+SCORES_AT_ONCE = 1_000_000  # numbers of a batch: few enough to stay in a processor's cache
 COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
 TOP = 20  # recommendations of a case that are counted
 PREFIXES_AT_ONCE = 256  # that baselines are asked for
@@ -56,19 +56,24 @@ def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None =
     each item is among the first `TOP`."""
     device = model.known.device
     model.eval()
-    ranks = []
+    case = windows.targets != PAD
+    number = np.cumsum(case).reshape(case.shape) - 1  # of a case
+    lengths = (windows.inputs != PAD).sum(1)
+    order = np.argsort(-lengths, kind="stable")  # so that the windows of a batch are of one length, or nearly
+    ranks, start = np.empty(windows.cases), 0
     with torch.inference_mode():
         tables: Any = model.tables()
-        size = max(1, SCORES_AT_ONCE // (len(model.known) * windows.inputs.shape[1]))
-        for start in range(0, len(windows), size):
-            part = windows.take(np.arange(start, min(start + size, len(windows))))
+        while start < len(order):
+            size = max(1, SCORES_AT_ONCE // (len(model.known) * max(1, int(lengths[order[start]]))))
+            which = order[start : start + size]
+            part, start = windows.take(which), start + size
             rows, targets = (torch.as_tensor(a, device=device).long() for a in (part.inputs, part.targets))
-            case = targets != PAD
-            scores = model.scores(rows, tables, case)
-            ranks.append(target_ranks(scores, targets[case]).cpu().numpy())
+            real = targets != PAD
+            scores = model.scores(rows, tables, real)
+            ranks[number[which][case[which]]] = target_ranks(scores, targets[real]).cpu().numpy()
             if recommended is not None:
                 count_top(scores, recommended)
-    return np.concatenate(ranks) if ranks else np.empty(0)
+    return ranks
 
 
 def baseline_ranks(score: Scorer, windows: Windows) -> np.ndarray:

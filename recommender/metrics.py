@@ -23,11 +23,11 @@ class NotANumber(ValueError):
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Ranks (B,) from 1 of `targets` (B,) in `scores` (B, N); ties get their average rank."""
-    if torch.isnan(scores).any():
+    if torch.isnan(scores.sum(1)).any() and torch.isnan(scores).any():  # the sum first: it is quicker, and NaN if a score is
         raise NotANumber("scores hold NaN: no rank follows from them")
     own = scores.gather(1, targets[:, None])
-    greater = (scores > own).sum(1)
-    equal = (scores == own).sum(1)
+    greater = (scores > own).sum(1, dtype=torch.int32)
+    equal = (scores == own).sum(1, dtype=torch.int32)
     return 1 + greater + (equal - 1) / 2
 
 

@@ -318,18 +318,17 @@ class SessionModel(nn.Module):
         some = slice(None) if items is None else items
         total = (tables.priors["popular"][some] + reading.popular).exp().expand(len(session), -1).clone()
         for name, query in reading.queries.items():
-            part = (query @ tables.vectors[name][some].T + tables.priors[name][some]).exp()  # (B, L, N)
+            part = (query @ tables.vectors[name][some].T).add_(tables.priors[name][some]).exp_()  # (B, L, N)
             total += (reading.weights[name].exp() @ part)[session, position]
         # counts of pairs and copies are sparse: per case a few items at a time, added where they belong
-        sparse = torch.zeros_like(total)
         events = rows[session]
         copies, place, there = reading.weights["copy"].exp()[session, position], events.clamp(min=0), events != PAD
         if items is not None:
             place, there = find(items, place, there)
-        sparse.scatter_add_(1, place, copies * there)
+        total.scatter_add_(1, place, copies * there)
         for _, pairs in self.counted():
-            pairs.add(sparse, events, pairs.weights(rows)[session, position].exp(), items)
-        return (total + sparse).log()
+            pairs.add(total, events, pairs.weights(rows)[session, position].exp(), items)
+        return total.log_()
 
     def origins(self, rows: Tensor, tables: Tables, items: Tensor, reading: Reading | None = None) -> Tensor:
         """Where the scores of `items` (C,) after one prefix, rows (1, L), come from, (L + 1, C): what the channels and the

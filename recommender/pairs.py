@@ -117,7 +117,7 @@ class Pairs(nn.Module):
         if items is not None:
             place, there = find(items, place, torch.ones_like(place, dtype=torch.bool))
             value = value * there
-        scores.index_put_((case[line], place), value, accumulate=True)
+        scores.view(-1).scatter_add_(0, case[line] * scores.shape[1] + place, value)
 
 
 def pairs(rows: np.ndarray, offsets: np.ndarray, items: int, step: int) -> np.ndarray:

@@ -1,0 +1,221 @@
+"""The session model's speed and memory, beside SR-GNN as its authors built it (benchmarks/srgnn_reference.py).
+
+    python benchmarks/sbr.py train       cases a second of training, interleaved rounds, medians of ratios
+    python benchmarks/sbr.py accuracy    HR@20 and MRR@20 of the test after as many epochs each
+    python benchmarks/sbr.py evaluate    test sessions a second, all items ranked
+    python benchmarks/sbr.py memory      a million items and sessions in training: peak memory, seconds a step
+
+Sessions are drawn from a law: an item has ten followers, each half as likely as the one before, and after one event in five
+comes any item, by a Zipf law. Vectors of `full` are random: they cost what real ones do.
+"""
+
+import argparse
+import itertools
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from srgnn_reference import SRGNN, samples_of
+
+from pipeline.config import Config, load_config
+from recommender.candidates import share_drawn
+from recommender.evaluate import model_ranks
+from recommender.metrics import summarise, target_ranks
+from recommender.sessions import DeviceWindows, batches, pack
+from recommender.train import build_model, build_optimizer, make_accelerator, schedule, set_rate, train_step
+
+PREFIX, CONTENT, SRGNN_BATCH = 20, 128, 100
+
+
+def draw_log(items: int, sessions: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """rows and offsets, the events of all sessions drawn side by side"""
+    rng = np.random.default_rng(seed)
+    followers = np.random.default_rng(1).integers(items, size=(items, 10), dtype=np.int32)
+    lengths = np.minimum(1 + rng.geometric(0.25, size=sessions), PREFIX + 1)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    rows = np.empty(offsets[-1], np.int32)
+    now = zipf(rng, items, sessions)
+    for step in range(lengths.max()):
+        there = lengths > step
+        rows[offsets[:-1][there] + step] = now[there]
+        next_ = followers[now, np.minimum(rng.geometric(0.5, size=sessions) - 1, 9)]
+        now = np.where(rng.random(sessions) < 0.2, zipf(rng, items, sessions), next_)
+    return rows, offsets
+
+
+def zipf(rng: np.random.Generator, items: int, count: int) -> np.ndarray:
+    return np.minimum(items ** rng.random(count), items - 1).astype(np.int32)  # the density falls as 1 / rank
+
+
+def stand_in(items: int, sessions: int, content: bool = True) -> Any:
+    """What `build_model` reads of a run's inputs."""
+    rows, offsets = draw_log(items, sessions)
+    vectors = np.random.default_rng(2).normal(size=(items, CONTENT)).astype(np.float32) if content else None
+    split = SimpleNamespace(train=SimpleNamespace(rows=rows, offsets=offsets))
+    return SimpleNamespace(content=vectors, catalog=range(items), split=split, counts=np.bincount(rows, minlength=items))
+
+
+class Ours:
+    """A model of `sbr.models` in training, a step at a time, as `tpad train-sbr` trains it."""
+
+    def __init__(self, name: str, config: Config, inputs: Any, accelerator: Any, epochs: int = 1000) -> None:
+        self.model, self.settings, self.accelerator = build_model(name, 0, config, inputs), config.sbr, accelerator
+        self.optimizer, _ = build_optimizer(self.model, self.settings)
+        train = inputs.split.train
+        self.windows = DeviceWindows(pack(train.rows, train.offsets, PREFIX, PREFIX // 2), accelerator.device)
+        sampling = self.settings.loss == "sampled"
+        self.share = share_drawn(inputs.counts) if sampling else None
+        self.epochs = epochs
+        self.work = self.steps()
+
+    def steps(self) -> Iterator[int]:
+        """Cases of each step."""
+        total = self.epochs * -(-len(self.windows) // self.settings.batch)
+        number = itertools.count()
+        for epoch in range(self.epochs):
+            self.model.train()
+            for step, which in enumerate(batches(len(self.windows), self.settings.batch, 0, epoch)):
+                set_rate(self.optimizer, self.settings.lr * schedule(next(number), total))
+                draw = (0, epoch, step)
+                train_step(self.model, self.model, self.optimizer, self.windows, which, draw, self.accelerator, self.settings, self.share)
+                yield int(self.windows.cases[which].sum())
+
+
+class Reference:
+    def __init__(self, inputs: Any, dim: int, epochs: int = 1000) -> None:
+        torch.manual_seed(0)
+        self.model = SRGNN(len(inputs.catalog), dim)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, weight_decay=1e-5)
+        self.prefixes, self.targets = samples_of(inputs.split.train.rows, inputs.split.train.offsets, PREFIX)
+        self.epochs = epochs
+        self.work = self.steps()
+
+    def steps(self) -> Iterator[int]:
+        for epoch in range(self.epochs):
+            self.optimizer.param_groups[0]["lr"] = 1e-3 * 0.1 ** (epoch // 3)
+            for which in batches(len(self.prefixes), SRGNN_BATCH, 0, epoch):
+                scores = self.model([self.prefixes[n] for n in which])
+                loss = torch.nn.functional.cross_entropy(scores, torch.as_tensor(self.targets[which] - 1))
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                yield len(which)
+
+
+def rate(work: Iterator[int], seconds: float) -> float:
+    began, done = time.perf_counter(), 0
+    while (passed := time.perf_counter() - began) < seconds:
+        done += next(work)
+    return done / passed
+
+
+def settings(chosen: argparse.Namespace, *more: str) -> Config:
+    return load_config(None, [f"sbr.dim={chosen.dim}", f"sbr.loss={chosen.loss}", *more])
+
+
+def train(chosen: argparse.Namespace) -> None:
+    inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
+    work = {f"SR-GNN reference, batch {SRGNN_BATCH} samples": Reference(inputs, chosen.dim).work}
+    for name in chosen.models.split(","):
+        for batch in (128, 100, 25):
+            work[f"{name}, batch {batch} sessions"] = Ours(name, settings(chosen, f"sbr.batch={batch}"), inputs, accelerator).work
+    for each in work.values():
+        next(each)
+    rounds = [{name: rate(each, chosen.seconds) for name, each in work.items()} for _ in range(chosen.rounds)]
+    reference = next(iter(work))
+    print("| training | cases a second | times the reference |\n| --- | --- | --- |")
+    for name in work:
+        ratio = statistics.median(each[name] / each[reference] for each in rounds)
+        print(f"| {name} | {statistics.median(each[name] for each in rounds):,.0f} | {ratio:.2f} |")
+
+
+def accuracy(chosen: argparse.Namespace) -> None:
+    inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
+    rows, offsets = draw_log(chosen.items, 2000, seed=3)
+    reference = Reference(inputs, chosen.dim, chosen.epochs)
+    began = time.perf_counter()
+    cases = sum(reference.work)
+    seconds = {"SR-GNN reference": time.perf_counter() - began}
+    prefixes, targets = samples_of(rows, offsets, PREFIX)
+    with torch.inference_mode():
+        parts = [slice(n, n + 500) for n in range(0, len(targets), 500)]
+        ranks = [target_ranks(reference.model(prefixes[part]), torch.as_tensor(targets[part] - 1)).numpy() for part in parts]
+    found = {"SR-GNN reference": summarise(np.concatenate(ranks))}
+    for name in chosen.models.split(","):
+        ours = Ours(name, settings(chosen), inputs, accelerator, chosen.epochs)
+        began = time.perf_counter()
+        assert sum(ours.work) == cases
+        seconds[name] = time.perf_counter() - began
+        found[name] = summarise(model_ranks(ours.model, pack(rows, offsets, PREFIX)))
+    print(f"{chosen.epochs} epochs of {cases // chosen.epochs:,} cases, {len(targets):,} test cases")
+    print("| model | HR@20 | MRR@20 | seconds |\n| --- | --- | --- | --- |")
+    for name, metrics in found.items():
+        print(f"| {name} | {metrics['HR@20']:.4f} | {metrics['MRR@20']:.4f} | {seconds[name]:.0f} |")
+
+
+def evaluate(chosen: argparse.Namespace) -> None:
+    inputs = stand_in(chosen.items, chosen.sessions)
+    rows, offsets = draw_log(chosen.items, chosen.test, seed=3)
+    windows = pack(rows, offsets, PREFIX)
+    models = {name: build_model(name, 0, settings(chosen), inputs) for name in chosen.models.split(",")}
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _, (name, model) in itertools.product(range(chosen.rounds), models.items()):
+        began = time.perf_counter()
+        model_ranks(model, windows)
+        rates[name].append(chosen.test / (time.perf_counter() - began))
+    print(f"{windows.cases / chosen.test:.1f} cases a session, {chosen.items:,} items, {torch.get_num_threads()} threads")
+    print("| model | sessions a second | cases a second |\n| --- | --- | --- |")
+    for name, found in rates.items():
+        middle = statistics.median(found)
+        print(f"| {name} | {middle:,.0f} | {middle * windows.cases / chosen.test:,.0f} |")
+
+
+def memory(chosen: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    inputs = stand_in(chosen.items, chosen.sessions, content=False)
+    ours = Ours("ID-only", settings(chosen, "sbr.loss=sampled"), inputs, make_accelerator())
+    built = time.perf_counter() - began
+    began, cases = time.perf_counter(), sum(itertools.islice(ours.work, chosen.steps))
+    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{chosen.items:,} items, {chosen.sessions:,} sessions, dim {chosen.dim}: peak memory {peak:.2f} GiB, {built:.0f} s to begin,")
+    step = f"{ours.settings.batch} sessions a step, {seconds / chosen.steps:.2f} s"
+    print(f"{step}; {cases / seconds:,.0f} cases a second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands: dict[str, tuple[Callable[[argparse.Namespace], None], int, int, int, str]] = {
+        "train": (train, 10_000, 10_000, 100, "ID-only,full,SASRec"),
+        "accuracy": (accuracy, 1_000, 4_000, 100, "ID-only,SASRec"),
+        "evaluate": (evaluate, 10_000, 20_000, 64, "ID-only,full"),
+        "memory": (memory, 1_000_000, 1_000_000, 64, "ID-only"),
+    }
+    parts = parser.add_subparsers(dest="command", required=True)
+    for name, (_, items, sessions, dim, models) in commands.items():
+        part = parts.add_parser(name)
+        for option, value in {
+            "items": items,
+            "sessions": sessions,
+            "dim": dim,
+            "rounds": 5,
+            "epochs": 3,
+            "test": 2000,
+            "steps": 100,
+        }.items():
+            part.add_argument(f"--{option}", type=int, default=value)
+        part.add_argument("--seconds", type=float, default=3.0, help="of a round")
+        part.add_argument("--models", default=models)
+        part.add_argument("--loss", default="softmax")
+        part.add_argument("--threads", type=int, default=torch.get_num_threads())
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    commands[chosen.command][0](chosen)
+
+
+if __name__ == "__main__":
+    main()
