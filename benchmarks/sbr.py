@@ -102,7 +102,7 @@ class Reference:
                 scores = self.model([self.prefixes[n] for n in which])
                 loss = torch.nn.functional.cross_entropy(scores, torch.as_tensor(self.targets[which] - 1))
                 self.optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 yield len(which)
 

@@ -79,4 +79,5 @@ class SRGNN(nn.Module):
         last = events[torch.arange(len(alias)), mask.sum(1) - 1]
         weight = self.three(torch.sigmoid(self.one(last)[:, None] + self.two(events)))
         read = (weight * events * mask[..., None]).sum(1)
-        return self.transform(torch.cat([read, last], 1)) @ self.embedding.weight[1:].T
+        scores: Tensor = self.transform(torch.cat([read, last], 1)) @ self.embedding.weight[1:].T
+        return scores

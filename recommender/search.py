@@ -23,7 +23,8 @@ from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
 from recommender.inputs import Inputs, fingerprint
 from recommender.models import MODELS, chosen
 from recommender.sessions import Windows
-from recommender.train import Diverged, train_model
+from recommender.steplog import Diverged
+from recommender.train import train_model
 
 if TYPE_CHECKING:
     from optuna import Study

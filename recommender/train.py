@@ -12,7 +12,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,17 +40,13 @@ from recommender.models import MODELS, Model, chosen
 from recommender.models.sequence import SequenceModel
 from recommender.recommend import write_model
 from recommender.sessions import DeviceWindows, Windows, batches
+from recommender.steplog import StepLog
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
 MANY_ITEMS = 20_000  # above, a softmax over all of them costs more than it gives
-LOG_EVERY = 20  # steps whose losses are fetched from the device at once: asking for each would make it wait
 SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
 Watch = Callable[[list[float]], None]  # told the validation scores of the epochs so far, each time there is one more
-
-
-class Diverged(UserError):
-    """A loss that is no number."""
 
 
 @dataclass(frozen=True)
@@ -316,56 +312,6 @@ def restore(
             parameter.copy_(tensors[f"now/{name}"])
     unpack_optimizer(optimizer, names, tensors, state["optimizer"])
     return {name: tensors[f"best/{name}"].to(p.device) for name, p in model.named_parameters()}
-
-
-class StepLog:
-    """metrics.jsonl: one line a step, of the main process; steps that are about to be done again are forgotten.
-
-    Losses wait on the device, as each process has its part of them, until `write`: a loss that is no number is found there.
-    """
-
-    def __init__(self, path: Path, name: str, seed: int, start: int, steps: int, accelerator: Accelerator) -> None:
-        self.path, self.step, self.steps, self.accelerator = path, start, steps, accelerator
-        self.entry = {"stage": "sbr", "model": name, "seed": seed}
-        self.waiting: list[Tensor] = []
-        self.last = math.nan
-        if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _lines(path) if not self._again(line, start)]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def _again(self, line: str, start: int) -> bool:
-        try:
-            entry = json.loads(line)
-            return all(entry[k] == v for k, v in self.entry.items()) and entry["step"] >= start
-        except (ValueError, KeyError, TypeError):
-            return True  # the line a kill cut short
-
-    @property
-    def due(self) -> bool:
-        return len(self.waiting) >= LOG_EVERY
-
-    def add(self, part: Tensor) -> None:
-        """`part`, (), is what this process adds to the loss of the step after the last one."""
-        self.waiting.append(part)
-
-    def write(self) -> None:
-        losses = self.accelerator.reduce(torch.stack(self.waiting), "sum").tolist() if self.waiting else []
-        begin, self.step, self.waiting = self.step, self.step + len(losses), []
-        for step, self.last in enumerate(losses, begin):
-            if not math.isfinite(self.last):
-                epoch, number = divmod(step, self.steps)
-                where = f"{self.entry['model']}, step {number} of epoch {epoch}"
-                raise Diverged(f"loss is {self.last} ({where}); lower sbr.lr", USAGE)
-        if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                lines = (json.dumps(self.entry | {"step": step, "loss": round(loss, 6)}) for step, loss in enumerate(losses, begin))
-                file.writelines(f"{line}\n" for line in lines)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if path.exists():
-        yield from path.read_text(encoding="utf-8").splitlines()
 
 
 # --- publishing
