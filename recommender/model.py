@@ -28,6 +28,8 @@ from recommender.candidates import Candidates
 from recommender.pairs import NEVER, Pairs, causal, find, steps_back
 from recommender.sessions import PAD
 
+LEAST = -80.0  # of an item's logit in a ranking: exp of what is less is no normal float32, and takes twenty times as long
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -318,7 +320,10 @@ class SessionModel(nn.Module):
         some = slice(None) if items is None else items
         total = (tables.priors["popular"][some] + reading.popular).exp().expand(len(session), -1).clone()
         for name, query in reading.queries.items():
-            part = (query @ tables.vectors[name][some].T).add_(tables.priors[name][some]).exp_()  # (B, L, N)
+            part = (query @ tables.vectors[name][some].T).add_(tables.priors[name][some])  # (B, L, N)
+            part.clamp_(min=LEAST).exp_()
+            if name == "id":
+                part.mul_(tables.known[some])
             total += (reading.weights[name].exp() @ part)[session, position]
         # counts of pairs and copies are sparse: per case a few items at a time, added where they belong
         events = rows[session]
