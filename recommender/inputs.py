@@ -56,7 +56,7 @@ def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
         catalog, split = without_skipped(catalog, split, set(made_of["skipped"]))
     counts = np.bincount(split.train.rows, minlength=len(catalog))
     vectors = embeddings.vectors if embeddings is not None else {}
-    whitening = {half: fit_whitening(vectors[half], counts > 0) for half in vectors}
+    whitening = {half: fit_whitening(vectors[half], counts > 0, config.sbr.parts.whitening) for half in vectors}
     content = whitened(embeddings, whitening) if embeddings is not None else None
     version = embeddings.version if embeddings is not None else None
     return Inputs(catalog, split, content, whitening, counts, version, fingerprint(config, catalog, split, version))
