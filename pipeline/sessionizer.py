@@ -50,7 +50,8 @@ def build_sessions(
     drop: Callable[[str, int], None],
     note: Callable[[str], None],
 ) -> pa.Table:
-    """(session_id, item_id, timestamp in seconds) of the sessions with two usable events or more.
+    """(session_id, item_id, timestamp in seconds) of the sessions with two usable events or more, and the user_id of those
+    that were cut from users' logs.
 
     `columns`: our column -> the file's. `drop(reason, count)` and `note(text)` hear what happened.
     """
@@ -72,11 +73,14 @@ def build_sessions(
     events = events.keep((group >= 0) & ordered)
     if not len(events.place):
         raise UserError(f"no event has both {groups} and a time or position ({source.path}); check --column {groups}=NAME", DATA)
+    users: list[str] = []
     if groups == "user_id":
-        events, names = _cut(events, names, rules.gap * unit)
+        events, names, users = _cut(events, names, rules.gap * unit)
         note(f"{source.path}: sessions are cut where a user pauses for more than {rules.gap / 60:g} minutes")
     events = _filter(events, log_ids, item_ids, rules, timed, drop, source)
     table = _table(events, names, log_ids, unit if timed else 0)
+    if users:
+        table = table.append_column("user_id", pa.array([users[i] for i in events.session], pa.string()))
     check_ids(table["session_id"], "session_id", lambda _: str(source.path))
     return table
 
@@ -182,8 +186,8 @@ def _unit(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[
     return unit
 
 
-def _cut(events: _Events, users: list[str], gap: float) -> tuple[_Events, list[str]]:
-    """Sessions of each user: a pause of more than `gap` begins a new one, named `user-0`, `user-1`, ..."""
+def _cut(events: _Events, users: list[str], gap: float) -> tuple[_Events, list[str], list[str]]:
+    """Sessions of each user: a pause of more than `gap` begins a new one, named `user-0`, `user-1`, ...; their names and users."""
     order = np.lexsort((events.place, events.order, events.session))
     user, clock = events.session[order], events.order[order]
     new_user = np.r_[True, user[1:] != user[:-1]][: len(user)]
@@ -191,7 +195,7 @@ def _cut(events: _Events, users: list[str], gap: float) -> tuple[_Events, list[s
     session = np.cumsum(begins) - 1
     first = np.maximum.accumulate(np.where(new_user, session, 0))  # of the same user
     names = [f"{users[u]}-{n}" for u, n in zip(user[begins], (session - first)[begins], strict=True)]
-    return _Events(events.place[order], session, events.item[order], clock), names
+    return _Events(events.place[order], session, events.item[order], clock), names, [users[u] for u in user[begins]]
 
 
 def _filter(

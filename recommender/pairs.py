@@ -63,6 +63,8 @@ class Pairs(nn.Module):
     def count(self, rows: Tensor, others: Tensor) -> Tensor:
         """How often each of `others` stood by each of `rows`, in the shape the two broadcast to."""
         keys = rows.clamp(min=0).long() * self.items + others.clamp(min=0).long()
+        if not len(self.keys):  # of a catalogue no two of whose items were ever near
+            return torch.zeros(keys.shape, device=keys.device)
         place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
         return torch.where(self.keys[place] == keys, self.counts[place], 0.0)
 

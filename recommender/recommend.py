@@ -256,6 +256,8 @@ def diverse(vectors: Tensor, scores: Tensor, k: int, strength: float) -> Tensor:
 
 def load_model(folder: Path) -> SessionModel:
     config = json.loads((folder / "config.json").read_bytes())
+    if "parts" not in config:
+        raise UserError(f"session model of an older tpad ({folder}); run `tpad train-sbr`", ARTIFACT)
     return SessionModel.restored(ModelConfig(**config | {"parts": Parts(**config["parts"])}), load_file(folder / "model.safetensors"))
 
 

@@ -34,13 +34,13 @@ from recommender.candidates import everything, sampled, share_drawn
 from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, positions_of, print_results, read_ceiling
 from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs
-from recommender.metrics import summarise, summarise_buckets
+from recommender.metrics import NotANumber, summarise, summarise_buckets
 from recommender.model import ModelConfig, Parts, SessionModel
 from recommender.models import MODELS, Model, chosen
 from recommender.models.sequence import SequenceModel
 from recommender.recommend import write_model
 from recommender.sessions import DeviceWindows, Windows, batches
-from recommender.steplog import StepLog
+from recommender.steplog import Diverged, StepLog
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
@@ -191,7 +191,10 @@ def train_model(
             log.write()
             if each_epoch is not None:
                 each_epoch(epoch, model)
-            score = summarise(gather_ranks(model, valid, accelerator))[settings.select]
+            try:
+                score = summarise(gather_ranks(model, valid, accelerator))[settings.select]
+            except NotANumber:
+                raise Diverged(f"scores hold NaN ({name}, after epoch {epoch}); lower sbr.lr", USAGE) from None
             if score > max(state["scores"], default=-1.0):
                 best = weights_of(model)
             state["scores"].append(score)
@@ -333,11 +336,13 @@ def publish(
     run: Path, config: Config, settings: SbrConfig, inputs: Inputs, model: SessionModel, metrics: dict[str, Any], ranks: pa.Table
 ) -> Version:
     """`settings` are those that the model was trained with."""
+    reads = model.config.content_dim > 0  # else embeddings that another model of the run has read are nothing to this one
+    embeddings, whitening = (inputs.embeddings, inputs.whitening) if reads else (None, {})
     manifest = {
         "fingerprint": inputs.fingerprint,
-        "embeddings_manifest_sha256": inputs.embeddings and inputs.embeddings.manifest_sha256,
-        "embeddings_version": inputs.embeddings and inputs.embeddings.name,
-        "vectors": inputs.embeddings and {key: inputs.embeddings.manifest.get(key) for key in SAME_VECTORS},
+        "embeddings_manifest_sha256": embeddings and embeddings.manifest_sha256,
+        "embeddings_version": embeddings and embeddings.name,
+        "vectors": embeddings and {key: embeddings.manifest.get(key) for key in SAME_VECTORS},
         "catalogue_sha256": inputs.catalog.sha256,
         "sessions_sha256": inputs.split.train.ids_sha256(),
         "settings": settings.model_dump() | {"seed": config.seed},
@@ -346,7 +351,7 @@ def publish(
     test = inputs.split.test
     samples = [[inputs.catalog.item_ids[row] for row in test.session(i)[-config.data.max_prefix :]] for i in range(min(len(test), SAMPLES))]
     with stage(run / "sbr", "sbr") as staging:
-        manifest["index"] = write_model(staging.path, model, inputs.catalog, inputs.counts, samples, inputs.whitening, config.sbr.index)
+        manifest["index"] = write_model(staging.path, model, inputs.catalog, inputs.counts, samples, whitening, config.sbr.index)
         (staging.path / "metrics.json").write_bytes(canonical_json(metrics))
         pq.write_table(ranks, staging.path / "ranks.parquet", write_page_checksum=True)
         return staging.publish(manifest)

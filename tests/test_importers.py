@@ -43,7 +43,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
         rows: list[list[Any]] = [list(records[0]), *([record.get(name) for name in records[0]] for record in records)]
         text = "".join(sign.join('"' + str("" if cell is None else cell).replace('"', '""') + '"' for cell in row) + "\r\n" for row in rows)
     data = text.encode("utf-8-sig" if kind.endswith(".csv") else "utf-8")
-    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
     return path
 
 
@@ -151,6 +151,9 @@ def test_users_are_cut_into_sessions_at_pauses(tmp_path: Path) -> None:
     events = [{"user_id": user, "item_id": "7", "timestamp": 60 * m} for user, times in minutes.items() for m in reversed(times)]
     run(tmp_path, ITEMS, events)
     assert {name: len(items) for name, items in sessions(tmp_path / "out").items()} == {"u-0": 3, "u-1": 2, "v-0": 2}
+    table = pq.read_table(tmp_path / "out" / "sessions.parquet")
+    owners = dict(zip(table["session_id"].to_pylist(), table["user_id"].to_pylist(), strict=True))
+    assert owners == {"u-0": "u", "u-1": "u", "v-0": "v"}  # so that `data.protocol: user-hash` keeps a user's sessions together
     run(tmp_path, ITEMS, events, session_gap_minutes=31)
     assert {name: len(items) for name, items in sessions(tmp_path / "out").items()} == {"u-0": 5, "v-0": 2}
 
@@ -268,7 +271,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         ("items.csv.gz", b"not gzip", ["items.csv.gz"]),
         ("items.jsonl", b'{"item_id": "a"\n', ["line 1"]),
         ("items.jsonl", b"[1]\n", ["line 1", "object"]),
-        ("items.jsonl.gz", gzip.compress(b'{"item_id": "a", "title": "b"}\n' * 99)[:-9], ["items.jsonl.gz"]),
+        ("items.jsonl.gz", gzip.compress(b'{"item_id": "a", "title": "b"}\n' * 99, mtime=0)[:-9], ["items.jsonl.gz"]),
         ("items.parquet", b"PAR1", ["Parquet"]),
         ("items.xlsx", b"", ["unknown kind"]),
     ],

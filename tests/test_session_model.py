@@ -126,6 +126,14 @@ def test_pairs_count_what_stands_so_far_apart_inside_a_session() -> None:
     assert counted == {(1, 2): 1, (2, 1): 1, (1, 3): 1, (2, 3): 2, (1, 1): 2, (3, 2): 1}
 
 
+def test_a_catalogue_without_any_pair_has_shares_of_nothing() -> None:
+    pairs = Pairs(np.array([0, 1]), np.array([0, 2]), 3, 8, [1])
+    for key, value in pairs.over(torch.tensor([0, -1, 1]), 2).items():
+        setattr(pairs, key, value)
+    pairs.items = 2
+    assert torch.equal(pairs.shares(torch.tensor([0, 1]), torch.tensor([0, 1])), torch.zeros(2, 2))
+
+
 def test_a_sampled_softmax_estimates_the_full_one() -> None:
     """The mean over many samples of the sum over the candidates is the sum over all items, and targets are always in it."""
     model = build(content=False)

@@ -18,6 +18,8 @@ from standin_run import publish_embeddings, write_data
 
 from pipeline.config import Config, load_config
 from pipeline.errors import ARTIFACT, USAGE, UserError
+from recommender.models import ENCODERS
+from recommender.recommend import Recommender, load_model
 from recommender.train import train_sbr
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +185,32 @@ def test_bfloat16_learns_as_much(trained: Path, tmp_path: Path) -> None:
     exact = found_by_full(trained)["all"]
     assert found != exact and abs(found["HR@10"] - exact["HR@10"]) < 0.05
     assert {tensor.dtype for name, tensor in weights(run).items() if "weight" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+def test_every_encoder_learns_in_bfloat16(trained: Path, tmp_path: Path, encoder: str) -> None:
+    run = copy_inputs(trained, tmp_path)
+    more = [f"sbr.models=[{encoder}, full]", "sbr.precision=bf16", "sbr.epochs=1"]
+    assert train_sbr(settings(*more), run, run / "data").metrics["results"][encoder]["mean"]["all"]["HR@20"] > 0
+
+
+def test_a_model_of_ids_is_published_beside_one_that_reads_vectors(trained: Path, tmp_path: Path) -> None:
+    run = copy_inputs(trained, tmp_path)
+    found = train_sbr(settings("sbr.models=[ID-only, content-only]", "sbr.epochs=1"), run, run / "data")
+    assert found.version.manifest["embeddings_manifest_sha256"] is None
+    recommender = Recommender.load(run)
+    assert len(recommender.recommend(recommender.item_ids[:2], k=5).items) == 5
+
+
+def test_a_model_of_an_older_format_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(trained / "sbr" / "v0001", folder)
+    config = json.loads((folder / "config.json").read_bytes())
+    del config["parts"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="run `tpad train-sbr`") as error:
+        load_model(folder)
+    assert error.value.code == ARTIFACT
 
 
 def test_two_processes_take_the_steps_of_one(trained: Path, tmp_path: Path) -> None:

@@ -36,12 +36,12 @@ class SRGNN(nn.Module):
         before, after = edges(first, inside)
         items = self.dropout(states)[session]  # (P, L, D)
         messages = torch.cat([before @ self.into(items), after @ self.out_of(items)], -1)
-        items = torch.zeros_like(items).masked_scatter(node[..., None], self.cell(messages[node], items[node]))
+        items = torch.zeros_like(items).masked_scatter(node[..., None], self.cell(messages[node], items[node]).to(items.dtype))
         events = items.gather(1, first[..., None].expand_as(items))
         local = events[torch.arange(len(last), device=rows.device), last]
         weights = self.weigh((self.ask(local)[:, None] + self.answer(events)).sigmoid()) * inside[..., None]
         found = self.unite(torch.cat([local, (weights * events).sum(1)], -1))
-        return torch.zeros_like(states).masked_scatter(real[..., None], self.dropout(found))
+        return torch.zeros_like(states).masked_scatter(real[..., None], self.dropout(found).to(states.dtype))
 
 
 def edges(first: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
