@@ -98,7 +98,8 @@ def test_results_go_to_stdout_and_all_else_to_stderr(run: Path, said: dict[str, 
         assert line in said["distill"].stderr
     assert f"{ITEMS} items x (8 knowledge + 8 transition)" in said["export-embeddings"].stderr
     rows = [line.split("  ")[0] for line in said["train-sbr"].stdout.splitlines()]
-    assert rows[-8:] == ["popularity", "last-item repeat", "co-occurrence", "SKNN", "ID-only", "content-only", "full", "ceiling"]
+    plain, ours = ["popularity", "S-POP", "last-item repeat", "co-occurrence", "SKNN", "VSKNN"], ["ID-only", "content-only", "full"]
+    assert rows[-10:] == [*plain, *ours, "ceiling"]
     for done in said.values():
         assert "warning" not in done.stderr.lower()
         assert "\x1b" not in done.stdout + done.stderr, "no colours in a pipe"

@@ -225,7 +225,7 @@ def test_a_config_loads_and_begins_with_the_command_that_runs_it(path: Path) -> 
     assert first.startswith("# ")
     words = shlex.split(first.removeprefix("# "))
     arguments = words[1:] if words[0] == "tpad" else launched(words)
-    assert arguments[0] == "distill"
+    assert arguments[0] == ("train-sbr" if path.name == "clicks.yaml" else "distill")  # clicks alone are nothing to distil
     assert understood(arguments)["config"] == Path("configs", path.name)
 
 

@@ -138,7 +138,7 @@ def test_a_merge_that_would_mix_the_factors_is_refused(method: str) -> None:
     assert error.value.code == USAGE
 
 
-def test_session_models_without_the_full_one_are_refused() -> None:
+def test_session_models_none_of_which_can_be_published_are_refused() -> None:
     with pytest.raises(UserError, match=r"sbr\.models.*full") as error:
-        load_config(None, ["sbr.models=[ID-only]"])
+        load_config(None, ["sbr.models=[content-only]"])
     assert error.value.code == USAGE
