@@ -13,9 +13,9 @@ import time
 import numpy as np
 import torch
 
-from recommender.index import CHECK_K, ItemIndex, asked, build_indexes, exact_worst, factory_of
+from recommender.index import CHECK_K, ItemIndex, build_indexes, exact_worst, factory_of
 from recommender.model import ModelConfig, SessionModel
-from recommender.sessions import PAD
+from recommender.ranker import Ranker
 
 DIM, PREFIX = 64, 20
 
@@ -59,31 +59,30 @@ def main() -> None:
     model, sessions = draw_model(chosen.items, chosen.seed)
     efforts = [float(effort) for effort in chosen.effort.split(",")]
     with torch.inference_mode():
-        tables = model.tables()
-        indexes, built = {}, {}
-        for setting in chosen.index.split(","):
-            began = time.perf_counter()
-            indexes[setting] = ItemIndex(build_indexes(model, tables, setting), model, tables)
-            built[setting] = time.perf_counter() - began
-        first = next(iter(indexes.values()))
-        prefixes = asked(first, sessions)[: chosen.sessions]
-        worst = exact_worst(first, prefixes)
-        hits = {(setting, effort): 0 for setting in indexes for effort in efforts}
-        times: dict[tuple[str, float], list[list[float]]] = {key: [] for key in hits}  # wall and CPU
-        for rows, score in zip(prefixes, worst, strict=True):
-            for setting, effort in hits:
-                indexes[setting].spend(effort)
-                wall, work = time.perf_counter(), time.process_time()
-                best = indexes[setting].top(rows, CHECK_K)[0]
-                times[setting, effort].append([(time.perf_counter() - wall) * 1000, (time.process_time() - work) * 1000])
-                hits[setting, effort] += int((best >= score - 1e-4).sum())
-    lengths = [int((rows != PAD).sum()) for rows in prefixes]
-    print(f"{chosen.items} items, {len(prefixes)} sessions of {np.mean(lengths):.1f} items, {torch.get_num_threads()} threads")
+        ranker = Ranker(model, model.tables())
+    indexes, built = {}, {}
+    for setting in chosen.index.split(","):
+        began = time.perf_counter()
+        indexes[setting] = ItemIndex(build_indexes(ranker, setting), ranker)
+        built[setting] = time.perf_counter() - began
+    asking = sessions[: chosen.sessions]
+    worst = exact_worst(ranker, [ranker.read(session) for session in asking])
+    hits = {(setting, effort): 0 for setting in indexes for effort in efforts}
+    times: dict[tuple[str, float], list[list[float]]] = {key: [] for key in hits}  # wall and CPU
+    for session, score in zip(asking, worst, strict=True):
+        for setting, effort in hits:
+            indexes[setting].spend(effort)
+            wall, work = time.perf_counter(), time.process_time()
+            best = indexes[setting].top(ranker.read(session), CHECK_K)[0]
+            times[setting, effort].append([(time.perf_counter() - wall) * 1000, (time.process_time() - work) * 1000])
+            hits[setting, effort] += int((best >= score - 1e-4).sum())
+    mean = np.mean([min(len(session), PREFIX) for session in asking])
+    print(f"{chosen.items} items, {len(asking)} sessions of {mean:.1f} items, {torch.get_num_threads()} threads")
     print(f"{'index':<24} {'effort':>6} {'build s':>8} {'recall@20':>9} {'p50 ms':>7} {'p95 ms':>7} {'CPU ms':>7}")
     for setting, effort in hits:
         walls, works = np.array(times[setting, effort]).T
         low, high, work = *np.percentile(walls, [50, 95]), np.median(works)
-        share = hits[setting, effort] / (CHECK_K * len(prefixes))
+        share = hits[setting, effort] / (CHECK_K * len(asking))
         name = f"{setting} ({factory_of(setting, chosen.items)})"
         print(f"{name:<24} {effort:>6g} {built[setting]:>8.1f} {share:>9.4f} {low:>7.2f} {high:>7.2f} {work:>7.2f}")
 

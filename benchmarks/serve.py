@@ -50,7 +50,7 @@ def write_run(run: Path, items: int) -> None:
     samples = [[name(row) for row in session] for session in sessions[:20]]
     with stage(run / "sbr", "sbr") as staging:
         index = write_model(staging.path, model, load_catalog(run / "data"), np.zeros(items, int), samples, whitening, "auto")
-        staging.publish({"embeddings_version": "none", "index": index})
+        staging.publish({"embeddings_manifest_sha256": None, "embeddings_version": None, "index": index})
     print(f"{items:,} items, index {index}")
 
 

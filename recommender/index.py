@@ -21,17 +21,16 @@ from typing import Any
 import faiss  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.errors import USAGE, UserError
 from pipeline.progress import Steps
-from recommender.model import Reading, SessionModel, Tables
 from recommender.pairs import NEVER
-from recommender.sessions import pad_prefixes
+from recommender.ranker import Ranker, Read
 
 FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
 HNSW_ITEMS = 500_000  # ... up to here HNSW, and above IVF, which is built faster
 EFFORT = {"efSearch": 80, "nprobe": 16}  # what HNSW and IVF spend on a query
+ASKED = 0.98  # of the weight of a session's queries, unless the index is exact
 FIRST_LIST = 80  # entries taken of every query at first
 GROWTH = 8
 ADD_AT_ONCE = 20_000
@@ -60,14 +59,13 @@ def _refused(setting: str, error: RuntimeError) -> UserError:
     return UserError(f"FAISS cannot build this index: {reason} (sbr.index {setting!r}); {way_out}", USAGE)
 
 
-def build_indexes(model: SessionModel, tables: Tables, setting: str) -> dict[str, faiss.Index]:
+def build_indexes(ranker: Ranker, setting: str) -> dict[str, faiss.Index]:
     """An index for each channel, over its own items."""
     faiss.omp_set_num_threads(torch.get_num_threads())
     indexes = {}
-    for name in tables.vectors:
-        rows = _rows(tables, name)
-        entries = torch.cat([tables.vectors[name], (tables.priors[name] / _scale(model, name))[:, None]], 1)[rows]
-        vectors = np.ascontiguousarray(entries.detach().float().cpu().numpy())
+    for name, channel in ranker.channels.items():
+        rows = offered(ranker.priors[name])
+        vectors = np.concatenate([ranker.vectors[name][rows], ranker.priors[name][rows, None] / np.float32(channel.scale)], 1)
         index = empty_index(setting, len(vectors), vectors.shape[1])
         on_gpu = gpus() > 0 and "HNSW" not in factory_of(setting, len(vectors))
         try:
@@ -98,22 +96,12 @@ def load_indexes(folder: Path) -> dict[str, faiss.Index]:
     return {name: faiss.deserialize_index(np.frombuffer(path.read_bytes(), dtype=np.uint8)) for name, path in files.items()}
 
 
-def _rows(tables: Tables, channel: str) -> Tensor:
-    """The items of a channel's index: those it can offer."""
-    return (tables.priors[channel] > NEVER / 2).nonzero()[:, 0]
-
-
-def _scale(model: SessionModel, channel: str) -> float:
-    return float(model.channel(channel).log_scale.exp())
-
-
 class ItemIndex:
-    """The indexes of a model's channels beside its tables. Several threads may ask at once."""
+    """The indexes of a model's channels beside the model. Several threads may ask at once."""
 
-    def __init__(self, indexes: dict[str, faiss.Index], model: SessionModel, tables: Tables) -> None:
-        self.model, self.tables, self.indexes = model, tables, indexes
-        self.rows = {name: _rows(tables, name) for name in indexes}
-        self.popular = tables.priors["popular"].argsort(descending=True, stable=True)
+    def __init__(self, indexes: dict[str, faiss.Index], ranker: Ranker) -> None:
+        self.ranker, self.indexes = ranker, indexes
+        self.rows = {name: offered(ranker.priors[name]) for name in indexes}
         self.exact = all(isinstance(faiss.downcast_index(index), faiss.IndexFlat) for index in indexes.values())
         self.spend(1.0)
 
@@ -127,84 +115,108 @@ class ItemIndex:
                 except RuntimeError:  # an index that has no such parameter
                     continue
 
-    def top(self, rows: Tensor, k: int, allowed: Tensor | None = None, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
-        """The k best items of one prefix, rows (1, L) without padding, or of the `allowed` (N,) bool: scores (k,) and rows (k,)."""
+    def top(self, read: Read, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items of one session, or of the `allowed` (N,) bool: scores (k,) and rows (k,), best first."""
         # set for each thread that asks, as OpenMP has it; a search of microseconds would wait for threads longer than it takes
         faiss.omp_set_num_threads(torch.get_num_threads() if self.exact else 1)
-        count = len(self.popular)
-        reading = self.model.read(rows, self.tables) if reading is None else reading
-        queries = {}
-        for name in self.indexes:
-            weight = reading.weights[name][0, -1]
-            query = torch.cat([reading.queries[name][0], torch.full((len(weight), 1), _scale(self.model, name))], 1)
-            open_ = weight > NEVER / 2
-            queries[name] = query[open_].numpy(), weight[open_]
-        own = torch.cat([rows[0], self.model.paired(rows[0])])
+        ranker, count = self.ranker, len(self.ranker.known)
+        queries = self.queries(read)
+        own = [read.rows, *ranker.paired(read.rows)]
         size = max(self.first, 2 * k)
         if allowed is not None:
             size = math.ceil(size * count / max(1, int(allowed.sum())))
         while True:
             size = min(size, count)
-            found = [own, self.popular[:size]]
-            elsewhere = [self.tables.priors["popular"][found[1][-1:]] + reading.popular]  # at most, of what is in no list
-            for name, (asked_for, weights) in queries.items():
-                if len(asked_for):
-                    index = self.indexes[name]
-                    near, entries = (torch.as_tensor(array) for array in index.search(asked_for, min(size, index.ntotal)))
-                    found.append(self.rows[name][entries[entries >= 0]])
-                    elsewhere.append(weights + near[:, -1])
-            candidates = torch.cat(found).unique()  # type: ignore[no-untyped-call]
+            popular = ranker.by_popularity[:size]
+            found = [*own, popular]
+            elsewhere = [ranker.priors["popular"][popular[-1:]] + ranker.popular]  # at most, of what is in no list
+            for name, (query, weights) in queries.items():
+                index = self.indexes[name]
+                near, entries = index.search(query, min(size, index.ntotal))
+                found.append(self.rows[name][entries[entries >= 0]])
+                elsewhere.append(weights + near[:, -1])
+            candidates = np.unique(np.concatenate(found))
             if allowed is not None:
                 candidates = candidates[allowed[candidates]]
             if len(candidates) >= k or size == count:
-                best = self.model.scores(rows, self.tables, items=candidates, reading=reading)[0].topk(min(k, len(candidates)))
-                if size == count or not self.exact or best.values[-1] >= torch.cat(elsewhere).logsumexp(0):
-                    return best.values, candidates[best.indices]
+                scores = ranker.scores(read, candidates)
+                best = first(scores, k)
+                if size == count or not self.exact or scores[best[-1]] >= np.logaddexp.reduce(np.concatenate(elsewhere)):
+                    return scores[best], candidates[best]
             size *= GROWTH
 
+    def queries(self, read: Read) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By channel the queries (Q, D + 1) to ask its index, and their log-weights (Q,). An index that is not exact is not
+        asked for the lightest, of which hardly an item comes first."""
+        least = NEVER / 2
+        if not self.exact:
+            every = np.sort(np.concatenate([read.weights[name] for name in self.indexes]))
+            light = np.cumsum(np.exp(every - every[-1]))
+            least = max(least, every[np.searchsorted(light, (1 - ASKED) * light[-1])])
+        found = {}
+        for name in self.indexes:
+            asked = read.weights[name] >= least
+            query = read.queries[name][asked]
+            if len(query):
+                scale = np.full((len(query), 1), self.ranker.channels[name].scale, np.float32)
+                found[name] = np.ascontiguousarray(np.concatenate([query, scale], 1)), read.weights[name][asked]
+        return found
 
-def exact_worst(index: ItemIndex, sessions: Sequence[Tensor]) -> list[float]:
+
+def offered(prior: np.ndarray) -> np.ndarray:
+    """The items of a channel's index: those it can offer."""
+    rows: np.ndarray = np.flatnonzero(prior > NEVER / 2)
+    return rows
+
+
+def first(scores: np.ndarray, k: int) -> np.ndarray:
+    """Places of the k greatest of (C,), the greatest first; of equal ones the first."""
+    some = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
+    found: np.ndarray = some[np.lexsort((some, -scores[some]))]
+    return found
+
+
+def exact_worst(ranker: Ranker, sessions: Sequence[Read]) -> list[float]:
     """The last score of each session's exact first `CHECK_K`."""
-    scores = (index.model.scores(rows, index.tables)[0] for rows in sessions)
-    return [float(each.topk(min(CHECK_K, len(each))).values[-1]) for each in scores]
+    items = np.arange(len(ranker.known))
+    return [float(np.sort(ranker.scores(read, items))[-CHECK_K:][0]) for read in sessions]
 
 
-def measure(index: ItemIndex, sessions: Sequence[Tensor], worst: Sequence[float]) -> tuple[float, np.ndarray]:
+def measure(index: ItemIndex, sessions: Sequence[Read], worst: Sequence[float]) -> tuple[float, np.ndarray]:
     """Share of the exact first `CHECK_K` items that the index finds (ties count as found), and the milliseconds of each session."""
-    k, hits, times = min(CHECK_K, len(index.popular)), 0, []
-    for rows, score in zip(sessions, worst, strict=True):
+    k, hits, times = min(CHECK_K, len(index.ranker.known)), 0, []
+    for read, score in zip(sessions, worst, strict=True):
         began = time.perf_counter()
-        found = index.top(rows, k)[0]
+        found = index.top(read, k)[0]
         times.append((time.perf_counter() - began) * 1000)
         hits += int((found >= score - 1e-4).sum())
     return hits / (k * len(sessions)), np.array(times)
 
 
-def asked(index: ItemIndex, sessions: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The sessions as prefixes, (1, L) each; the fewer, the more items there are to score."""
-    most = max(10, int(CHECK_NUMBERS / len(index.popular)))
-    return [torch.as_tensor(pad_prefixes([list(s)], index.model.config.max_prefix)).long() for s in sessions[:most] if s]
+def asked(ranker: Ranker, sessions: Sequence[Sequence[int]]) -> list[Read]:
+    """What the sessions say; the fewer, the more items there are to score."""
+    most = max(10, int(CHECK_NUMBERS / len(ranker.known)))
+    return [ranker.read(list(session)) for session in sessions[:most] if session]
 
 
 def describe(index: ItemIndex, setting: str, sessions: Sequence[Sequence[int]]) -> dict[str, Any]:
     """What the manifest says of it."""
-    facts: dict[str, Any] = {"setting": setting, "factory": factory_of(setting, len(index.popular)), "exact": index.exact}
+    facts: dict[str, Any] = {"setting": setting, "factory": factory_of(setting, len(index.ranker.known)), "exact": index.exact}
     if not index.exact:
-        prefixes = asked(index, sessions)
-        facts[f"recall@{CHECK_K}"] = measure(index, prefixes, exact_worst(index, prefixes))[0]
-        facts["sessions"] = len(prefixes)
+        read = asked(index.ranker, sessions)
+        facts[f"recall@{CHECK_K}"] = measure(index, read, exact_worst(index.ranker, read))[0]
+        facts["sessions"] = len(read)
     return facts
 
 
 def check(index: ItemIndex, sessions: Sequence[Sequence[int]], facts: dict[str, Any]) -> Iterator[str]:
     """`tpad index --check`: the published index and the exact search, on this machine, now."""
-    with torch.inference_mode():
-        prefixes = asked(index, sessions)
-        began = time.perf_counter()
-        worst = exact_worst(index, prefixes)
-        each = (time.perf_counter() - began) * 1000 / len(prefixes)
-        found, times = measure(index, prefixes, worst)
-    yield f"{facts['factory']} over {len(index.popular)} items, {len(prefixes)} test sessions"
+    read = asked(index.ranker, sessions)
+    began = time.perf_counter()
+    worst = exact_worst(index.ranker, read)
+    each = (time.perf_counter() - began) * 1000 / len(read)
+    found, times = measure(index, read, worst)
+    yield f"{facts['factory']} over {len(index.ranker.known)} items, {len(read)} test sessions"
     when_built = "" if index.exact else f" (when it was built: {facts[f'recall@{CHECK_K}']:.4f})"
     yield f"recall@{CHECK_K} against exact search: {found:.4f}{when_built}"
     yield f"a search: p50 {np.percentile(times, 50):.2f} ms, p95 {np.percentile(times, 95):.2f} ms; all items scored: {each:.2f} ms"

@@ -307,15 +307,13 @@ class SessionModel(nn.Module):
         under.append(reading.popular.expand(*rows.shape, 1))
         return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1) + self.config.own_loss * own
 
-    def scores(
-        self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None, reading: Reading | None = None
-    ) -> Tensor:
+    def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None) -> Tensor:
         """Scores (cases, N) for the positions where `cases` (B, L) holds; None: the last one of each prefix, none of them
-        empty. `items` (C,), ascending, gives (cases, C) instead; `reading` is that of the rows, where it is known."""
+        empty. `items` (C,), ascending, gives (cases, C) instead."""
         if cases is None:
             length = (rows != PAD).sum(1)
             cases = torch.arange(rows.shape[1], device=rows.device) == length[:, None] - 1
-        reading = self.read(rows, tables) if reading is None else reading
+        reading = self.read(rows, tables)
         session, position = cases.nonzero(as_tuple=True)
         some = slice(None) if items is None else items
         total = (tables.priors["popular"][some] + reading.popular).exp().expand(len(session), -1).clone()
@@ -334,24 +332,6 @@ class SessionModel(nn.Module):
         for _, pairs in self.counted():
             pairs.add(total, events, pairs.weights(rows)[session, position].exp(), items)
         return total.log_()
-
-    def origins(self, rows: Tensor, tables: Tables, items: Tensor, reading: Reading | None = None) -> Tensor:
-        """Where the scores of `items` (C,) after one prefix, rows (1, L), come from, (L + 1, C): what the channels and the
-        pairs of each position's item add to exp(score), and in the last line what popularity adds."""
-        reading = self.read(rows, tables) if reading is None else reading
-        last = int((rows != PAD).sum()) - 1
-        parts = torch.zeros(rows.shape[1], len(items))
-        for name, query in reading.queries.items():
-            part = query[0] @ tables.vectors[name][items].T + tables.priors[name][items]
-            parts += (reading.weights[name][0, last][:, None] + part).exp()
-        for _, pairs in self.counted():
-            parts += pairs.weights(rows)[0, last].exp()[:, None] * pairs.shares(rows[0], items)
-        return torch.cat([parts, (tables.priors["popular"][items] + reading.popular).exp()[None]])
-
-    def paired(self, rows: Tensor) -> Tensor:
-        """All items that stood by one of `rows` (R,) in training, (P,)."""
-        found = [pairs.others(rows[rows != PAD]) for _, pairs in self.counted()]
-        return torch.cat(found) if found else rows.new_empty(0)
 
 
 def pair_steps(parts: Parts) -> dict[str, list[int]]:

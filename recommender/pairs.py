@@ -72,11 +72,6 @@ class Pairs(nn.Module):
         discount = self.discount.sigmoid()
         return (count - discount).clamp(min=0) / (total - discount * distinct).clamp(min=1e-6)
 
-    def shares(self, rows: Tensor, items: Tensor) -> Tensor:
-        """The share of each of `items` (C,) among the others of each of `rows` (L,), (L, C)."""
-        known = rows.clamp(min=0)
-        return self.share(self.count(known[:, None], items), self.totals[known][:, None], self.distinct[known][:, None])
-
     def weights(self, rows: Tensor, total: Tensor | None = None) -> Tensor:
         """Log-weights (B, L, L) of the positions' items, given how many pairs (B, L) speak for each; None: all there are."""
         total = self.totals[rows.clamp(min=0)] if total is None else total
@@ -103,10 +98,6 @@ class Pairs(nn.Module):
         length = torch.searchsorted(self.keys, (rows.long() + 1) * self.items) - begin
         line = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
         return line, torch.arange(len(line), device=rows.device) - (length.cumsum(0) - length)[line] + begin[line]
-
-    def others(self, rows: Tensor) -> Tensor:
-        """All items that stood by one of `rows` (R,)."""
-        return self.keys[self.entries(rows)[1]] % self.items
 
     def add(self, scores: Tensor, events: Tensor, weights: Tensor, items: Tensor | None = None) -> None:
         """Adds to scores (M, N), or (M, C) of `items`, each event's weight, events and weights (M, L), times the shares of its

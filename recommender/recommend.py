@@ -16,17 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pipeline.artifact import HALVES, Version, canonical_json, open_verified
 from pipeline.catalog import Catalog
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.index import ItemIndex, build_indexes, describe, load_indexes, save_indexes
-from recommender.model import ModelConfig, Parts, Reading, SessionModel, Whitening
+from recommender.model import ModelConfig, Parts, SessionModel, Whitening
+from recommender.ranker import Ranker, Read
 from recommender.sessions import pad_prefixes
 
 DENSE_ITEMS = 20_000
@@ -34,7 +33,7 @@ POOL = 5  # times k: what `diversify` chooses from
 SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
 
 Filters = Mapping[str, Sequence[str]]  # column -> values
-Found = tuple[Tensor, Tensor, Reading | None]
+Found = tuple[np.ndarray, np.ndarray, Read | None]  # scores and rows, and what the session says, where it was read alone
 
 
 class Item(NamedTuple):
@@ -74,11 +73,11 @@ def write_model(
     pq.write_table(pa.table(items), folder / "items.parquet", write_page_checksum=True)
     pq.write_table(pa.table(catalog.attributes()), folder / "attributes.parquet", write_page_checksum=True)
     with torch.inference_mode():
-        tables = model.tables()
-        indexes = build_indexes(model, tables, setting)
-        save_indexes(indexes, folder)
-        sessions = [[catalog.row[item] for item in session] for session in samples]
-        return describe(ItemIndex(indexes, model, tables), setting, sessions)
+        ranker = Ranker(model, model.tables())
+    indexes = build_indexes(ranker, setting)
+    save_indexes(indexes, folder)
+    sessions = [[catalog.row[item] for item in session] for session in samples]
+    return describe(ItemIndex(indexes, ranker), setting, sessions)
 
 
 class Recommender:
@@ -92,12 +91,12 @@ class Recommender:
         self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
         with safe_open(version.path / "whitening.safetensors", "numpy") as file:
             halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
-        content = model.content.chunk(len(halves), dim=1) if halves else ()
+        content = np.split(model.content.numpy(), len(halves), axis=1) if halves else ()
         self.halves = dict(zip(halves, content, strict=True))  # (N, D) each, whitened; none of a model of ids alone
         with torch.inference_mode():
             self.tables = model.tables()
-            self.index = ItemIndex(indexes, model, self.tables)
-        self.popular = self.index.popular
+        self.ranker = Ranker(model, self.tables)
+        self.index = ItemIndex(indexes, self.ranker)
 
     @classmethod
     def load(cls, run: Path | str) -> "Recommender":
@@ -124,9 +123,9 @@ class Recommender:
         known = [[self.row[i] for i in session if i in self.row] for session in sessions]
         found = []
         ranked = self._ranked(known, k, exclude_seen, filters, diversify)
-        for session, rows, (best, scores, reading) in zip(sessions, known, ranked, strict=True):
+        for session, rows, (scores, best, read) in zip(sessions, known, ranked, strict=True):
             names = [(self.item_ids[row], self.titles[row], score) for row, score in zip(best.tolist(), scores.tolist(), strict=True)]
-            items = [Item(n, *named, *why) for n, (named, why) in enumerate(zip(names, self._reasons(rows, best, reading), strict=True), 1)]
+            items = [Item(n, *named, *why) for n, (named, why) in enumerate(zip(names, self._reasons(rows, best, read), strict=True), 1)]
             unknown = list(dict.fromkeys(i for i in session if i not in self.row))
             found.append(Recommendation(items, unknown, None if rows else "popular"))
         return found
@@ -136,11 +135,9 @@ class Recommender:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Rows and scores of the k best items of each session of rows, best first; an empty session gets the popular ones.
         Fewer than k only where no more are allowed."""
-        return [(rows, scores) for rows, scores, _ in self._ranked(sessions, k, exclude_seen, filters, diversify)]
+        return [(rows, scores) for scores, rows, _ in self._ranked(sessions, k, exclude_seen, filters, diversify)]
 
-    def _ranked(
-        self, sessions: list[list[int]], k: int, exclude_seen: bool, filters: Filters | None, diversify: float
-    ) -> list[tuple[np.ndarray, np.ndarray, Reading | None]]:
+    def _ranked(self, sessions: list[list[int]], k: int, exclude_seen: bool, filters: Filters | None, diversify: float) -> list[Found]:
         if k < 1:
             raise UserError(f"-k {k} is no number of items; give 1 or more", USAGE)
         if not 0 <= diversify <= 1:
@@ -148,44 +145,46 @@ class Recommender:
         allowed = self._allowed(filters) if filters else None
         count = len(self.item_ids) if allowed is None else int(allowed.sum())
         pool = min(POOL * k if diversify else k, count)
-        popular = self.popular if allowed is None else self.popular[allowed[self.popular]]
         wanted = {n: min(pool + len(set(s)) if exclude_seen else pool, count) for n, s in enumerate(sessions) if s}
-        ranked: list[tuple[np.ndarray, np.ndarray, Reading | None]] = []
-        with torch.inference_mode():
-            found = self._best(sessions, wanted, allowed)
-            for n, session in enumerate(sessions):
-                scores, rows, reading = found.get(n, (self.tables.priors["popular"][popular], popular, None))
-                if exclude_seen:
-                    kept = ~torch.isin(rows, torch.tensor(session, dtype=torch.long))
-                    scores, rows = scores[kept], rows[kept]
-                scores, rows = scores[:pool], rows[:pool]
-                chosen = diverse(self._knowledge()[rows], scores, k, diversify) if diversify else slice(k)
-                ranked.append((rows[chosen].numpy(), scores[chosen].numpy(), reading))
+        found, ranked = self._best(sessions, wanted, allowed), []
+        for n, session in enumerate(sessions):
+            scores, rows, read = found[n] if session else self._popular(pool, allowed)
+            if exclude_seen:
+                kept = ~np.isin(rows, session)
+                scores, rows = scores[kept], rows[kept]
+            scores, rows = scores[:pool], rows[:pool]
+            chosen = diverse(self._knowledge()[rows], scores, k, diversify) if diversify else slice(k)
+            ranked.append((scores[chosen], rows[chosen], read))
         return ranked
 
-    def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: Tensor | None) -> dict[int, Found]:
-        """Scores and rows of at least the `wanted` best of the allowed items, by number of the session; and the model's
-        reading of the session, where it was read alone."""
-        length = self.model.config.max_prefix
-        items = None if allowed is None else allowed.nonzero()[:, 0]
+    def _popular(self, count: int, allowed: np.ndarray | None) -> Found:
+        popular = self.ranker.by_popularity
+        rows = (popular if allowed is None else popular[allowed[popular]])[:count]
+        return self.ranker.priors["popular"][rows], rows, None
+
+    def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: np.ndarray | None) -> dict[int, Found]:
+        """At least the `wanted` best of the allowed items, by number of the session."""
+        items = None if allowed is None else np.flatnonzero(allowed)
         count = len(self.item_ids) if items is None else len(items)
         found: dict[int, Found] = {}
         if count > DENSE_ITEMS or not (self.index.exact or items is not None):
             for n, most in wanted.items():
-                rows = torch.as_tensor(pad_prefixes([sessions[n]], length)).long()
-                reading = self.model.read(rows, self.tables)
-                found[n] = *self.index.top(rows, most, allowed, reading), reading
+                read = self.ranker.read(sessions[n])
+                found[n] = *self.index.top(read, most, allowed), read
             return found
+        length = self.model.config.max_prefix
         order = sorted(wanted, key=lambda n: len(sessions[n]))  # like lengths together: less padding
         size = max(1, SCORES_AT_ONCE // (count * length))
         for numbers in (order[start : start + size] for start in range(0, len(order), size)):
             rows = torch.as_tensor(pad_prefixes([sessions[n] for n in numbers], length)).long()
-            best = self.model.scores(rows, self.tables, items=items).topk(max(wanted[n] for n in numbers))
-            places = best.indices if items is None else items[best.indices]
-            found |= {n: (best.values[line], places[line], None) for line, n in enumerate(numbers)}
+            with torch.inference_mode():
+                scores = self.model.scores(rows, self.tables, items=None if items is None else torch.as_tensor(items))
+                best = scores.topk(max(wanted[n] for n in numbers))
+            places = best.indices.numpy() if items is None else items[best.indices.numpy()]
+            found |= {n: (best.values[line].numpy(), places[line], None) for line, n in enumerate(numbers)}
         return found
 
-    def _allowed(self, filters: Filters) -> Tensor:
+    def _allowed(self, filters: Filters) -> np.ndarray:
         """(N,) bool"""
         allowed = np.ones(len(self.item_ids), bool)
         for column, values in filters.items():
@@ -196,9 +195,9 @@ class Recommender:
         if not allowed.any():
             wanted = " and ".join(f"{column} {' or '.join(map(repr, values))}" for column, values in filters.items())
             raise UserError(f"no item has {wanted} (filter); ask for values of the catalogue", USAGE)
-        return torch.as_tensor(allowed)
+        return allowed
 
-    def _knowledge(self) -> Tensor:
+    def _knowledge(self) -> np.ndarray:
         if "knowledge" not in self.halves:
             raise UserError(f"the model reads no knowledge vectors to diversify by ({self.version.path}); leave --diversify out", USAGE)
         return self.halves["knowledge"]
@@ -206,27 +205,25 @@ class Recommender:
     def sample_rows(self) -> list[list[int]]:
         return [[self.row[item] for item in session] for session in self.samples]
 
-    def _reasons(self, session: list[int], best: np.ndarray, reading: Reading | None) -> list[tuple[str | None, str | None]]:
+    def _reasons(self, session: list[int], best: np.ndarray, read: Read | None) -> list[tuple[str | None, str | None]]:
         """`similar_to` and `after` of each item of a ranking, among the other items of the session."""
         if not session:
             return [(None, None)] * len(best)
-        with torch.inference_mode():
-            rows = torch.as_tensor(pad_prefixes([session], self.model.config.max_prefix)).long()
-            items = torch.as_tensor(best)
-            own = rows[0][:, None] == items
-            alike = torch.zeros(own.shape)
-            if (vectors := self.halves.get("knowledge")) is not None:
-                alike = F.normalize(vectors[rows[0]], dim=1) @ F.normalize(vectors[items], dim=1).T
-            origins = self.model.origins(rows, self.tables, items, reading)
-            origins[:-1].masked_fill_(own, 0.0)
-            source = origins.max(0).indices
-            if (followers := dict(self.model.counted()).get("followers")) is not None:
-                share, followed = followers.shares(rows[0], items).masked_fill(own, 0.0).max(0)
-                source = torch.where(share > 0, followed, source)
-            nearest = alike.masked_fill(own, -1.0).max(0)
-        seen = [self.item_ids[row] for row in rows[0].tolist()]
+        read = self.ranker.read(session) if read is None else read
+        own = read.rows[:, None] == best
+        origins = self.ranker.origins(read, best)
+        origins[:-1][own] = 0
+        source = origins.argmax(0)
+        if (followers := self.ranker.pairs.get("followers")) is not None:
+            shares = np.where(own, 0, followers.shares(read.rows, best))
+            source = np.where(shares.max(0) > 0, shares.argmax(0), source)
+        alike = np.zeros(own.shape, np.float32)
+        if (vectors := self.halves.get("knowledge")) is not None:
+            alike = unit(vectors[read.rows]) @ unit(vectors[best]).T
+        alike[own] = -1
+        seen = [self.item_ids[row] for row in read.rows]
         after = [*seen, None]  # there for being popular: that is no item's doing
-        near = zip(nearest.values.tolist(), nearest.indices.tolist(), source.tolist(), strict=True)
+        near = zip(alike.max(0).tolist(), alike.argmax(0).tolist(), source.tolist(), strict=True)
         return [(seen[which] if cosine > 0 else None, after[origin]) for cosine, which, origin in near]
 
 
@@ -241,17 +238,23 @@ def having(column: pa.Array, values: Sequence[str]) -> np.ndarray:
     return found
 
 
-def diverse(vectors: Tensor, scores: Tensor, k: int, strength: float) -> Tensor:
+def diverse(vectors: np.ndarray, scores: np.ndarray, k: int, strength: float) -> np.ndarray:
     """The order of k of the items, vectors (P, D) and scores (P,), by maximal marginal relevance (Carbonell and Goldstein,
     SIGIR 1998): each next one is the best by its score, from 0 to 1 in the pool, less its cosine to the nearest above it."""
-    vectors = F.normalize(vectors, dim=1)
-    worth = (1 - strength) * (scores - scores.min()) / (scores.max() - scores.min()).clamp(min=1e-9)
-    nearest, chosen = torch.zeros(len(scores)), []
+    vectors = unit(vectors)
+    worth = (1 - strength) * (scores - scores.min()) / max(float(scores.max() - scores.min()), 1e-9)
+    nearest, chosen = np.zeros(len(scores), np.float32), []
     for _ in range(min(k, len(scores))):
         chosen.append(int((worth - strength * nearest).argmax()))
-        worth[chosen[-1]] = -torch.inf
-        nearest = torch.maximum(nearest, vectors @ vectors[chosen[-1]])
-    return torch.tensor(chosen, dtype=torch.long)
+        worth[chosen[-1]] = -np.inf
+        nearest = np.maximum(nearest, vectors @ vectors[chosen[-1]])
+    return np.array(chosen, int)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """(N, D), each of length one, but for those that are zero."""
+    found: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return found
 
 
 def load_model(folder: Path) -> SessionModel:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
 from pipeline.artifact import replacing
 from pipeline.catalog import Catalog, load_catalog
@@ -22,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.progress import Steps
 from recommender.charts import Curve, chart, plane
 from recommender.evaluate import COLUMNS, ROWS
-from recommender.index import CHECK_K, FLAT_ITEMS, ItemIndex, asked, build_indexes, exact_worst, factory_of, measure
+from recommender.index import CHECK_K, FLAT_ITEMS, ItemIndex, asked, build_indexes, exact_worst, factory_of, first, measure
 from recommender.metrics import case_values, paired_bootstrap
 from recommender.pictures import small
 from recommender.recommend import Recommender
@@ -214,10 +213,10 @@ def maps(recommender: Recommender, pictures: Pictures) -> Iterator[str]:
     yield f"<p>The first two principal components; {len(chosen)} items as pictures, up to {DOTS:,} as dots.</p>"
     yield '<div class="maps">'
     for half, vectors in recommender.halves.items():
-        of = vectors[torch.as_tensor(rows)].double()
-        _, _, axes = torch.linalg.svd(of - of.mean(0), full_matrices=False)
+        centred = vectors[rows] - vectors[rows].mean(0, dtype=np.float64)
+        _, _, axes = np.linalg.svd(centred, full_matrices=False)
         what = {"knowledge": "knowledge: what items are", "transition": "transition: what people move on to"}[half]
-        yield plane(what, ((of - of.mean(0)) @ axes[:2].T).numpy(), {n: pictures.of(int(rows[n])) for n in chosen})
+        yield plane(what, centred @ axes[:2].T, {n: pictures.of(int(rows[n])) for n in chosen})
     yield "</div>"
 
 
@@ -231,20 +230,19 @@ def index(recommender: Recommender) -> Iterator[str]:
         if COMPARED_ITEMS <= items <= FLAT_ITEMS and factory_of(name, items) != published["factory"]
     ]
     curves: dict[str, Curve] = {}
-    with torch.inference_mode():
-        prefixes = asked(own, recommender.sample_rows())
-        worst = exact_worst(own, prefixes)
-        with Steps("index", 1 + len(others)) as shown:
-            for name in [published["factory"], *others]:
-                each = own if name == published["factory"] else ItemIndex(build_indexes(own.model, own.tables, name), own.model, own.tables)
-                found = []
-                for effort in (1.0,) if each.exact else EFFORTS:
-                    each.spend(effort)
-                    recall, times = measure(each, prefixes, worst)
-                    found.append((float(np.median(times)), recall))
-                each.spend(1.0)
-                curves[factory_of(name, items)] = found
-                shown.advance()
+    prefixes = asked(own.ranker, recommender.sample_rows())
+    worst = exact_worst(own.ranker, prefixes)
+    with Steps("index", 1 + len(others)) as shown:
+        for name in [published["factory"], *others]:
+            each = own if name == published["factory"] else ItemIndex(build_indexes(own.ranker, name), own.ranker)
+            found = []
+            for effort in (1.0,) if each.exact else EFFORTS:
+                each.spend(effort)
+                recall, times = measure(each, prefixes, worst)
+                found.append((float(np.median(times)), recall))
+            each.spend(1.0)
+            curves[factory_of(name, items)] = found
+            shown.advance()
     yield f"<p>The published index is {escape(published['factory'])}. Recall@{CHECK_K} against scoring every item, by the median "
     yield f"milliseconds of a search, over {len(prefixes)} test sessions; the points of a line spend more and more on a search.</p>"
     yield f'<div class="one">{chart(f"recall@{CHECK_K}", curves, "ms", dots=True)}</div>'
@@ -254,11 +252,10 @@ def sessions(recommender: Recommender, pictures: Pictures) -> Iterator[str]:
     yield f"<p>Left: the last {SEEN} items seen. Right: the first {SHOWN} recommended; the item that came next is framed in green.</p>"
     for session in [s for s in recommender.sample_rows() if len(s) > 1][:SESSIONS]:
         *prefix, target = session
-        with torch.inference_mode():
-            scores = recommender.model.scores(torch.tensor([prefix]), recommender.tables)[0]
+        scores = recommender.ranker.scores(recommender.ranker.read(prefix), np.arange(len(recommender.item_ids)))
         rank = int((scores > scores[target]).sum()) + 1
         seen = "".join(pictures.boxed(row) for row in prefix[-SEEN:])
-        best = "".join(pictures.boxed(row, row == target) for row in scores.topk(min(SHOWN, len(scores))).indices.tolist())
+        best = "".join(pictures.boxed(row, row == target) for row in first(scores, min(SHOWN, len(scores))).tolist())
         came = "" if rank <= SHOWN else f'<div><span>came next</span><div class="row">{pictures.boxed(target)}</div></div>'
         yield f'<div class="session"><div><span>seen</span><div class="row">{seen}</div></div>'
         yield f'<div><span>recommended; what came next has rank {rank:,}</span><div class="row">{best}</div></div>{came}</div>'

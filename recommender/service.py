@@ -18,11 +18,10 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
 
 from pipeline.artifact import CURRENT
 from recommender.gate import Metrics, log
+from recommender.index import first
 from recommender.pictures import Pictures
 from recommender.recommend import Recommender
 
@@ -45,7 +44,7 @@ class Served:
     recommender: Recommender
     texts: pa.Array  # title and item_id of each item, in small letters
     popular: np.ndarray  # rows, the most popular first
-    lengths: dict[str, Tensor]  # (N,) of each half's vectors
+    lengths: dict[str, np.ndarray]  # (N,) of each half's vectors
     loaded_at: float
 
     @classmethod
@@ -55,8 +54,8 @@ class Served:
         if not tried or not all(math.isfinite(item.score) for item in tried):
             raise ValueError("the model's scores are not finite")
         texts = pc.utf8_lower(pc.binary_join_element_wise(recommender.titles, recommender.item_ids, " "))
-        lengths = {half: vectors.norm(dim=1).clamp(min=1e-12) for half, vectors in recommender.halves.items()}
-        return cls(recommender, texts, recommender.popular.numpy(), lengths, time.time())
+        lengths = {half: np.maximum(np.linalg.norm(vectors, axis=1), 1e-12) for half, vectors in recommender.halves.items()}
+        return cls(recommender, texts, recommender.ranker.by_popularity, lengths, time.time())
 
     @property
     def version(self) -> str:
@@ -74,9 +73,9 @@ class Served:
         """Rows and cosines of the nearest items by the whitened vectors of a half."""
         vectors, lengths = self.recommender.halves[half], self.lengths[half]
         cosine = vectors @ vectors[row] / (lengths * lengths[row])
-        cosine[row] = -torch.inf
-        best = cosine.topk(min(k, len(cosine) - 1))
-        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        cosine[row] = -np.inf
+        best = first(cosine, min(k, len(cosine) - 1))
+        return list(zip(best.tolist(), cosine[best].tolist(), strict=True))
 
 
 class Service:

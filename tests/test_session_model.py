@@ -12,6 +12,7 @@ from recommender.evaluate import model_ranks
 from recommender.index import ItemIndex, build_indexes
 from recommender.model import ModelConfig, Parts, SessionModel, fit_whitening
 from recommender.pairs import Pairs
+from recommender.ranker import PairCounts, Ranker
 from recommender.sessions import PAD, pack, pad_prefixes
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
@@ -29,12 +30,13 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-def build(content: bool = True, ids: bool = True, seed: int = 0) -> SessionModel:
+def build(content: bool = True, ids: bool = True, parts: Parts | None = None, seed: int = 0) -> SessionModel:
     """A model whose every part is at work."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(ITEMS, 12)).astype(np.float32)
-    model = SessionModel(ModelConfig(ITEMS, 12 if content else 0, ids, dim=16, max_prefix=8), vectors if content else None, *log())
+    config = ModelConfig(ITEMS, 12 if content else 0, ids, dim=16, max_prefix=8, parts=parts or Parts())
+    model = SessionModel(config, vectors if content else None, *log())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -69,14 +71,21 @@ def test_padding_and_company_change_nothing(content: bool, ids: bool) -> None:
 
 
 @VERSIONS
-def test_the_origins_of_a_score_add_up_to_it(content: bool, ids: bool) -> None:
-    model = build(content, ids)
-    tables, items = model.tables(), torch.tensor([9, 2, 30, 48])  # none of the session's
-    for session in ([3], [5, 5, 7, 11, 3, 7]):
-        rows = torch.tensor(pad_prefixes([session], 8)).long()
-        parts = model.origins(rows, tables, items)
-        assert len(parts) == len(session) + 1
-        assert torch.allclose(parts.sum(0).log(), model.scores(rows, tables)[0, items], atol=1e-4)
+@pytest.mark.parametrize("left_out", [[], ["graph", "attention", "followers", "companions", "repeat", "popularity"]])
+def test_one_session_is_scored_as_many_are(content: bool, ids: bool, left_out: list[str]) -> None:
+    """What serving computes in numpy is what training and evaluation compute in PyTorch, and its origins add up to it."""
+    model = build(content, ids, Parts(**dict.fromkeys(left_out, False)))
+    tables, items = model.tables(), np.array([2, 9, 30, 48])  # none of the session's
+    ranker = Ranker(model, tables)
+    for session in ([3], [5, 5, 7, 11, 3, 7], [7, 49, 7], list(range(10, 22))):  # 49 is cold, 12 are more than are read
+        wanted = model.scores(torch.tensor(pad_prefixes([session], 8)).long(), tables)[0].detach().numpy()
+        read = ranker.read(session)
+        assert np.allclose(ranker.scores(read, np.arange(ITEMS)), wanted, atol=1e-4)
+        assert np.allclose(ranker.scores(read, items), wanted[items], atol=1e-4)
+        parts = ranker.origins(read, items)
+        assert len(parts) == len(session[-8:]) + 1
+        with np.errstate(divide="ignore"):
+            assert np.allclose(np.log(parts.sum(0)), wanted[items], atol=1e-4)
 
 
 @VERSIONS
@@ -131,7 +140,7 @@ def test_a_catalogue_without_any_pair_has_shares_of_nothing() -> None:
     for key, value in pairs.over(torch.tensor([0, -1, 1]), 2).items():
         setattr(pairs, key, value)
     pairs.items = 2
-    assert torch.equal(pairs.shares(torch.tensor([0, 1]), torch.tensor([0, 1])), torch.zeros(2, 2))
+    assert not PairCounts(pairs).shares(np.array([0, 1]), np.array([0, 1])).any()
 
 
 def test_a_sampled_softmax_estimates_the_full_one() -> None:
@@ -191,24 +200,25 @@ def test_hidden_ids_are_neither_read_nor_offered() -> None:
     assert torch.allclose(model.scores(rows, model.tables(hidden)), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("allowed", [None, torch.arange(ITEMS) % 3 == 0])
-def test_the_index_finds_what_scoring_everything_finds(allowed: torch.Tensor | None) -> None:
+@pytest.mark.parametrize("allowed", [None, np.arange(ITEMS) % 3 == 0])
+def test_the_index_finds_what_scoring_everything_finds(allowed: np.ndarray | None) -> None:
     model = build()
     tables = model.tables()
-    index = ItemIndex(build_indexes(model, tables, "flat"), model, tables)
+    ranker = Ranker(model, tables)
+    index = ItemIndex(build_indexes(ranker, "flat"), ranker)
     assert index.exact
     index.first = 4  # so that the first lists do not hold everything
     rng = np.random.default_rng(3)
     for k in (1, 5, ITEMS):
         for _ in range(20):
-            session = torch.tensor(rng.integers(0, ITEMS, size=(1, rng.integers(1, 9))))
-            values, found = index.top(session, k, allowed)
-            wanted = model.scores(session, tables)[0]
+            session = rng.integers(0, ITEMS, size=rng.integers(1, 9)).tolist()
+            values, found = index.top(ranker.read(session), k, allowed)
+            wanted = model.scores(torch.tensor([session]), tables)[0].numpy()
             if allowed is not None:
-                wanted[~allowed] = -torch.inf
-            best = wanted.topk(k).values
-            assert torch.allclose(values, best[best > -torch.inf], atol=1e-4)
-            assert torch.allclose(wanted[found], values, atol=1e-4)
+                wanted[~allowed] = -np.inf
+            best = np.sort(wanted)[::-1][:k]
+            assert np.allclose(values, best[best > -np.inf], atol=1e-4)
+            assert np.allclose(wanted[found], values, atol=1e-4)
 
 
 def test_whitening_is_fitted_on_training_items_alone() -> None:
