@@ -116,7 +116,7 @@ def load(run: Path, items: int, seconds: float) -> None:
         print("| load | session | requests a second | p50 ms | p99 ms | processor ms a request | statuses |\n" + "| --- " * 7 + "|")
         for length in LENGTHS:
             hey(url, items, length, 2, "-c", "2")
-            for clients, more in ((f"{RATE} a second", ("-c", "5", "-q", str(RATE // 5))), ("8 clients, no pause", ("-c", "8"))):
+            for clients, more in ((f"{RATE} a second", ("-c", "1", "-q", str(RATE))), ("8 clients, no pause", ("-c", "8"))):
                 before = cpu(process)
                 times, statuses = hey(url, items, length, seconds, *more)
                 spent = (cpu(process) - before) * 1000 / len(times)

@@ -28,7 +28,7 @@ from recommender.pairs import NEVER
 from recommender.ranker import Ranker, Read
 
 FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
-HNSW_ITEMS = 500_000  # ... up to here HNSW, and above IVF, which is built faster
+HNSW_ITEMS = 2_000_000  # ... up to here HNSW, and above IVF, which is built faster and finds less
 EFFORT = {"efSearch": 80, "nprobe": 16}  # what HNSW and IVF spend on a query
 ASKED = 0.98  # of the weight of a session's queries, unless the index is exact
 FIRST_LIST = 80  # entries taken of every query at first

@@ -105,8 +105,8 @@ class Recommender:
         check_embeddings(run, version)
         if "index" not in version.manifest:
             raise UserError(f"index of an older tpad ({version.path}); run `tpad index`", ARTIFACT)
-        items, attributes = (
-            pq.read_table(version.path / f"{name}.parquet", page_checksum_verification=True) for name in ("items", "attributes")
+        items, attributes = (  # not by read_table, which imports pandas where it is installed
+            pq.ParquetFile(version.path / f"{name}.parquet", page_checksum_verification=True).read() for name in ("items", "attributes")
         )
         return cls(load_model(version.path), load_indexes(version.path), items, attributes, version)
 

@@ -27,6 +27,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
+from threadpoolctl import threadpool_limits
 
 from pipeline.catalog import MAX_ID_BYTES
 from pipeline.errors import ENVIRONMENT, UserError
@@ -325,6 +326,7 @@ def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, s
     """Answers until a signal; then finishes what is in hand and ends with 130 or 143."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
+    threadpool_limits(1, "blas")  # a request is too small to be shared among cores; requests are
     listener = bind(host, port)
     service = Service(run, data)
     log_to_stderr()
