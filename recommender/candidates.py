@@ -1,10 +1,11 @@
-"""The items a training step compares with: all of the training sessions, or a sample of them."""
+"""The items a training step compares with, all of the training sessions or a sample of them, and the sum over them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recommender.sessions import PAD
 
@@ -44,3 +45,33 @@ def sampled(share: Tensor, targets: Tensor, negatives: int, generator: torch.Gen
     correction = (times[rest] / (negatives * share[drawn[rest]])).log().float()
     items, order = torch.cat([shown, drawn[rest]]).sort()
     return Candidates(items.to(targets.device), torch.cat([torch.zeros(len(shown)), correction])[order].to(targets.device))
+
+
+def log_partition(queries: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
+    """log sum_c exp(queries_e . vectors_c + bias_c): queries (E, D), vectors (C, D), bias (C,) -> (E,) float32."""
+    found: Tensor = _LogPartition.apply(queries, vectors, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LogPartition(torch.autograd.Function):
+    """Most of a training step. What autograd makes of the formula goes a dozen times through a matrix (E, C) that no cache holds;
+    here it is made once, and gradients are products of it with what is small. A second derivative has none."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
+        logits = queries @ vectors.T  # under autocast in bf16, as are the products below then
+        share = logits.float().add_(bias)
+        greatest = share.amax(1, keepdim=True)
+        total = share.sub_(greatest).exp_().sum(1, keepdim=True)  # 1 at least
+        ctx.save_for_backward(queries, vectors, share.to(logits.dtype), total)
+        return (total.log() + greatest)[:, 0]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, vectors, share, total = ctx.saved_tensors
+        weight = grad[:, None] / total
+        of_queries = (share @ vectors.to(share.dtype)) * weight
+        of_vectors = share.T @ (queries * weight).to(share.dtype)
+        of_bias = weight.to(share.dtype).T @ share
+        return of_queries.to(queries.dtype), of_vectors.to(vectors.dtype), of_bias[0].float()

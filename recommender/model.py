@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.candidates import Candidates
+from recommender.candidates import Candidates, log_partition
 from recommender.pairs import NEVER, Pairs, causal, find, steps_back
 from recommender.sessions import PAD
 
@@ -290,8 +290,8 @@ class SessionModel(nn.Module):
         for name, query in reading.queries.items():
             vectors, prior = tables.vectors[name], tables.priors[name]
             items, correction = candidates
-            logits = query[real] @ vectors[items].T + (prior[items] + correction)  # (events, C)
-            total = torch.zeros(rows.shape, device=rows.device).masked_scatter(real, logits.logsumexp(-1))
+            sums = log_partition(query[real], vectors[items], prior[items] + correction)
+            total = torch.zeros(rows.shape, device=rows.device).masked_scatter(real, sums)
             over.append(reading.weights[name] + vectors[target] @ query.transpose(1, 2) + prior[target][..., None])
             under.append(reading.weights[name] + total[:, None, :])
             own = own + under[-1][case].logsumexp(-1) - over[-1][case].logsumexp(-1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from recommender.candidates import everything, sampled, share_drawn
+from recommender.candidates import everything, log_partition, sampled, share_drawn
 from recommender.evaluate import model_ranks
 from recommender.index import ItemIndex, build_indexes
 from recommender.model import ModelConfig, Parts, SessionModel, fit_whitening
@@ -155,6 +155,23 @@ def test_a_sampled_softmax_estimates_the_full_one() -> None:
         assert {3, 7} <= set(items.tolist()) <= set(whole.items.tolist()) and torch.equal(items, items.unique())
         sums.append((logits[items] + correction).exp().sum())
     assert abs(torch.stack(sums).mean() / wanted - 1) < 0.05
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_sum_over_the_items_has_the_gradient_that_autograd_gives(bf16: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 16), (50, 16), (50,)]
+    one, other = ([torch.randn(shape, generator=generator.manual_seed(n)).requires_grad_() for n, shape in enumerate(shapes)] for _ in "ab")
+    weight, near = torch.rand(7, generator=generator), 0.03 if bf16 else 1e-5
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = log_partition(*one)
+        wanted = (other[0] @ other[1].T + other[2]).float().logsumexp(-1)
+        assert torch.allclose(found, wanted, rtol=near)
+        for sums in (found, wanted):
+            (sums * weight).sum().backward()  # type: ignore[no-untyped-call]
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.grad is not None and theirs.grad is not None and mine.grad.dtype == theirs.grad.dtype
+        assert (mine.grad - theirs.grad).norm() < near * theirs.grad.norm()
 
 
 @pytest.mark.parametrize("part", ["graph", "attention", "followers", "companions", "repeat", "popularity"])

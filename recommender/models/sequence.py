@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.candidates import Candidates
+from recommender.candidates import Candidates, log_partition
 from recommender.sessions import PAD
 
 Encoder = Callable[[int, int, float], nn.Module]  # dim, max_prefix, dropout
@@ -48,8 +47,8 @@ class SequenceModel(nn.Module):
         """The training losses of (B, L) windows among the `candidates`, (cases,)."""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # the encoder's dropout: by the step, not by what came before
         vectors, (items, correction), case = self.tables(), candidates, targets != PAD
-        logits = self.encode(rows, vectors)[case] @ vectors[items].T + correction
-        return F.cross_entropy(logits, torch.searchsorted(items, targets[case]), reduction="none")
+        queries = self.encode(rows, vectors)[case]
+        return log_partition(queries, vectors[items], correction) - (queries * vectors[targets[case]]).sum(-1)
 
     def draw_known(self, generator: torch.Generator) -> Tensor:
         return self.known
