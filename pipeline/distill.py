@@ -28,6 +28,7 @@ from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_o
 from pipeline.chunks import backward, features, look_once
 from pipeline.config import Config, PhaseConfig
 from pipeline.errors import USAGE, UserError
+from pipeline.memory import keep_freed_memory
 from pipeline.mllm import Encoder, Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
 from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
@@ -253,6 +254,7 @@ def distill(
     if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
         return False
     _refuse_shards()
+    keep_freed_memory()
     accelerator = Accelerator(log_with=config.distill.log_with or None, project_dir=run / "distill")
     group = Group(accelerator)
     _check_batches(config, group.world)

@@ -20,6 +20,7 @@ from pipeline.batches import Source
 from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import BackboneConfig, Config, DataConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.memory import keep_freed_memory
 from pipeline.mllm import Encoder, load_mllm
 from pipeline.neighbours import load_neighbours
 from pipeline.parts import Base, Exporter, Work, is_part
@@ -57,6 +58,7 @@ def export(config: Config, run: Path, data: Path, update: bool = False, share: t
 
     `update` keeps the vectors of unchanged items; `share` (i, n) does the i-th of n shares only, and publishes if that is all.
     """
+    keep_freed_memory()
     with environment(run / "embeddings"):
         return _export(config, run, data, update, share)
 

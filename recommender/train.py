@@ -29,6 +29,7 @@ from pipeline.artifact import Version, canonical_json, published, remove, stage
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.memory import keep_freed_memory
 from pipeline.progress import Steps
 from recommender.candidates import everything, sampled, share_drawn
 from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, positions_of, print_results, read_ceiling
@@ -121,6 +122,7 @@ def _missing(run: Path) -> Version:
 
 
 def make_accelerator() -> Accelerator:
+    keep_freed_memory()
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"no training in {accelerator.mixed_precision} (accelerate launch --mixed_precision); take no or bf16", USAGE)
