@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "cli.py", *sorted((ROOT / "pipeline").glob("*.py")), *sorted((ROOT / "recommender").rglob("*.py"))]
 BASE = {
-    f"pipeline.{name}" for name in ("errors", "config", "artifact", "checkpoint", "catalog", "split", "progress", "mutual_information")
+    f"pipeline.{name}"
+    for name in ("errors", "config", "artifact", "checkpoint", "catalog", "split", "progress", "memory", "mutual_information")
 }  # what recommender may use
 HEAVY = {"transformers", "accelerate", "peft", "datasets", "tokenizers"}
 
