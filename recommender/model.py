@@ -313,16 +313,24 @@ class SessionModel(nn.Module):
         if cases is None:
             length = (rows != PAD).sum(1)
             cases = torch.arange(rows.shape[1], device=rows.device) == length[:, None] - 1
+        return self.masses(rows, tables, cases, items).log_()
+
+    def masses(self, rows: Tensor, tables: Tables, cases: Tensor, items: Tensor | None = None) -> Tensor:
+        """exp of the scores: they rank the same."""
         reading = self.read(rows, tables)
         session, position = cases.nonzero(as_tuple=True)
         some = slice(None) if items is None else items
-        total = (tables.priors["popular"][some] + reading.popular).exp().expand(len(session), -1).clone()
+        total = (tables.priors["popular"][some] + reading.popular).exp().repeat(len(session), 1)
         for name, query in reading.queries.items():
             part = (query @ tables.vectors[name][some].T).add_(tables.priors[name][some])  # (B, L, N)
             part.clamp_(min=LEAST).exp_()
             if name == "id":
                 part.mul_(tables.known[some])
-            total += (reading.weights[name].exp() @ part)[session, position]
+            weights = reading.weights[name].exp()
+            if len(session) == rows.numel():  # every position is a case, in the order they stand in
+                total.view(*rows.shape, -1).baddbmm_(weights, part)
+            else:
+                total += (weights @ part)[session, position]
         # counts of pairs and copies are sparse: per case a few items at a time, added where they belong
         events = rows[session]
         copies, place, there = reading.weights["copy"].exp()[session, position], events.clamp(min=0), events != PAD
@@ -331,7 +339,7 @@ class SessionModel(nn.Module):
         total.scatter_add_(1, place, copies * there)
         for _, pairs in self.counted():
             pairs.add(total, events, pairs.weights(rows)[session, position].exp(), items)
-        return total.log_()
+        return total
 
 
 def pair_steps(parts: Parts) -> dict[str, list[int]]:
