@@ -59,9 +59,16 @@ class ModelConfig:
 class Tables(NamedTuple):
     """What the session is held against: per channel the item vectors and log-weights, and who is known by id."""
 
-    vectors: dict[str, Tensor]  # (N, D) each
+    vectors: dict[str, Tensor]  # (N, D) each, or (M, D) of `items`
     priors: dict[str, Tensor]  # (N,) each; also "popular"
     known: Tensor  # (N,) bool
+    items: Tensor | None = None  # (M,) ascending, that a training step touches; None: all
+
+    def of(self, channel: str, rows: Tensor) -> Tensor:
+        """The vectors of `rows`, of any shape; of one that is not among `items`, another's."""
+        if self.items is not None:
+            rows = torch.searchsorted(self.items, rows).clamp(max=len(self.items) - 1)
+        return self.vectors[channel][rows]
 
 
 class Reading(NamedTuple):
@@ -85,10 +92,23 @@ class SessionGraph(nn.Module):
     def forward(self, states: Tensor, rows: Tensor, real: Tensor) -> Tensor:
         """states (B, L, D), rows (B, L), real (B, L) -> (B, L, D)"""
         before, after = transitions(rows, real)
-        messages = torch.cat([before @ self.into(states), after @ self.out_of(states)], -1)
-        return states + torch.zeros_like(states).masked_scatter(
-            real[..., None], self.gate * (self.cell(messages[real], states[real]) - states[real])
-        )
+        messages = torch.cat([self.into(packed(before @ states, real)), self.out_of(packed(after @ states, real))], -1)
+        own = packed(states, real)
+        return padded(own + self.gate * (self.cell(messages, own) - own), real)
+
+
+# sessions are short and the longest of a batch is not: what is done to each position alone is done to the E real ones
+
+
+def packed(values: Tensor, real: Tensor) -> Tensor:
+    """(B, L, D) -> (E, D)"""
+    return values.flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
+
+
+def padded(values: Tensor, real: Tensor) -> Tensor:
+    """(E, D) -> (B, L, D)"""
+    empty = values.new_zeros(real.numel(), values.shape[-1])
+    return empty.index_copy(0, real.flatten().nonzero()[:, 0], values).view(*real.shape, -1)
 
 
 def transitions(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,10 +138,12 @@ class Attention(nn.Module):
         self.read = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.read.weight)
 
-    def forward(self, states: Tensor, open_: Tensor, back: Tensor) -> Tensor:
-        """states (B, L, D), open_ (B, L, L), back (L, L) -> (B, L, D)"""
-        weights = self.ask(states) @ self.answer(states).transpose(1, 2) / self.dim**0.5 + self.recency[back]
-        read: Tensor = self.read(weights.masked_fill(~open_, NEVER).softmax(-1) @ states)
+    def forward(self, states: Tensor, real: Tensor, open_: Tensor, back: Tensor) -> Tensor:
+        """states (B, L, D), real (B, L), open_ (B, L, L), back (L, L) -> (E, D) of the real positions"""
+        own = packed(states, real)
+        asked, answers = padded(self.ask(own), real), padded(self.answer(own), real)
+        weights = asked @ answers.transpose(1, 2) / self.dim**0.5 + self.recency[back]
+        read: Tensor = self.read(packed(weights.masked_fill(~open_, NEVER).softmax(-1) @ states, real))
         return read
 
 
@@ -154,13 +176,14 @@ class Channel(nn.Module):
             states = self.graph(states, rows, real)
         back = steps_back(rows.shape[1], rows.device)
         open_ = causal(rows.shape[1], rows.device) & real[:, None, :]
-        queries = self.last(states)
+        own = packed(states, real)
+        queries = self.last(own)
         if self.attention is not None:
-            queries = queries + self.attention(states, open_, back)
-        queries = F.normalize(queries, dim=-1)
-        weights = self.weigh(states) @ self.weighed(states).transpose(1, 2) / self.dim**0.5
-        weights = weights + self.merit(states).transpose(1, 2) + self.weight_recency[back]
-        return self.log_scale.exp() * queries, weights.masked_fill(~open_, NEVER)
+            queries = queries + self.attention(states, real, open_, back)
+        queries = self.log_scale.exp() * F.normalize(queries, dim=-1)
+        weigh, weighed, merit = (padded(layer(own), real) for layer in (self.weigh, self.weighed, self.merit))
+        weights = weigh @ weighed.transpose(1, 2) / self.dim**0.5 + merit.transpose(1, 2) + self.weight_recency[back]
+        return padded(queries, real), weights.masked_fill(~open_, NEVER)
 
 
 class SessionModel(nn.Module):
@@ -222,27 +245,33 @@ class SessionModel(nn.Module):
                 tensors |= {f"pairs.{name}.{key}": value for key, value in pairs.over(place, count).items()}
         return SessionModel.restored(replace(self.config, items=count), tensors)
 
-    def tables(self, known: Tensor | None = None, generator: torch.Generator | None = None) -> Tables:
-        """The item tables. `known` (N,) says whose id may be used (training: a random part); `generator` draws dropout."""
+    def tables(self, known: Tensor | None = None, generator: torch.Generator | None = None, items: Tensor | None = None) -> Tables:
+        """The item tables. `known` (N,) says whose id may be used (training: a random part); `generator` draws dropout; vectors
+        are made for all items or for `items` (M,) alone."""
+        some = slice(None) if items is None else items
         known = self.known if known is None else known
         level = -float(np.log(max(int(self.known.sum()), 1)))  # a channel starts near a distribution, level with the others
         vectors, priors = {}, {}
         if "content" in self.channels:
-            content = dropout(self.content, self.config.content_dropout, generator)
+            content = dropout(self.content[some], self.config.content_dropout, generator)
             vectors["content"] = F.normalize(self.project(content), dim=-1)
             priors["content"] = torch.where(known, self.channel("content").popularity * self.log_count, self.stranger[0]) + level
             priors["popular"] = torch.where(known, self.popularity * self.log_count, self.stranger[1])
         else:
             priors["popular"] = (self.popularity * self.log_count).masked_fill(~known, NEVER)
         if "id" in self.channels:
-            vectors["id"] = F.normalize(self.ids.weight, dim=-1) * known[:, None]
+            ids = self.ids.weight if items is None else self.ids(items)
+            vectors["id"] = F.normalize(ids, dim=-1) * known[some, None]
             priors["id"] = (self.channel("id").popularity * self.log_count + level).masked_fill(~known, NEVER)
         priors["popular"] = priors["popular"] - priors["popular"][self.known].logsumexp(0)
-        return Tables(vectors, priors, known)
+        return Tables(vectors, priors, known, items)
 
     def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
-        """The training losses of (B, L) windows, (cases,)."""
-        return self.losses(rows, targets, self.tables(known, generator), candidates)
+        """The training losses of (B, L) windows, (cases,), whose targets are among the candidates."""
+        touched = None
+        if len(candidates.items) < self.config.items / 2:
+            touched = torch.cat([candidates.items, rows[rows != PAD]]).unique()  # type: ignore[no-untyped-call]
+        return self.losses(rows, targets, self.tables(known, generator, touched), candidates)
 
     def channel(self, name: str) -> Channel:
         found = self.channels[name]
@@ -267,7 +296,7 @@ class SessionModel(nn.Module):
         item = rows.clamp(min=0)
         queries, weights = {}, {}
         for name, channel in self.channels.items():
-            states = tables.vectors[name][item] * real[..., None]
+            states = tables.of(name, item) * real[..., None]
             queries[name], weights[name] = channel(states, rows, real)
         if "id" in weights:
             weights["id"] = weights["id"].masked_fill(~tables.known[item][:, None, :], NEVER)
@@ -288,11 +317,10 @@ class SessionModel(nn.Module):
         own = torch.zeros((), device=rows.device)
         case = targets != PAD
         for name, query in reading.queries.items():
-            vectors, prior = tables.vectors[name], tables.priors[name]
-            items, correction = candidates
-            sums = log_partition(query[real], vectors[items], prior[items] + correction)
-            total = torch.zeros(rows.shape, device=rows.device).masked_scatter(real, sums)
-            over.append(reading.weights[name] + vectors[target] @ query.transpose(1, 2) + prior[target][..., None])
+            prior, (items, correction) = tables.priors[name], candidates
+            sums = log_partition(packed(query, real), tables.of(name, items), prior[items] + correction)
+            total = padded(sums[:, None], real)[..., 0]
+            over.append(reading.weights[name] + tables.of(name, target) @ query.transpose(1, 2) + prior[target][..., None])
             under.append(reading.weights[name] + total[:, None, :])
             own = own + under[-1][case].logsumexp(-1) - over[-1][case].logsumexp(-1)
         over.append(reading.weights["copy"].masked_fill(targets[:, :, None] != rows[:, None, :], NEVER))
