@@ -272,7 +272,7 @@ class SbrConfig(Section):
     dropout: Share = 0.2  # in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)
     select: Literal["HR@10", "HR@20", "MRR@10", "MRR@20", "NDCG@10", "NDCG@20"] = "MRR@20"  # on validation: which epoch is taken
     patience: Positive = 3  # epochs without a better one before it stops
-    loss: Literal["auto", "softmax", "sampled"] = "auto"  # softmax over all items, or sampled; auto: sampled above 20,000 items
+    loss: Literal["auto", "softmax", "sampled"] = "auto"  # softmax over all items, or sampled; auto: sampled above 5,000 items
     negatives: Positive = 2048  # items drawn for a step, where the loss is sampled
     own_loss: Weight = 0.0  # weight of the loss of each channel of our model, ids and vectors, on its own
     parts: PartsConfig = PartsConfig()

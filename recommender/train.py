@@ -45,7 +45,7 @@ from recommender.steplog import Diverged, StepLog
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
-MANY_ITEMS = 20_000  # above, a softmax over all of them costs more than it gives
+MANY_ITEMS = 5_000  # above, a softmax over all of them costs more than it gives
 SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
 Watch = Callable[[list[float]], None]  # told the validation scores of the epochs so far, each time there is one more
 
