@@ -7,7 +7,6 @@ times the number of processes undoes the averaging of distributed data parallel.
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import patch_environment
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from pipeline import layers, prompts
+from pipeline import fsdp, layers, prompts
 from pipeline.artifact import canonical_json, published, stage
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.catalog import SessionLog, load_catalog, load_sessions
@@ -43,8 +44,6 @@ from pipeline.vision import Cache, Picture, is_frozen
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
 TABLE_ROWS = 4096  # items embedded at a time for a table
-# what the launcher sets for modes that cut the weights to pieces
-SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def learning_rate(settings: PhaseConfig, step: int) -> float:
@@ -61,6 +60,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
     groups = parameter_groups(mllm, settings)
     named = trainable_state(mllm)
     names = [name for group_ in groups for name in group_.pop("names")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(mllm, fsdp.pieces(mllm))  # type: ignore[no-untyped-call]
     model, optimizer = accelerator.prepare(mllm, torch.optim.AdamW(groups, settings.lr))
     critics = phase.critics()
     frozen = is_frozen(mllm.backbone)
@@ -253,18 +253,23 @@ def distill(
     version = published(run / "mllm", "mllm")
     if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
         return False
-    _refuse_shards()
+    if config.distill.transfer.intent and not views.attributes:
+        raise UserError("distill.transfer.intent needs item columns beside those of data.text (data.attributes); set it to 0", USAGE)
+    in_pieces = fsdp.wanted(config)
     keep_freed_memory()
-    accelerator = Accelerator(log_with=config.distill.log_with or None, project_dir=run / "distill")
-    group = Group(accelerator)
-    _check_batches(config, group.world)
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # by which Accelerate would cut what trains, too
+        accelerator = Accelerator(log_with=config.distill.log_with or None, project_dir=run / "distill")
+        group = Group(accelerator)
+        _check_batches(config, group.world)
+        backbone = build_backbone(config.backbone, views, config.seed)
+    if in_pieces and group.world > 1:
+        held = fsdp.cut(backbone.model, accelerator.device, group.world)
+        if accelerator.is_main_process:
+            print(f"FSDP: each of {group.world} processes holds {held:.0%} of the backbone's weights", file=sys.stderr)
     folder = run / "distill"
     folder.mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers("tpad", config.model_dump(mode="json"))
     metrics = Metrics(folder / "metrics.jsonl", accelerator)
-    if config.distill.transfer.intent and not views.attributes:
-        raise UserError("distill.transfer.intent needs item columns beside those of data.text (data.attributes); set it to 0", USAGE)
-    backbone = build_backbone(config.backbone, views, config.seed)
     encoder = Encoder(config.backbone, backbone, catalog)
     tables: Tensors = {}
     summaries: dict[str, str] = {}
@@ -299,13 +304,13 @@ def distill(
         tables[head] = feature_table(mllm, phase, head)
     for name, parameter in backbone.model.named_parameters():
         parameter.requires_grad_(f"backbone.{name}" in base)  # frozen or not, they are published
+    unified: Mllm | SideBySide = mllm
+    if variant.published == "merge":
+        config, unified = merged(config, backbone, base, weights)
+    elif variant.published == "side_by_side":
+        unified = side_by_side(backbone, weights, config.distill.dim)
+    measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
     if accelerator.is_main_process:
-        unified: Mllm | SideBySide = mllm
-        if variant.published == "merge":
-            config, unified = merged(config, backbone, base, weights)
-        elif variant.published == "side_by_side":
-            unified = side_by_side(backbone, weights, config.distill.dim)
-        measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
         publish(run, config, views, unified, backbone, measured, split.train.ids_sha256(), prints[-1])
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -384,13 +389,6 @@ def _log_sha256(log: SessionLog) -> str:
     return hashlib.sha256(log.ids_sha256().encode() + log.offsets.tobytes() + log.rows.tobytes()).hexdigest()
 
 
-def _refuse_shards() -> None:
-    """Where weights lie in pieces, every process must make every forward pass and write every checkpoint, which this loop does not."""
-    for flag, kind in SHARDED.items():
-        if os.environ.get(flag, "").lower() == "true":
-            raise UserError(f"{kind} is not supported by `tpad distill` (accelerate launch); use configs/accelerate/ddp.yaml", USAGE)
-
-
 def _check_batches(config: Config, world: int) -> None:
     for kind in PHASES:
         batch = getattr(config.distill, kind.name).batch
@@ -414,7 +412,7 @@ def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, 
     group, device = phase.group, phase.group.accelerator.device
     even = np.resize(rows, math.ceil(len(rows) / group.world) * group.world)
     sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in group.share(even)]
-    found = embed(mllm, phase.encoder, sequences, heads, phase.config.export.token_budget, device)
+    found = embed(mllm, phase.encoder, sequences, heads, phase.config.export.token_budget, device, group.most)
     return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
 
 
@@ -424,7 +422,8 @@ def measure_layers(mllm: Mllm, phase: Phase) -> list[dict[str, float]]:
     sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in layers.sample(len(phase.prompts), config.seed)]
     mllm.to(accelerator.device).eval()
     measured = layers.measure(mllm, phase.encoder, sequences, config.export.token_budget, accelerator.device)
-    layers.tell(measured)
+    if accelerator.is_main_process:
+        layers.tell(measured)
     for n, layer in enumerate(measured, 1):
         accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=n)
     return measured

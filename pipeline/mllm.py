@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,23 +334,32 @@ class SideBySide(nn.Module):
 
 
 def embed(
-    mllm: Mllm, encoder: Encoder, sequences: Sequence[Encoded], heads: Sequence[str], token_budget: int, device: Any
+    mllm: Mllm,
+    encoder: Encoder,
+    sequences: Sequence[Encoded],
+    heads: Sequence[str],
+    token_budget: int,
+    device: Any,
+    passes: Callable[[int], int] = int,
 ) -> dict[str, np.ndarray]:
     """By head, the (n, D) features of n sequences with one read each, in their order.
 
     Batches are cut from the longest to the shortest, so that little is padding, and hold at most `token_budget` tokens.
+    `passes` says how many forward passes to make, given how many are needed: as many as all other processes (`fsdp.py`).
     """
     order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
+    cut: list[list[int]] = []
+    first = 0
+    while first < len(order):
+        cut.append(order[first : first + max(1, token_budget // len(sequences[order[first]]))])
+        first += len(cut[-1])
     features: dict[str, list[Tensor]] = {head: [] for head in heads}
-    with torch.inference_mode():
-        first = 0
-        while first < len(order):
-            size = max(1, token_budget // len(sequences[order[first]]))
-            batches = encoder.collate({"items": [sequences[n] for n in order[first : first + size]]})
+    with torch.no_grad():  # what `fsdp.py` first puts together in inference mode, no later step could use
+        for n in range(passes(len(cut))):
+            batches = encoder.collate({"items": [sequences[at] for at in cut[min(n, len(cut) - 1)]]})
             out = mllm({of: {name: t.to(device) for name, t in batch.items()} for of, batch in batches.items()}, {"items": heads})
-            for head in heads:
+            for head in heads if n < len(cut) else ():
                 features[head].append(out[f"items.{head}"].cpu())
-            first += size
     place = np.argsort(order)
     return {head: torch.cat(found).numpy()[place] for head, found in features.items()}
 

@@ -54,6 +54,10 @@ class Group:
         summed: Tensor = self.accelerator.reduce(x.detach().clone(), "sum")
         return summed + x - x.detach()
 
+    def most(self, count: int) -> int:
+        """The greatest of the processes' counts."""
+        return count if self.world == 1 else int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
+
     def share(self, of: np.ndarray) -> np.ndarray:
         """This process's contiguous share of a global batch."""
         part: np.ndarray = np.array_split(of, self.world)[self.rank]

@@ -55,12 +55,11 @@ def write_summaries(mllm: Mllm, phase: Phase, path: Path) -> dict[str, str]:
             batches = [[keys[at] for at in batch] for batch in cut(lengths + settings.summary_tokens, phase.config.export.token_budget)]
             todo = [batch for batch in batches if any(key not in texts for key in batch)]
             for first in range(0, len(todo), group.world):
-                own = {}
-                for batch in todo[first : first + group.world][group.rank :: group.world]:
-                    tensors = encoder.collate({"sessions": [encoder.encode(prompts[key]) for key in batch]})
-                    tensors = {of: {name: t.to(group.accelerator.device) for name, t in part.items()} for of, part in tensors.items()}
-                    with torch.inference_mode():
-                        own = dict(zip(batch, encoder.decode(mllm.write(tensors, "sessions", greedy)), strict=True))
+                batch = todo[min(first + group.rank, len(todo) - 1)]  # for want of another the last, as all must go along (`fsdp.py`)
+                tensors = encoder.collate({"sessions": [encoder.encode(prompts[key]) for key in batch]})
+                tensors = {of: {name: t.to(group.accelerator.device) for name, t in part.items()} for of, part in tensors.items()}
+                with torch.no_grad():
+                    own = dict(zip(batch, encoder.decode(mllm.write(tensors, "sessions", greedy)), strict=True))
                 written = {key: text for part in (gather_object([own]) if group.world > 1 else [own]) for key, text in part.items()}
                 texts |= written
                 if main:

@@ -1,6 +1,5 @@
 """`distill` on a small shop: it learns, a kill costs nothing, only training sessions count, and processes share the work."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from tiny_run import (
     distill_run,
     export_run,
     kill_when,
+    launched,
     losses,
     published_folder,
     same,
@@ -35,7 +35,7 @@ import cli
 from pipeline.artifact import read_embeddings
 from pipeline.catalog import load_catalog, load_sessions
 from pipeline.config import Config
-from pipeline.distill import SHARDED, _check_batches
+from pipeline.distill import _check_batches
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.phases import Align, drawn
 from pipeline.split import split_sessions
@@ -293,12 +293,7 @@ def test_two_processes_take_the_steps_of_one(
     alone, run = tiny_run, tmp_path / "run"
     if more:
         alone, run = options_run, without_align(options_run, run)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml")]
-    launch += ["--num_processes", "2", "--main_process_port", "0"]
-    command = [*launch, "-m", "cli", "distill", "--run", str(run), "--data", str(tiny_data), *options(*more)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    launched("ddp.yaml", run, tiny_data, *more)
     one, two = losses(alone), losses(run)
     assert one.keys() == two.keys()
     for key in one:
@@ -318,15 +313,6 @@ def test_two_processes_export_what_one_does(tiny_run: Path, tiny_data: Path, tmp
     for half in ("knowledge", "transition"):
         np.testing.assert_allclose(getattr(one, half), getattr(two, half), atol=1e-5)
     assert len(two.version.manifest["parts"]) == 3  # so both had some
-
-
-@pytest.mark.parametrize(("flag", "kind"), SHARDED.items())
-def test_sharded_weights_are_refused(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, kind: str) -> None:
-    monkeypatch.setenv(flag, "true")
-    with pytest.raises(UserError, match=f"{kind} is not supported") as error:
-        distill_run(tmp_path, tiny_data)
-    assert error.value.code == USAGE
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_that_does_not_divide_is_one_clear_line() -> None:

@@ -1,10 +1,7 @@
 """The options of the transfer phase: intents, a teacher and summaries are learned from, and change nothing of how a run goes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_run import SETTINGS, STEPS, distill_run, kill_when, losses, same, settings, start, weights
+from tiny_run import STEPS, distill_run, kill_when, launched, losses, same, settings, start, weights
 
 from pipeline.catalog import load_catalog, load_sessions
 from pipeline.errors import ARTIFACT, USAGE, UserError
@@ -22,8 +19,6 @@ from pipeline.split import split_by_time
 from pipeline.summaries import folds
 from recommender.teacher import Teacher
 from recommender.train import train_sbr
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,14 +180,7 @@ def test_two_processes_write_and_learn_what_one_does(
     tiny_run: Path, tiny_data: Path, run: Path, options: list[str], tmp_path: Path
 ) -> None:
     again = with_knowledge(tiny_run, tmp_path / "run")
-    words = [word for setting in (*SETTINGS, *options) for word in ("--set", setting)]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "cli", "distill", "--run", str(again), "--data", str(tiny_data)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    launched("ddp.yaml", again, tiny_data, *options)
     assert summaries(again) == summaries(run)
     one, two = losses(run), losses(again)
     assert one.keys() == two.keys()

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -39,6 +41,7 @@ from pipeline.distill import distill
 from pipeline.errors import UserError as UserError
 from pipeline.export import export
 
+ROOT = Path(__file__).parents[1]
 PHASES = ("knowledge", "transfer", "align")
 SHOP = ["shop.items=40", "shop.sessions=200", "shop.image_size=24"]
 TINY = [
@@ -102,12 +105,15 @@ def member(rank: int, port: int, work: Callable[..., object], *args: object) -> 
     work(*args)
 
 
-def two_processes(work: Callable[..., object], *args: object) -> None:
+def pair(work: Callable[..., object], *args: object) -> list[BaseProcess]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(member, rank, port, work, *args) for rank in range(2)]
-    for process in processes:
+    return [start(member, rank, port, work, *args) for rank in range(2)]
+
+
+def two_processes(work: Callable[..., object], *args: object) -> None:
+    for process in pair(work, *args):
         process.join(600)
         assert process.exitcode == 0
 
@@ -120,6 +126,19 @@ def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def launched(launcher: str, run: Path, data: Path, *more: str) -> str:
+    """`tpad distill` by two processes, as `accelerate launch` starts them with a file of configs/accelerate; its stderr."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / launcher)]
+    command = [*launch, "--num_processes", "2", "--main_process_port", "0", "-m", "cli", "distill", "--run", str(run), "--data", str(data)]
+    words = [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"}
+    done = subprocess.run(
+        [sys.executable, *command, *words], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 # --- backbones as a user would have them: a local folder, here with random weights
