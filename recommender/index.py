@@ -29,9 +29,9 @@ from recommender.ranker import Ranker, Read
 
 FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
 HNSW_ITEMS = 2_000_000  # ... up to here HNSW, and above IVF, which is built faster and finds less
-EFFORT = {"efSearch": 80, "nprobe": 16}  # what HNSW and IVF spend on a query
-ASKED = 0.98  # of the weight of a session's queries, unless the index is exact
-FIRST_LIST = 80  # entries taken of every query at first
+EFFORT = {"efSearch": 64, "nprobe": 16}  # what HNSW and IVF spend on a query
+ASKED = 0.95  # of the weight of a session's queries, unless the index is exact
+FIRST_LIST = 64  # entries taken of every query at first
 GROWTH = 8
 ADD_AT_ONCE = 20_000
 CHECK_K = 20  # the recall is that of the first so many
