@@ -30,11 +30,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from index import DIM, draw_model
+from threadpoolctl import threadpool_limits
 
 from pipeline.artifact import HALVES, OWN_KEYS, open_verified, stage
 from pipeline.catalog import load_catalog
 from recommender.model import Whitening
-from recommender.recommend import write_model
+from recommender.recommend import Recommender, write_model
 
 LENGTHS, RATE = (1, 5, 50), 50
 
@@ -110,7 +111,23 @@ def hey(url: str, items: int, length: int, seconds: float, *more: str) -> tuple[
     return np.array([float(line["response-time"]) * 1000 for line in lines]), Counter(line["status-code"] for line in lines)
 
 
+def inside(run: Path, items: int) -> None:
+    """`Recommender.recommend` without the HTTP, on one thread: sessions of other items each time."""
+    recommender = Recommender.load(run)
+    print("| in process, session | p50 ms | p95 ms |\n| --- | --- | --- |")
+    with threadpool_limits(1, "blas"):
+        for length in LENGTHS:
+            times = []
+            for seed in range(300):
+                asked = session(items, length, seed)
+                began = time.perf_counter()
+                recommender.recommend(asked, k=20)
+                times.append((time.perf_counter() - began) * 1000)
+            print(f"| {length} | {np.percentile(times, 50):.2f} | {np.percentile(times, 95):.2f} |")
+
+
 def load(run: Path, items: int, seconds: float) -> None:
+    inside(run, items)
     with serving(run) as (process, url, ready):
         print(f"{items:,} items: ready after {ready:.1f} s, {cpu(process):.1f} s of processor time, {memory(process)} MB")
         print("| load | session | requests a second | p50 ms | p99 ms | processor ms a request | statuses |\n" + "| --- " * 7 + "|")
