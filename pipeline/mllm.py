@@ -69,8 +69,8 @@ class Encoder:
                 USAGE,
             )
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        self._text: dict[str, list[int]] = {}  # those of the templates come first, so they are always kept
-        self._most_texts = 2**20 if cache_bytes else 100
+        self._text: dict[str, list[int]] = {}
+        self._most_texts = 2**20 if cache_bytes else 2**12  # some parts of an export, whose texts are measured first and then encoded
         self._pictures: dict[int, Picture] = {}
         self._room = cache_bytes
         self._keys: dict[int, bytes] | None = {} if cache_bytes else None
@@ -91,8 +91,9 @@ class Encoder:
         found = self._text.get(text)
         if found is None:
             found = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-            if len(self._text) < self._most_texts:
-                self._text[text] = found
+            if len(self._text) >= self._most_texts:
+                self._text.clear()
+            self._text[text] = found
         return found
 
     def encode(self, parts: Iterable[Part]) -> Encoded:
