@@ -1,13 +1,16 @@
 """`tpad recommend --sessions FILE --out FILE`: a file of events in, a Parquet file of ranked items out, in chunks.
 
 Several processes (`accelerate launch`) take a stretch of the sessions each, without a word between them, and leave a file
-each, `out-00000-of-00002.parquet` and so on: one table, in this order, to whatever reads Parquet. The events are held in
-memory as integers, 8 bytes for each event, and the names of the sessions; the answers are not.
+each, `out-00000-of-00002.parquet` and so on: one table, in this order, to whatever reads Parquet. Of a Parquet file in which the
+events of each session stand together, a piece at a time is in memory, and 8 bytes for each session; any other file is read whole
+and put in that order first.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +23,17 @@ from pipeline.artifact import environment_error, replacing
 from pipeline.errors import DATA, UserError
 from recommender.recommend import Filters, Recommender
 
-CHUNK = 8192  # sessions
+PIECE = 32_768  # events of a Parquet file read at a time
+NEEDED = ("session_id", "item_id")
 SCHEMA = pa.schema([("session_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
+
+
+class Chunk(NamedTuple):
+    """Some sessions, whole."""
+
+    names: list[str]
+    rows: np.ndarray  # (E,) int64 of all their events, session after session; -1: not in the catalogue
+    offsets: np.ndarray  # (S + 1,) where each session begins
 
 
 @dataclass(frozen=True)
@@ -45,26 +57,26 @@ def recommend_file(
 ) -> BatchSummary:
     """Sessions by first appearance, events by (timestamp, row). `out` is replaced whole at the end, or not at all. `share`
     (number, count): only this process's sessions, to a file named after both."""
-    session_ids, events, offsets = read_sessions(sessions, recommender)
-    number, count = share
-    if count > 1:
-        out = out.with_name(f"{out.stem}-{number:05d}-of-{count:05d}{out.suffix}")
-    first, last = (len(session_ids) * n // count for n in (number, number + 1))
-    popular = rows = 0
+    count, pieces = open_events(sessions)
+    number, processes = share
+    if processes > 1:
+        out = out.with_name(f"{out.stem}-{number:05d}-of-{processes:05d}{out.suffix}")
+    first, last = (count * n // processes for n in (number, number + 1))
+    popular = unknown = rows = 0
     try:
         with replacing(out) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-            for start in range(first, last, CHUNK):
-                names = session_ids[start : min(start + CHUNK, last)]
-                prefixes = [_known(events[offsets[n] : offsets[n + 1]]) for n in range(start, start + len(names))]
+            for chunk in stretch(whole_sessions(pieces, recommender, sessions), first, last):
+                prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
                 popular += sum(not prefix for prefix in prefixes)
-                table = _ranked_table(recommender, names, recommender.rank(prefixes, k, exclude_seen, filters, diversify))
+                unknown += int((chunk.rows < 0).sum())
+                table = _ranked_table(recommender, chunk.names, recommender.rank(prefixes, k, exclude_seen, filters, diversify))
                 writer.write_table(table)
                 rows += len(table)
     except OSError as error:
         raise environment_error(error, out) or UserError(
             f"cannot write: {error.strerror or error} ({out}); give another --out", DATA
         ) from None
-    return BatchSummary(out, last - first, popular, int((events[offsets[first] : offsets[last]] < 0).sum()), rows)
+    return BatchSummary(out, last - first, popular, unknown, rows)
 
 
 def _known(events: np.ndarray) -> list[int]:
@@ -85,62 +97,115 @@ def _ranked_table(recommender: Recommender, names: list[str], ranked: list[tuple
     )
 
 
-def read_sessions(path: Path, recommender: Recommender) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """session_ids, the rows of all events session after session (-1: not in the catalogue), and where each session begins."""
-    table = read_events(path)
-    for name in ("session_id", "item_id"):
-        if name not in table.column_names:
-            raise UserError(
-                f"no column {name} ({path}; it has {', '.join(table.column_names)}); give session_id, item_id[, timestamp]", DATA
-            )
-        empty = pc.index(pc.is_null(table[name]), True).as_py()
-        if empty >= 0:
-            raise UserError(f"{name} is empty ({path} row {empty}); every event needs one", DATA)
-    if not len(table):
+# --- reading
+
+
+def open_events(path: Path) -> tuple[int, Iterable[pa.Table]]:
+    """How many sessions there are, and the events in pieces in which those of a session stand together."""
+    begins, events = [], 0
+    before: str | None = None
+    for piece in read_pieces(path, ["session_id"]):
+        session = _text(piece, "session_id", path, events)
+        if not len(session):
+            continue
+        new = np.concatenate([[before is None or session[0].as_py() != before], pc.not_equal(session[1:], session[:-1])])
+        begins.append(np.fromiter(map(hash, session.filter(pa.array(new)).to_pylist()), np.int64))
+        before, events = session[-1].as_py(), events + len(session)
+    if not events:
         raise UserError(f"no events ({path}); give one line per event", DATA)
-    session = _text(table["session_id"], path).dictionary_encode().combine_chunks()
-    item = _text(table["item_id"], path).dictionary_encode().combine_chunks()
-    rows = np.array([recommender.row.get(i, -1) for i in item.dictionary.to_pylist()], np.int64)[item.indices.to_numpy()]
-    number = session.indices.to_numpy().astype(np.int64)
-    order = np.lexsort((*_clock(table, path), number))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(number, minlength=len(session.dictionary)))])
-    return session.dictionary.to_pylist(), rows[order], offsets
+    hashes = np.concatenate(begins)
+    if len(np.unique(hashes)) == len(hashes):
+        return len(hashes), read_pieces(path, [*NEEDED, "timestamp"])
+    table = pa.concat_tables(read_pieces(path, [*NEEDED, "timestamp"]))
+    session, _, _ = (*(_text(table, name, path) for name in NEEDED), list(_clock(table, path, 0)))  # gaps are told by the file's rows
+    coded = session.dictionary_encode()  # numbered by first appearance
+    return len(coded.dictionary), cut(table.take(pa.array(np.argsort(coded.indices.to_numpy(), kind="stable"))))
 
 
-def _text(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
+def cut(table: pa.Table) -> Iterator[pa.Table]:
+    return (pa.Table.from_batches([batch]) for batch in table.to_batches(max_chunksize=PIECE))
+
+
+def whole_sessions(pieces: Iterable[pa.Table], recommender: Recommender, path: Path) -> Iterator[Chunk]:
+    """The sessions of the pieces; the last of each piece may go on in the next. Events of a session by (timestamp, row)."""
+    rest, done = None, 0
+    for piece in pieces:
+        table = piece if rest is None else pa.concat_tables([rest, piece])
+        session = _text(table, "session_id", path, done)
+        begin = np.flatnonzero(np.concatenate([[True], pc.not_equal(session[1:], session[:-1])]))
+        if begin[-1]:
+            yield _chunk(table[: begin[-1]], begin, recommender, path, done)
+        rest, done = table[begin[-1] :], done + int(begin[-1])
+    assert rest is not None
+    yield _chunk(rest, np.array([0, len(rest)]), recommender, path, done)
+
+
+def _chunk(table: pa.Table, offsets: np.ndarray, recommender: Recommender, path: Path, before: int) -> Chunk:
+    """`before`: how many events stand before those of the table."""
+    session, item = (_text(table, name, path, before) for name in NEEDED)
+    coded = item.dictionary_encode()
+    rows = np.array([recommender.row.get(i, -1) for i in coded.dictionary.to_pylist()], np.int64)[coded.indices.to_numpy()]
+    order = np.lexsort((*_clock(table, path, before), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))))
+    return Chunk(session.take(pa.array(offsets[:-1])).to_pylist(), rows[order], offsets)
+
+
+def stretch(chunks: Iterable[Chunk], first: int, last: int) -> Iterator[Chunk]:
+    """Sessions `first` to `last` of all."""
+    done = 0
+    for names, rows, offsets in chunks:
+        begin, end = (min(max(0, at - done), len(names)) for at in (first, last))
+        done += len(names)
+        if begin < end:
+            yield Chunk(names[begin:end], rows[offsets[begin] : offsets[end]], offsets[begin : end + 1] - offsets[begin])
+
+
+def _text(table: pa.Table, name: str, path: Path, before: int = 0) -> pa.Array:
+    """A column of ids, without gaps."""
+    if name not in table.column_names:
+        raise UserError(f"no column {name} ({path}; it has {', '.join(table.column_names)}); give session_id, item_id[, timestamp]", DATA)
+    column = table[name].combine_chunks()
+    if (empty := pc.index(pc.is_null(column), True).as_py()) >= 0:
+        raise UserError(f"{name} is empty ({path} row {before + empty}); every event needs one", DATA)
     try:
-        return pa.chunked_array([pa.concat_arrays(column.cast(pa.string()).chunks)])
+        return column.cast(pa.string())
     except pa.ArrowException:
         raise UserError(f"ids are neither text nor whole numbers ({path}, {column.type}); mend the column", DATA) from None
 
 
-def _clock(table: pa.Table, path: Path) -> Iterator[np.ndarray]:
+def _clock(table: pa.Table, path: Path, before: int) -> Iterator[np.ndarray]:
     """The order inside a session: nothing, or the timestamps."""
     if "timestamp" not in table.column_names:
         return
     column = table["timestamp"]
     empty = pc.index(pc.is_null(column), True).as_py()
     if empty >= 0 or not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_timestamp(column.type)):
-        where = f"{path} row {empty}" if empty >= 0 else f"{path}, {column.type}"
+        where = f"{path} row {before + empty}" if empty >= 0 else f"{path}, {column.type}"
         raise UserError(f"timestamp is no time ({where}); give seconds or milliseconds for every event, or leave the column out", DATA)
     yield (column if not pa.types.is_timestamp(column.type) else column.cast(pa.int64())).to_numpy()
 
 
-def read_events(path: Path) -> pa.Table:
-    """Parquet, CSV or JSON lines, by the file's name; ids in CSV stay text (`007` is not 7)."""
+def read_pieces(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """In pieces, by the file's name: of a Parquet file these columns, as far as there are; CSV and JSON lines, which are in memory whole.
+    Ids in CSV stay text (`007` is not 7)."""
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            return pq.read_table(path)
-        if kind in (".csv", ".tsv"):
+            with pq.ParquetFile(path) as file:
+                there = file.schema_arrow.names
+                some = [name for name in columns if name in there] if set(NEEDED) <= set(there) else there  # to say which are
+                for batch in file.iter_batches(PIECE, columns=some):
+                    yield pa.Table.from_batches([batch])
+        elif kind in (".csv", ".tsv"):
             text = pa.csv.ConvertOptions(
                 column_types={"session_id": pa.string(), "item_id": pa.string()}, strings_can_be_null=True, quoted_strings_can_be_null=False
             )
-            return pa.csv.read_csv(path, convert_options=text, parse_options=pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ","))
-        if kind in (".jsonl", ".ndjson", ".json"):
-            return pa.json.read_json(path)
+            lines = pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",")
+            yield from cut(pa.csv.read_csv(path, convert_options=text, parse_options=lines))
+        elif kind in (".jsonl", ".ndjson", ".json"):
+            yield from cut(pa.json.read_json(path))
+        else:
+            raise UserError(f"unknown kind of file {kind!r} ({path}); give .parquet, .csv, .tsv or .jsonl", DATA)
     except FileNotFoundError:
         raise UserError(f"file not found ({path}); give an existing file", DATA) from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"not readable: {str(error).splitlines()[0]} ({path}); mend the file", DATA) from None
-    raise UserError(f"unknown kind of file {kind!r} ({path}); give .parquet, .csv, .tsv or .jsonl", DATA)

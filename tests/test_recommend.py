@@ -15,7 +15,7 @@ from standin_run import GROUPS, publish_embeddings, write_data
 from pipeline.artifact import read_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
-from recommender import recommend
+from recommender import batch, recommend
 from recommender.batch import recommend_file
 from recommender.index import check
 from recommender.recommend import Recommender
@@ -278,6 +278,27 @@ def test_a_file_gives_what_single_sessions_give(recommender: Recommender, tmp_pa
     assert found["session_id"] == [s for s in wanted for _ in range(3)]
     assert found["rank"] == [1, 2, 3] * 3
     assert found["item_id"] == [i for session in wanted.values() for i in ids(recommender.recommend(session, 3))]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_file_larger_than_a_piece_is_read_in_pieces(
+    recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Sessions that go on in the next piece, or in several, and sessions scattered over the file, are whole; order by timestamp."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([1, 9, 3, 1, 2, 20, 4])
+    session = np.repeat(np.arange(len(lengths)), lengths)
+    if not together:
+        session = np.concatenate([np.arange(len(lengths)), rng.permutation(session)])  # the first appearances in order
+    item, clock = rng.integers(0, 60, len(session)), rng.permutation(len(session))
+    columns = {"session_id": session, "item_id": [f"item-{n:03d}" for n in item], "other": item, "timestamp": clock}
+    pq.write_table(pa.table(columns), tmp_path / "s.parquet")
+    monkeypatch.setattr(batch, "PIECE", 4)
+    summary = recommend_file(recommender, tmp_path / "s.parquet", tmp_path / "out.parquet", k=3)
+    found = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert (summary.sessions, summary.rows) == (7, 21) and found["session_id"] == [str(n) for n in range(7) for _ in range(3)]
+    events = [sorted((clock[at], columns["item_id"][at]) for at in np.flatnonzero(session == n)) for n in range(7)]
+    assert found["item_id"] == [i for one in events for i in ids(recommender.recommend([item for _, item in one], 3))]
 
 
 def test_several_processes_share_a_file(recommender: Recommender, tmp_path: Path) -> None:
