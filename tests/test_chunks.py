@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_run import PHASES, distill_run, save_backbone, settings, two_processes, weights
+from tiny_run import PHASES, distill_run, losses, save_backbone, settings, two_processes, weights
 from torch import Tensor
 
 from pipeline.backbone import build_backbone
@@ -81,6 +81,7 @@ def test_the_gradient_is_that_of_the_whole_batch(trains: str, folder: Path, tiny
 def test_chunks_and_processes_and_kept_pictures_leave_a_run_what_it_is(folder: Path, tiny_data: Path, tmp_path: Path) -> None:
     few = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=2", "batch=8")]
     whole = [f"backbone.name={folder}", "backbone.lora.rank=2", "backbone.lora.dropout=0.0", "distill.probe.every=0", *few]
+    whole += ["distill.align.token_distill=100"]  # T has hardly left K yet
     distill_run(tmp_path / "whole", tiny_data, *whole)
     distill_run(tmp_path / "chunks", tiny_data, *whole, "distill.chunk=3")
     two_processes(distill_run, tmp_path / "two", tiny_data, *whole, "distill.chunk=3", "distill.vision_cache_gb=1")
@@ -89,3 +90,5 @@ def test_chunks_and_processes_and_kept_pictures_leave_a_run_what_it_is(folder: P
         for name, weight in weights(tmp_path / "whole").items():
             # a tenth of a step: Adam makes a whole one of the least gradient, rounded or not
             torch.testing.assert_close(weights(tmp_path / run)[name], weight, atol=1e-4, rtol=0)
+        for key, line in losses(tmp_path / "whole").items():
+            assert losses(tmp_path / run)[key] == pytest.approx(line, abs=1e-4), key
