@@ -102,6 +102,19 @@ class Checkpoints:
             return False
         return True
 
+    def drop_others(self) -> bool:
+        """Forgets the checkpoints that belong to other settings or data; whether there were any."""
+        others = [step for step in self._steps() if self._is_other(step)]
+        for step in others:
+            remove(self.folder / f"step-{step:06d}")
+        return bool(others)
+
+    def _is_other(self, step: int) -> bool:
+        try:
+            return bool(_read_state(self.folder / f"step-{step:06d}", step)["fingerprint"] != self.fingerprint)
+        except Damaged:  # `newest` has the words for it
+            return False
+
     def clear(self) -> None:
         """Forgets every checkpoint, of whatever settings."""
         for step in self._steps():

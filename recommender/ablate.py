@@ -27,7 +27,7 @@ from pipeline.checkpoint import seconds_of
 from pipeline.config import Config, VariantName
 from pipeline.errors import ENVIRONMENT, UserError
 from recommender.comparison import PROBES, report
-from recommender.inputs import load_inputs
+from recommender.inputs import load_inputs, model_fingerprint
 from recommender.probes import attribute_columns, probe
 
 COST = "cost.json"
@@ -84,8 +84,9 @@ def make_cell(config: Config, run: Path, data: Path, make: Make, cell: Cell) -> 
 def write_probes(config: Config, folder: Path, data: Path) -> None:
     """What the cell's vectors hold, and what they cost, in `probes.json`, unless it stands there already."""
     inputs = load_inputs(config, folder, data)
+    fingerprint = model_fingerprint("full", config.seed, config, inputs)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((folder / PROBES).read_bytes())["fingerprint"] == inputs.fingerprint:
+        if json.loads((folder / PROBES).read_bytes())["fingerprint"] == fingerprint:
             return
     attributes = attribute_columns(inputs.catalog, config.data.attributes)
     values = probe(read_embeddings(folder / "embeddings"), inputs.catalog, attributes, inputs.windows(config.data.max_prefix)[2])
@@ -94,7 +95,7 @@ def write_probes(config: Config, folder: Path, data: Path) -> None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         cost = json.loads((folder / COST).read_bytes())
         values["export seconds per 1000 items"] = 1000 * cost["export seconds"] / cost["export items"]
-    write_json(folder / PROBES, {"fingerprint": inputs.fingerprint, "values": values})
+    write_json(folder / PROBES, {"fingerprint": fingerprint, "values": values})
 
 
 def make_together(columns: Sequence[Sequence[Cell]], jobs: int, work: Callable[[Cell], Cell]) -> None:

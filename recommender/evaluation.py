@@ -11,7 +11,6 @@ on the test, as much published code reports it. It is there to compare with such
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from accelerate import Accelerator
 from pipeline.artifact import Version, canonical_json, published, remove, stage, write_json
 from pipeline.catalog import SessionLog
 from pipeline.checkpoint import Checkpoints
-from pipeline.config import Config, SbrConfig
+from pipeline.config import Config
 from pipeline.errors import USAGE, UserError
 from recommender.baselines import BASELINES, Scorer
 from recommender.comparison import Figure, Row, table, told
@@ -41,10 +40,10 @@ from recommender.evaluate import (
     positions_of,
     prefixes_of,
 )
-from recommender.inputs import Inputs, fingerprint, load_inputs
+from recommender.inputs import Inputs, load_inputs, model_fingerprint
 from recommender.metrics import NotANumber, case_values, gini, paired_bootstraps, summarise_buckets
 from recommender.models import MODELS, Model
-from recommender.search import settings_for
+from recommender.search import settings_for, with_settings
 from recommender.sessions import PAD, Windows
 from recommender.train import train_model
 
@@ -131,12 +130,11 @@ def evaluate(
     plain = [name for name in BASELINES if names is None or name in names]
     seeds = range(config.seed, config.seed + config.sbr.seeds)
     reference = None if protocol == PAPER_MAX else chosen_reference(against, [*plain, *neural])
-    own_config = {}  # with the settings that a search has found
-    for name, each in settings_for(neural, config, inputs, run).items():
-        patience = {"patience": each.epochs} if protocol == PAPER_MAX else {}  # its maximum is over all epochs
-        own_config[name] = config.model_copy(update={"sbr": each.model_copy(update=patience)})
-    prints = {name: own_fingerprint(name, own_config.get(name, config), inputs) for name in [*plain, *neural]}
-    whole = hashlib.sha256(canonical_json([protocol, prints, list(seeds), reference])).hexdigest()
+    own = settings_for(neural, config, inputs, run)
+    if protocol == PAPER_MAX:  # its maximum is over all epochs
+        own = {name: with_settings(each, {"patience": each.sbr.epochs}) for name, each in own.items()}
+    prints = [inputs.fingerprint, *(model_fingerprint(name, seed, own[name], inputs) for name in neural for seed in seeds)]
+    whole = hashlib.sha256(canonical_json([protocol, plain, prints, reference])).hexdigest()
     target = run / "evaluation" / protocol
     current = published(target, "evaluation")
     if current is not None and current.manifest["fingerprint"] == whole and not fresh:
@@ -152,16 +150,15 @@ def evaluate(
     results: dict[str, list[Metrics]] = {}
     for name in plain:
         scorer = BASELINES[name](inputs.split.train.rows, inputs.split.train.offsets, len(inputs.counts))
-        found = found_baseline(scorer, test, Checkpoints(work / "found" / name, prints[name], keep=1))
+        found = found_baseline(scorer, test, Checkpoints(work / "found" / name, inputs.fingerprint, keep=1))
         ranks[name], results[name] = [found], [summarise_buckets(found.ranks, test.buckets)]
     for name in neural:
-        own = replace(inputs, fingerprint=prints[name])
         for seed in seeds:
             try:
                 if protocol == PAPER_MAX:
-                    results.setdefault(name, []).append(best_on_test(name, seed, own_config[name], own, test, accelerator, work))
+                    results.setdefault(name, []).append(best_on_test(name, seed, own[name], inputs, test, accelerator, work))
                 else:
-                    ranks.setdefault(name, []).append(found_model(name, seed, own_config[name], own, test, accelerator, work))
+                    ranks.setdefault(name, []).append(found_model(name, seed, own[name], inputs, test, accelerator, work))
                     results.setdefault(name, []).append(summarise_buckets(ranks[name][-1].ranks, test.buckets))
             except NotANumber:
                 raise UserError(f"scores hold NaN ({name}, seed {seed}); lower sbr.lr and evaluate again with --fresh", USAGE) from None
@@ -221,13 +218,6 @@ def chosen_reference(against: str | None, names: list[str]) -> str | None:
     return against or next((name for name in ("full", "ID-only") if name in names), None)
 
 
-def own_fingerprint(name: str, config: Config, inputs: Inputs) -> str:
-    """All that what is found of a model or baseline depends on, but for the seed: not which others there are, nor how many seeds."""
-    sbr = config.sbr.model_copy(update={"models": [name], "seeds": 1}) if name in MODELS else SbrConfig()
-    embeddings = inputs.embeddings if name in MODELS and MODELS[name].content else None
-    return fingerprint(config.model_copy(update={"sbr": sbr, "seed": 0}), inputs.catalog, inputs.split, embeddings)
-
-
 # --- what the test says
 
 
@@ -255,7 +245,7 @@ def found_baseline(score: Scorer, test: Test, store: Checkpoints) -> Found:
 
 
 def found_model(name: str, seed: int, config: Config, inputs: Inputs, test: Test, accelerator: Accelerator, work: Path) -> Found:
-    store = Checkpoints(work / "found" / f"{name}-{seed}", inputs.fingerprint, keep=1)
+    store = Checkpoints(work / "found" / f"{name}-{seed}", model_fingerprint(name, seed, config, inputs), keep=1)
     if (before := kept(store)) is not None:
         return before
     windows = inputs.windows(config.data.max_prefix)[:2]
@@ -269,18 +259,18 @@ def found_model(name: str, seed: int, config: Config, inputs: Inputs, test: Test
 
 def best_on_test(name: str, seed: int, config: Config, inputs: Inputs, test: Test, accelerator: Accelerator, work: Path) -> Metrics:
     """paper-max: of each metric of each bucket the largest over the epochs."""
-    path = work / "found" / f"{name}-{seed}.json"
+    path, fingerprint = work / "found" / f"{name}-{seed}.json", model_fingerprint(name, seed, config, inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
     epochs: dict[str, Any] = {}
     try:
         before = json.loads(path.read_bytes())
-        epochs = before["epochs"] if before["fingerprint"] == inputs.fingerprint else {}
+        epochs = before["epochs"] if before["fingerprint"] == fingerprint else {}
     except (OSError, ValueError, KeyError, TypeError):
         pass
 
     def look(epoch: int, model: Model) -> None:
         epochs[str(epoch)] = summarise_buckets(model_ranks(model, test.windows), test.buckets)
-        write_json(path, {"fingerprint": inputs.fingerprint, "epochs": epochs})
+        write_json(path, {"fingerprint": fingerprint, "epochs": epochs})
 
     if not epochs:
         remove(work / "checkpoints" / f"{name}-{seed}")  # of epochs nobody looked at

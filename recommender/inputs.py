@@ -29,7 +29,7 @@ class Inputs:
     whitening: dict[str, Whitening]  # of each half
     counts: np.ndarray  # (N,) events in the training sessions
     embeddings: Version | None  # None, as `content`, where no model reads them
-    fingerprint: str
+    fingerprint: str  # of the catalogue and the sessions, as they are split and cut
 
     def windows(self, max_prefix: int) -> tuple[Windows, Windows, Windows]:
         """Training, validation and test."""
@@ -59,7 +59,7 @@ def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
     whitening = {half: fit_whitening(vectors[half], counts > 0, config.sbr.parts.whitening) for half in vectors}
     content = whitened(embeddings, whitening) if embeddings is not None else None
     version = embeddings.version if embeddings is not None else None
-    return Inputs(catalog, split, content, whitening, counts, version, fingerprint(config, catalog, split, version))
+    return Inputs(catalog, split, content, whitening, counts, version, data_fingerprint(catalog, split, config.data.max_prefix))
 
 
 def check_catalogue(embeddings: Embeddings, catalog: Catalog, run: Path) -> None:
@@ -85,10 +85,17 @@ def without_skipped(catalog: Catalog, split: Split, skipped: set[str]) -> tuple[
         raise UserError(f"no session is left without the items skipped for their images ({catalog.path}); mend them", DATA) from None
 
 
-def fingerprint(config: Config, catalog: Catalog, split: Split, embeddings: Version | None) -> str:
-    digest = hashlib.sha256()
+def data_fingerprint(catalog: Catalog, split: Split, max_prefix: int) -> str:
+    digest = hashlib.sha256(canonical_json([catalog.sha256, catalog.item_ids, max_prefix]))
     for log in (split.train, split.valid, split.test):
         digest.update(canonical_json(log.session_ids) + log.offsets.tobytes() + log.rows.tobytes())
-    settings = {"sbr": config.sbr.model_dump(exclude={"index"}), "seed": config.seed, "max_prefix": config.data.max_prefix}
-    made_of = {"sessions": digest.hexdigest(), "catalogue": catalog.sha256, "embeddings": embeddings and embeddings.manifest_sha256}
-    return hashlib.sha256(canonical_json(settings | made_of)).hexdigest()
+    return digest.hexdigest()
+
+
+def model_fingerprint(name: str, seed: int, config: Config, inputs: Inputs) -> str:
+    """All that a trained model depends on, and so what is kept of it: not which others there are, nor how many seeds, nor, of a
+    model that knows items by their ids alone, the embeddings."""
+    settings = config.sbr.model_dump(exclude={"index", "models", "seeds"})
+    embeddings = inputs.embeddings if MODELS[name].content else None
+    made_of = [name, seed, settings, inputs.fingerprint, embeddings and embeddings.manifest_sha256]
+    return hashlib.sha256(canonical_json(made_of)).hexdigest()

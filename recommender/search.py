@@ -7,20 +7,20 @@ search that was killed goes on with the trial in hand, at its last checkpoint, a
 They hold for one set of inputs and of settings that are searched from. What was found best stands in `sbr-train/search.json`.
 """
 
-import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from pipeline.artifact import canonical_json, remove, write_json
+from pipeline.artifact import remove, write_json
 from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
-from recommender.inputs import Inputs, fingerprint
+from recommender.inputs import Inputs, model_fingerprint
 from recommender.models import MODELS, chosen
 from recommender.sessions import Windows
 from recommender.steplog import Diverged
@@ -53,15 +53,18 @@ def _around(size: int) -> list[int]:
     return sorted({max(1, size // 2), size, 2 * size})
 
 
-def settings_for(names: list[str], config: Config, inputs: Inputs, run: Path) -> dict[str, SbrConfig]:
-    """The settings of each of these models: those that a search in this run has found, from the same inputs and config, or else
-    the config's."""
+def settings_for(names: list[str], config: Config, inputs: Inputs, run: Path) -> dict[str, Config]:
+    """The config of each of these models, with the settings that a search in this run has found, from the same inputs and config."""
     found = read_found(run / "sbr-train")
     settings = {}
     for name in names:
-        holds = name in found and found[name]["holds_for"] == study_fingerprint(name, config, inputs)
-        settings[name] = config.sbr.model_copy(update=found[name]["settings"] if holds else {})
+        holds = name in found and found[name]["holds_for"] == model_fingerprint(name, config.seed, config, inputs)
+        settings[name] = with_settings(config, found[name]["settings"] if holds else {})
     return settings
+
+
+def with_settings(config: Config, drawn: Mapping[str, Any]) -> Config:
+    return config.model_copy(update={"sbr": config.sbr.model_copy(update=drawn)})
 
 
 def read_found(folder: Path) -> dict[str, dict[str, Any]]:
@@ -72,13 +75,6 @@ def read_found(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"not what a search has found ({folder / FOUND}); delete it, or search again with --fresh", ARTIFACT) from None
-
-
-def study_fingerprint(name: str, config: Config, inputs: Inputs) -> str:
-    """All that a study depends on: not which other models there are, nor how many seeds the trainings have that follow."""
-    same = config.sbr.model_copy(update={"models": [name], "seeds": 1})
-    embeddings = inputs.embeddings if MODELS[name].content else None
-    return fingerprint(config.model_copy(update={"sbr": same}), inputs.catalog, inputs.split, embeddings)
 
 
 def forget(run: Path) -> None:
@@ -98,7 +94,7 @@ def search(config: Config, inputs: Inputs, windows: tuple[Windows, Windows], acc
     """So many trials of each model, less those that are done, and their best in `search.json`."""
     folder = run / "sbr-train"
     for name in chosen(config.sbr.models):
-        holds_for = study_fingerprint(name, config, inputs)
+        holds_for = model_fingerprint(name, config.seed, config, inputs)
         study = open_study(name, holds_for, folder) if accelerator.is_main_process else None
         while _agree(None if study is None else len(finished(study))) < trials:
             one_trial(study, name, config, inputs, windows, accelerator, folder / "trials")
@@ -111,6 +107,8 @@ def search(config: Config, inputs: Inputs, windows: tuple[Windows, Windows], acc
             shown = ", ".join(f"{key} {value:.4g}" for key, value in best.params.items())
             told = f"validation {config.sbr.select} {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early"
             print(f"{name}: {told}: {shown}")
+    if accelerator.is_main_process:
+        remove(folder / "trials")  # those of a study that was given up
     accelerator.wait_for_everyone()
 
 
@@ -164,10 +162,10 @@ def one_trial(
         if _agree(stop):
             raise optuna.TrialPruned
 
-    own = folder / f"{name}-{hashlib.sha256(canonical_json(drawn)).hexdigest()[:16]}"
+    changed = with_settings(config, drawn)
+    own = folder / f"{name}-{model_fingerprint(name, config.seed, changed, inputs)[:16]}"
     state, value = optuna.trial.TrialState.COMPLETE, 0.0
     try:
-        changed = config.model_copy(update={"sbr": config.sbr.model_copy(update=drawn)})
         train_model(name, config.seed, changed, inputs, windows, accelerator, own, False, watch)
         value = max(told)
     except optuna.TrialPruned:

@@ -10,10 +10,11 @@ optimiser, logsumexp and losses stay in float32.
 import hashlib
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from pipeline.progress import Steps
 from recommender.candidates import everything, sampled, share_drawn
 from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, positions_of, print_results, read_ceiling
 from recommender.index import empty_index
-from recommender.inputs import SAME_VECTORS, Inputs, load_inputs
+from recommender.inputs import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
 from recommender.metrics import NotANumber, summarise, summarise_buckets
 from recommender.model import ModelConfig, Parts, SessionModel
 from recommender.models import MODELS, Model, chosen
@@ -73,12 +74,12 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     windows = inputs.windows(config.data.max_prefix)
     if trials:
         search(config, inputs, windows[:2], accelerator, run, trials)
-    settings = settings_for(chosen(config.sbr.models), config, inputs, run)
-    if any(each != config.sbr for each in settings.values()):
-        searched = {name: each.model_dump() for name, each in settings.items()}
-        inputs = replace(inputs, fingerprint=hashlib.sha256(canonical_json([inputs.fingerprint, searched])).hexdigest())
+    names, seeds = chosen(config.sbr.models), range(config.seed, config.seed + config.sbr.seeds)
+    own = settings_for(names, config, inputs, run)
+    prints = [model_fingerprint(name, seed, own[name], inputs) for name in names for seed in seeds]
+    whole = hashlib.sha256(canonical_json(prints)).hexdigest()
     current = published(run / "sbr", "sbr")
-    if current is not None and current.manifest["fingerprint"] == inputs.fingerprint and not fresh:
+    if current is not None and current.manifest["fingerprint"] == whole and not fresh:
         metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
         print_results(metrics)
         return SbrSummary(current, False, metrics)
@@ -87,13 +88,11 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     runs: dict[str, list[Metrics]] = {}
     ranks: dict[str, np.ndarray] = {}  # of the first seed
     best: SessionModel | None = None
-    names = chosen(config.sbr.models)
     to_publish = "full" if "full" in names else "ID-only"
-    empty_index(config.sbr.index, len(inputs.catalog), settings[to_publish].dim + 1)
+    empty_index(config.sbr.index, len(inputs.catalog), own[to_publish].sbr.dim + 1)
     for name in names:
-        own = config.model_copy(update={"sbr": settings[name]})
-        for seed in range(config.seed, config.seed + config.sbr.seeds):
-            model = train_model(name, seed, own, inputs, windows[:2], accelerator, folder, fresh)
+        for seed in seeds:
+            model = train_model(name, seed, own[name], inputs, windows[:2], accelerator, folder, fresh)
             found = gather_ranks(model, windows[2], accelerator)
             ranks.setdefault(name, found)
             runs.setdefault(name, []).append(summarise_buckets(found, buckets))
@@ -104,7 +103,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     if accelerator.is_main_process:
         ceiling = read_ceiling(data, config.data)
         metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling)
-        version = publish(run, config, settings[to_publish], inputs, best, metrics, rank_table(inputs, windows[2], ranks))
+        version = publish(run, own[to_publish], inputs, best, metrics, rank_table(inputs, windows[2], ranks), whole)
         remove(folder / "checkpoints")
         print_results(metrics)
     accelerator.wait_for_everyone()
@@ -145,10 +144,12 @@ def train_model(
     shown every epoch's weights."""
     settings = config.sbr
     model = build_model(name, seed, config, inputs)
-    own = hashlib.sha256(canonical_json(settings.model_dump(exclude={"index", "models", "seeds"}))).hexdigest()
-    checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}", f"{inputs.fingerprint} {own} {name} {seed}")
-    if fresh and accelerator.is_main_process:
-        checkpoints.clear()
+    checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}", model_fingerprint(name, seed, config, inputs))
+    if accelerator.is_main_process:
+        if fresh:
+            checkpoints.clear()
+        elif checkpoints.drop_others():  # a training takes minutes, so that is no question for the user
+            print(f"note: {name} (seed {seed}) is trained anew: its checkpoint is of other settings or data, and dropped", file=sys.stderr)
     accelerator.wait_for_everyone()
     with warnings.catch_warnings():  # torch 2.13 has a new name for it, which accelerate cannot pass on yet
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
@@ -335,19 +336,19 @@ def rank_table(inputs: Inputs, test: Windows, ranks: dict[str, np.ndarray]) -> p
 
 
 def publish(
-    run: Path, config: Config, settings: SbrConfig, inputs: Inputs, model: SessionModel, metrics: dict[str, Any], ranks: pa.Table
+    run: Path, config: Config, inputs: Inputs, model: SessionModel, metrics: dict[str, Any], ranks: pa.Table, fingerprint: str
 ) -> Version:
-    """`settings` are those that the model was trained with."""
+    """`config` is what the model was trained with, `fingerprint` that of all models of the run."""
     reads = model.config.content_dim > 0  # else embeddings that another model of the run has read are nothing to this one
     embeddings, whitening = (inputs.embeddings, inputs.whitening) if reads else (None, {})
     manifest = {
-        "fingerprint": inputs.fingerprint,
+        "fingerprint": fingerprint,
         "embeddings_manifest_sha256": embeddings and embeddings.manifest_sha256,
         "embeddings_version": embeddings and embeddings.name,
         "vectors": embeddings and {key: embeddings.manifest.get(key) for key in SAME_VECTORS},
         "catalogue_sha256": inputs.catalog.sha256,
         "sessions_sha256": inputs.split.train.ids_sha256(),
-        "settings": settings.model_dump() | {"seed": config.seed},
+        "settings": config.sbr.model_dump() | {"seed": config.seed},
         "model": asdict(model.config),
     }
     test = inputs.split.test

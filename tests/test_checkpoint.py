@@ -121,7 +121,15 @@ def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"belongs to other settings or data .*--fresh") as caught:
         Checkpoints(tmp_path, "two").newest()
     assert caught.value.code == ARTIFACT
+    assert not Checkpoints(tmp_path, "one").drop_others()
     assert (Checkpoints(tmp_path, "one").newest() or [0])[0] == 100
+
+
+def test_those_of_other_settings_can_be_dropped(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, "one").save(100, tensors(1), {})
+    Checkpoints(tmp_path, "two").save(200, tensors(2), {})
+    assert Checkpoints(tmp_path, "one").drop_others()
+    assert saved_steps(tmp_path) == ["step-000100"]
 
 
 @pytest.mark.parametrize("state", [{1: "int key"}, {"betas": (0.9, 0.999)}, {"loss": float("nan")}, {"path": Path("x")}])

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,12 +260,11 @@ def test_paper_max_is_the_maximum_over_the_epochs_and_says_so_everywhere(run: Pa
     assert not (version.path / "ranks.parquet").exists()
 
 
-def test_scores_that_are_no_numbers_are_one_clear_line(run: Path) -> None:
+def test_scores_that_are_no_numbers_are_one_clear_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings("sbr.epochs=1", "sbr.models=[ID-only]", "seed=7")
     inputs = load_inputs(config, run, run / "data")
-    own = replace(inputs, fingerprint=evaluation.own_fingerprint("ID-only", config, inputs))
     work = run / "evaluation-train" / "time"
-    train_model("ID-only", 7, config, own, inputs.windows(20)[:2], Accelerator(), work, False)
+    train_model("ID-only", 7, config, inputs, inputs.windows(20)[:2], Accelerator(), work, False)
     folder = work / "checkpoints" / "ID-only-7"
     checkpoints = Checkpoints(folder, json.loads(next(folder.glob("step-*/state.json")).read_bytes())["entry"]["fingerprint"])
     step, tensors, state = checkpoints.newest() or pytest.fail("no checkpoint")
@@ -274,6 +272,10 @@ def test_scores_that_are_no_numbers_are_one_clear_line(run: Path) -> None:
     with pytest.raises(UserError, match=r"NaN \(ID-only, seed 7\).*sbr\.lr") as error:
         evaluate(config, run, run / "data", "time", ["ID-only"])
     assert error.value.code == USAGE
+    evaluate(
+        settings("sbr.epochs=1", "sbr.lr=0.02", "seed=7"), run, run / "data", "time", ["ID-only"]
+    )  # what was kept does not stand in the way
+    assert "ID-only (seed 7) is trained anew" in capsys.readouterr().err
 
 
 def test_the_command_prints_the_main_table_and_refuses_what_it_does_not_know(run: Path) -> None:

@@ -70,22 +70,31 @@ def test_the_best_is_at_least_what_the_config_s_settings_reach_on_validation(sea
         assert found(searched)[name]["MRR@20"] >= first["MRR@20"]
 
 
-def test_a_killed_search_ends_like_an_undisturbed_one(searched: Path, tmp_path: Path) -> None:
-    run = start_run(tmp_path)
-    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), str(TRIALS), *SETTINGS]
+def kill_at(run: Path, trials: int, said: str, times: int = 1) -> None:
+    """In a process of its own, as soon as so many lines on stderr begin so."""
+    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), str(trials), *SETTINGS]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("GRU4Rec: trial 4"):
+        times -= line.startswith(said)
+        if times == 0:
             time.sleep(0.05)
             process.send_signal(signal.SIGKILL)
+            break
     assert process.wait() == -signal.SIGKILL
+
+
+def test_a_search_killed_and_one_added_to_a_killed_training_end_like_an_undisturbed_one(searched: Path, tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    kill_at(run, 1, "GRU4Rec (seed 0)", times=2)  # after the trial, and after the training that follows a smaller search
+    assert list((run / "sbr-train" / "checkpoints" / "GRU4Rec-0").glob("step-*"))
+    kill_at(run, TRIALS, "GRU4Rec: trial 4")
     train_sbr(settings(), run, run / "data", trials=TRIALS)
     assert found(run) == found(searched)
     names = [json.loads((each / "sbr" / "current").read_text())["version"] for each in (run, searched)]
     one, two = ((each / "sbr" / name / "model.safetensors").read_bytes() for each, name in zip((run, searched), names, strict=True))
     assert one == two
-    assert not list((run / "sbr-train" / "trials").iterdir())
+    assert not (run / "sbr-train" / "trials").exists()
 
 
 def test_settings_found_for_another_config_are_left_aside(searched: Path) -> None:

@@ -138,25 +138,54 @@ def test_a_loss_that_leaves_the_numbers_is_one_clear_line(trained: Path, tmp_pat
     assert not (run / "sbr" / "current").exists()
 
 
+def kill_in(run: Path, model: str) -> None:
+    """Trains in a process of its own, which is killed as soon as this model has a checkpoint."""
+    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), *SETTINGS]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if list((run / "sbr-train" / "checkpoints" / f"{model}-0").glob("step-*/state.json")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "sbr" / "current").exists()
+
+
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
-    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), *SETTINGS]
-    for stop_at in ("SASRec", "full"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if list((run / "sbr-train" / "checkpoints" / f"{stop_at}-0").glob("step-*/state.json")):
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        assert process.wait() == -signal.SIGKILL
-    assert not (run / "sbr" / "current").exists()
+    for model in ("SASRec", "full"):
+        kill_in(run, model)
     train_sbr(settings(), run, run / "data")
     undisturbed, resumed = weights(trained), weights(run)  # of full; the ranks are those of all models
     assert undisturbed.keys() == resumed.keys()
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
     for file in ("sbr-train/metrics.jsonl", "sbr/v0001/ranks.parquet"):
         assert (run / file).read_bytes() == (trained / file).read_bytes()
+
+
+def test_a_killed_run_goes_on_with_other_models_or_other_settings(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = copy_inputs(trained, tmp_path / "run"), tmp_path / "other"
+    kill_in(run, "content-only")
+    shutil.copytree(run, other)
+    log = run / "sbr-train" / "metrics.jsonl"
+    marked = log.read_text().replace('"loss": ', '"loss": 9', 1)
+    log.write_text(marked)  # a line of SASRec, which comes first; whatever is trained again is logged again
+    train_sbr(settings("sbr.models=[SASRec, full]"), run, run / "data")
+    assert "trained anew" not in capsys.readouterr().err
+    assert log.read_text().startswith(marked.splitlines()[0])
+    assert all(torch.equal(weight, weights(trained)[name]) for name, weight in weights(run).items())
+    ranks, undisturbed = (pq.read_table(each / "sbr" / "v0001" / "ranks.parquet") for each in (run, trained))
+    assert ranks.equals(undisturbed.select(ranks.column_names))
+    more = ["sbr.models=[SASRec, full]", "sbr.epochs=1", "sbr.lr=0.02"]
+    train_sbr(settings(*more), other, other / "data")
+    assert [line for line in capsys.readouterr().err.splitlines() if "trained anew" in line] == [
+        "note: SASRec (seed 0) is trained anew: its checkpoint is of other settings or data, and dropped"
+    ]
+    train_sbr(settings(*more), (fresh := copy_inputs(trained, tmp_path / "fresh")), fresh / "data")
+    assert (other / "sbr" / "v0001" / "ranks.parquet").read_bytes() == (fresh / "sbr" / "v0001" / "ranks.parquet").read_bytes()
 
 
 def test_sigterm_in_the_middle_of_an_epoch_loses_no_step(trained: Path, tmp_path: Path) -> None:
