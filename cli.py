@@ -524,7 +524,7 @@ def prepare(
         options = PrepareOptions(items, sessions, out, images, session_gap, min_item_count, max_session_length, on_bad_image, columns)  # type: ignore[arg-type]
         for line in run_import(options).lines():
             typer.echo(line)
-        command, last = ("distill", "") if items else ("train-sbr", " --set sbr.models=[ID-only]")
+        command, last = ("distill", "") if items else ("train-sbr", " --set 'sbr.models=[ID-only]'")
         say(f"next: tpad {command} --data {out} --run artifacts/{out.name}{last}")
 
 

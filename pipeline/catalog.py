@@ -412,11 +412,12 @@ class SessionLog:
         offsets = np.concatenate([[0], np.cumsum(count[which])]).astype(np.int64)
         return replace(self._named(which), rows=self.rows[events & np.repeat(count >= 2, lengths)], offsets=offsets)
 
-    def moved(self, place: np.ndarray) -> "SessionLog":
-        """With the items' new rows `place` (N,), without the events of those at -1. ValueError where no session is left."""
+    def moved(self, place: np.ndarray, training: bool = False) -> "SessionLog":
+        """With the items' new rows `place` (N,), without the events of those at -1; whether this is the part for training. ValueError
+        where no session is left."""
         rows = place[self.rows].astype(np.int32)
         kept = rows >= 0
-        if self.last_out:  # another last item in its place would be one that was trained on
+        if self.last_out and not training:  # another last item in its place would be one that was trained on
             kept &= np.repeat(kept[self.offsets[1:] - 1], np.diff(self.offsets))
         return replace(self, rows=rows).keep(kept)
 

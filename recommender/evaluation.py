@@ -24,7 +24,7 @@ from pipeline.artifact import Version, canonical_json, published, remove, stage,
 from pipeline.catalog import SessionLog
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config
-from pipeline.errors import USAGE, UserError
+from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.baselines import BASELINES, Scorer
 from recommender.comparison import Figure, Row, table, told
 from recommender.evaluate import (
@@ -197,9 +197,10 @@ def open_inputs(config: Config, run: Path, data: Path, names: Sequence[str] | No
     try:
         return load(neural), neural, ""
     except UserError as error:
-        hint = f"`--models {','.join(by_id or ['ID-only'])}` needs no vectors"
         if names is not None:
-            raise UserError(f"{error}; {hint}", error.code) from None
+            if error.code != ARTIFACT or by_id == neural:  # it has nothing to do with vectors
+                raise
+            raise UserError(f"{error}; `--models {','.join(by_id or ['ID-only'])}` needs no vectors", ARTIFACT) from None
         return load(by_id), by_id, f"models that read the exported vectors: {error}"
 
 
@@ -276,7 +277,7 @@ def best_on_test(name: str, seed: int, config: Config, inputs: Inputs, test: Tes
         remove(work / "checkpoints" / f"{name}-{seed}")  # of epochs nobody looked at
     if len(epochs) < config.sbr.epochs:
         train_model(name, seed, config, inputs, inputs.windows(config.data.max_prefix)[:2], accelerator, work, False, each_epoch=look)
-        remove(work / "checkpoints" / f"{name}-{seed}")
+    remove(work / "checkpoints" / f"{name}-{seed}")
     every = list(epochs.values())
     return {bucket: {metric: max(of[bucket][metric] for of in every) for metric in every[0][bucket]} for bucket in every[0]}
 

@@ -80,7 +80,7 @@ def without_skipped(catalog: Catalog, split: Split, skipped: set[str]) -> tuple[
     place[[catalog.row[item] for item in skipped]] = -1
     rest = catalog.only([item for item in catalog.item_ids if item not in skipped])
     try:
-        return rest, Split(*(log.moved(place) for log in (split.train, split.valid, split.test)))
+        return rest, Split(split.train.moved(place, training=True), split.valid.moved(place), split.test.moved(place))
     except ValueError:
         raise UserError(f"no session is left without the items skipped for their images ({catalog.path}); mend them", DATA) from None
 

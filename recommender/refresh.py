@@ -47,7 +47,8 @@ def refresh(run: Path, data: Path, setting: str = "auto", rebuild: bool = False)
             what = "the session model was trained on vectors of another MLLM or image budget"
             raise UserError(f"{what} ({run}); run `tpad train-sbr`", ARTIFACT)
         check_catalogue(embeddings, catalog, run)
-    item_ids = embeddings.item_ids if embeddings else catalog.item_ids
+    skipped = set(before.manifest.get("skipped", []))  # items the model was not trained on for their images, whether it reads these or not
+    item_ids = embeddings.item_ids if embeddings else [item for item in catalog.item_ids if item not in skipped]
     items = pq.read_table(before.path / "items.parquet", page_checksum_verification=True)
     old = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
     rows = np.array([old.get(item_id, -1) for item_id in item_ids])

@@ -182,7 +182,9 @@ def train_model(
                 set_rate(optimizer, settings.lr * schedule(state["step"], steps * settings.epochs))
                 log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings, share))
                 state["step"] += 1
-                shown.advance(f"loss {log.last:.3f}, validation {settings.select} {max(state['scores'], default=0):.4f}")
+                known = [] if math.isnan(log.last) else [f"loss {log.last:.3f}"]  # it comes a few steps at a time
+                known += [f"validation {settings.select} {max(state['scores']):.4f}"] if state["scores"] else []
+                shown.advance(", ".join(known))
                 if log.due and number + 1 < steps:
                     log.write()
                     stopped = interrupt.agreed(accelerator)
@@ -347,6 +349,7 @@ def publish(
         "embeddings_version": embeddings and embeddings.name,
         "vectors": embeddings and {key: embeddings.manifest.get(key) for key in SAME_VECTORS},
         "catalogue_sha256": inputs.catalog.sha256,
+        "skipped": inputs.embeddings.manifest.get("skipped", []) if inputs.embeddings else [],
         "sessions_sha256": inputs.split.train.ids_sha256(),
         "settings": config.sbr.model_dump() | {"seed": config.seed},
         "model": asdict(model.config),

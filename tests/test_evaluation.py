@@ -243,13 +243,16 @@ def test_another_split_leaves_out_what_reads_the_vectors(run: Path) -> None:
     with pytest.raises(UserError, match=r"other training sessions.*--models ID-only") as error:
         open_inputs(config, run, run / "data", ["full", "ID-only"])
     assert error.value.code == ARTIFACT
+    with pytest.raises(UserError, match=r"items\.parquet not found") as error:
+        open_inputs(config, run, run, ["full", "ID-only"])
+    assert "--models" not in str(error.value)
     version, text, _ = evaluate(settings("sbr.epochs=1"), run, run / "data", "user-hash", ["popularity", "ID-only"])
     assert json.loads((version.path / "metrics.json").read_bytes())["facts"]["test_sessions_older_than_newest_training"] > 20
     assert "a leak" in text and "hash of the session_id" in text and "## Differences to ID-only" in text
 
 
-def test_paper_max_is_the_maximum_over_the_epochs_and_says_so_everywhere(run: Path) -> None:
-    version, text, _ = evaluate(settings(), run, run / "data", "paper-max", ["popularity", "ID-only"])
+def test_paper_max_is_the_maximum_over_the_epochs_and_says_so_everywhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    version, text, _ = evaluate(settings("sbr.patience=1"), run, run / "data", "paper-max", ["popularity", "ID-only"])
     found = json.loads((version.path / "metrics.json").read_bytes())["results"]["ID-only"]["mean"]["all"]
     epochs = json.loads((run / "evaluation-train" / "paper-max" / "found" / "ID-only-0.json").read_bytes())["epochs"].values()
     assert len(epochs) == 2
@@ -258,6 +261,10 @@ def test_paper_max_is_the_maximum_over_the_epochs_and_says_so_everywhere(run: Pa
     tables = [line for line in text.splitlines() if line.startswith("## ")]
     assert tables and all("paper-max: maximum over the epochs on the test" in line for line in tables)
     assert not (version.path / "ranks.parquet").exists()
+    assert "ID-only (seed 0)" in capsys.readouterr().err
+    again, _, _ = evaluate(settings("sbr.patience=1"), run, run / "data", "paper-max", ["popularity", "S-POP", "ID-only"])
+    assert json.loads((again.path / "metrics.json").read_bytes())["results"]["ID-only"]["mean"]["all"] == found
+    assert "ID-only (seed 0)" not in capsys.readouterr().err  # trained once
 
 
 def test_scores_that_are_no_numbers_are_one_clear_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,14 @@
 """A click log and nothing else: items of which only the ids are known, from `prepare` to an answer, without embeddings."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from standin_run import write_data
+from tiny import tpad
 
 from pipeline.config import load_config
 from pipeline.errors import USAGE, UserError
@@ -67,6 +69,14 @@ def test_another_index_comes_to_a_model_of_ids(made: tuple[Path, SbrSummary]) ->
     assert [item.item_id for item in Recommender.load(run).recommend(["item-001"], k=5).items] == [item.item_id for item in wanted.items]
     assert json.loads((found.version.path / "metrics.json").read_bytes()) == before.metrics
     assert not refresh(run, run / "data", "hnsw").made
+
+
+def test_the_next_command_can_be_pasted_into_a_shell(log: Path, tmp_path: Path) -> None:
+    done = tpad("prepare", "--sessions", log, "--out", tmp_path / "out")
+    (tmp_path / "sbr.models=I").touch()  # what the shell would put in place of [ID-only]
+    words = done.stderr.strip().removeprefix("next: ")
+    seen = subprocess.run(["sh", "-c", f"printf '%s\\n' {words}"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert seen.stdout.splitlines()[-2:] == ["--set", "sbr.models=[ID-only]"]
 
 
 def test_pictures_without_a_catalogue_are_refused(log: Path, tmp_path: Path) -> None:

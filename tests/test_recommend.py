@@ -215,6 +215,19 @@ def test_items_skipped_for_their_images_are_not_recommended(run: Path, tmp_path:
     assert set(blue) == {f"item-{n:03d}" for n in range(1, 60, 4)} - {"item-057"}
 
 
+def test_another_index_brings_no_skipped_items_to_a_model_of_ids_beside_vectors(run: Path, tmp_path: Path) -> None:
+    later = tmp_path / "run"
+    publish_embeddings(later, later / "data", write_data(later / "data"), SETTINGS, skipped=[3, 57])
+    settings = SETTINGS.sbr.model_copy(update={"models": ["ID-only", "content-only"], "epochs": 1})
+    train_sbr(SETTINGS.model_copy(update={"sbr": settings}), later, later / "data")
+    before = Recommender.load(later)
+    found = refresh(later, later / "data", "hnsw")
+    assert (found.made, found.added, found.removed) == (True, 0, 0)
+    now = Recommender.load(later)
+    assert now.item_ids == before.item_ids and len(now.item_ids) == 58
+    assert now.recommend(["item-003", "item-004"]).unknown == ["item-003"]
+
+
 def test_an_unknown_id_is_named_and_ignored(recommender: Recommender) -> None:
     found = recommender.recommend(["nonsense", "item-004", "nonsense", "other"], 5)
     assert found.unknown == ["nonsense", "other"]

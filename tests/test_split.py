@@ -76,6 +76,9 @@ def test_last_out_holds_out_one_item_of_each_session() -> None:
     gone = np.arange(50)
     gone[15] = -1  # an item that left the catalogue: 14 must not become the target, it was validation's
     assert [split.test.moved(gone).session_ids, split.valid.moved(gone).session_ids] == [["b", "c", "d"], ["a", "b", "c"]]
+    gone[13] = -1  # the last one of a's in training: what stands before it is still there to be learned from
+    kept = split.train.moved(gone, training=True)
+    assert [kept.session(i).tolist() for i in range(len(kept))] == [[10, 11, 12], [20, 21]]
     refused(lambda: split_sessions(log_of(9, length=3), DataConfig(protocol="last-out")), "four events", "data.protocol")
 
 
