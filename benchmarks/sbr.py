@@ -23,11 +23,10 @@ import torch
 from srgnn_reference import SRGNN, samples_of
 
 from pipeline.config import Config, load_config
-from recommender.candidates import share_drawn
 from recommender.evaluate import model_ranks
 from recommender.metrics import summarise, target_ranks
 from recommender.sessions import DeviceWindows, batches, pack
-from recommender.train import build_model, build_optimizer, make_accelerator, schedule, set_rate, train_step
+from recommender.train import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
 
 PREFIX, CONTENT, SRGNN_BATCH = 20, 128, 100
 
@@ -68,8 +67,7 @@ class Ours:
         self.optimizer, _ = build_optimizer(self.model, self.settings)
         train = inputs.split.train
         self.windows = DeviceWindows(pack(train.rows, train.offsets, PREFIX, PREFIX // 2), accelerator.device)
-        sampling = self.settings.loss == "sampled"
-        self.share = share_drawn(inputs.counts) if sampling else None
+        self.share = share_sampled(self.settings, inputs.counts)
         self.epochs = epochs
         self.work = self.steps()
 
@@ -178,7 +176,7 @@ def evaluate(chosen: argparse.Namespace) -> None:
 def memory(chosen: argparse.Namespace) -> None:
     began = time.perf_counter()
     inputs = stand_in(chosen.items, chosen.sessions, content=False)
-    ours = Ours("ID-only", settings(chosen, "sbr.loss=sampled"), inputs, make_accelerator())
+    ours = Ours("ID-only", settings(chosen), inputs, make_accelerator())
     built = time.perf_counter() - began
     began, cases = time.perf_counter(), sum(itertools.islice(ours.work, chosen.steps))
     seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -210,7 +208,7 @@ def main() -> None:
             part.add_argument(f"--{option}", type=int, default=value)
         part.add_argument("--seconds", type=float, default=3.0, help="of a round")
         part.add_argument("--models", default=models)
-        part.add_argument("--loss", default="softmax")
+        part.add_argument("--loss", default="auto", help="as sbr.loss")
         part.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)

@@ -164,8 +164,7 @@ def train_model(
         if watch is not None and state["scores"]:
             watch(state["scores"])
     train, valid = DeviceWindows(windows[0], accelerator.device), windows[1]
-    sampling = settings.loss == "sampled" or (settings.loss == "auto" and len(inputs.catalog) > MANY_ITEMS)
-    share = share_drawn(inputs.counts) if sampling else None
+    share = share_sampled(settings, inputs.counts)
     steps = math.ceil(len(train) / settings.batch)
     log = StepLog(folder / "metrics.jsonl", name, seed, state["step"], steps, accelerator)
     saved = time.monotonic()
@@ -214,6 +213,12 @@ def train_model(
                 watch(state["scores"])
     model.load_state_dict(best, strict=False)
     return model
+
+
+def share_sampled(settings: SbrConfig, counts: np.ndarray) -> Tensor | None:
+    """(N,) how likely an item is drawn as a candidate; None: all are candidates."""
+    sampling = settings.loss == "sampled" or (settings.loss == "auto" and len(counts) > MANY_ITEMS)
+    return share_drawn(counts) if sampling else None
 
 
 def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
