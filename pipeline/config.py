@@ -28,6 +28,7 @@ Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
@@ -272,8 +273,10 @@ class SbrConfig(Section):
     dropout: Share = 0.2  # in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)
     select: Literal["HR@10", "HR@20", "MRR@10", "MRR@20", "NDCG@10", "NDCG@20"] = "MRR@20"  # on validation: which epoch is taken
     patience: Positive = 3  # epochs without a better one before it stops
-    loss: Literal["auto", "softmax", "sampled"] = "auto"  # softmax over all items, or sampled; auto: sampled above 5,000 items
-    negatives: Positive = 2048  # items drawn for a step, where the loss is sampled
+    # softmax over all items, or sampled; auto: sampled above 5,000 items; gbce: binary cross-entropy of sampled items (gSASRec)
+    loss: Literal["auto", "softmax", "sampled", "gbce"] = "auto"
+    negatives: Positive = 2048  # items drawn for a step, where the loss is sampled or gbce
+    calibration: Fraction = 0.75  # t of gbce: 0 is plain binary cross-entropy; 1 gives probabilities as if no item had been left out
     own_loss: Weight = 0.0  # weight of the loss of each channel of our model, ids and vectors, on its own
     parts: PartsConfig = PartsConfig()
     precision: Literal["no", "bf16"] = "no"  # bf16: matrix products of the training in bfloat16, for GPUs that have it

@@ -1,9 +1,10 @@
-"""The items a training step compares with, all of the training sessions or a sample of them, and the sum over them."""
+"""The items a training step compares with, all of the training sessions or a sample of them, and the losses over them."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +18,7 @@ class Candidates(NamedTuple):
 
     items: Tensor  # (C,)
     correction: Tensor  # (C,)
+    beta: float | None = None  # of gBCE; None: of a softmax
 
 
 def everything(known: Tensor) -> Candidates:
@@ -45,6 +47,33 @@ def sampled(share: Tensor, targets: Tensor, negatives: int, generator: torch.Gen
     correction = (times[rest] / (negatives * share[drawn[rest]])).log().float()
     items, order = torch.cat([shown, drawn[rest]]).sort()
     return Candidates(items.to(targets.device), torch.cat([torch.zeros(len(shown)), correction])[order].to(targets.device))
+
+
+def drawn_evenly(known: Tensor, targets: Tensor, negatives: int, calibration: float, generator: torch.Generator) -> Candidates:
+    """For gBCE (gSASRec: Petrov and Macdonald, RecSys 2023): the targets of a batch, (B, L), and `negatives` of the items of the
+    training sessions, `known` (N,) bool, each as likely as any, from a generator on the CPU.
+
+    Of few negatives a binary cross-entropy learns that whatever it sees is likely. So the target's probability is raised to
+    beta = 1 - t (1 - a), where a is the share of the items that is drawn and t the `calibration`: 0 is the plain loss, and with 1
+    probabilities are what they were without sampling. Departure: all cases of a step have the same negatives. A target
+    that was not drawn is a negative of no case: it is corrected by -inf.
+    """
+    there = known.nonzero()[:, 0].cpu()
+    drawn = there[torch.randperm(len(there), generator=generator)[:negatives]]
+    items = torch.cat([drawn, targets[targets != PAD].cpu()]).unique()  # type: ignore[no-untyped-call]
+    correction = torch.where(torch.isin(items, drawn), 0.0, -torch.inf)
+    beta = 1 - calibration * (1 - len(drawn) / len(there))
+    return Candidates(items.to(targets.device), correction.to(targets.device), beta)
+
+
+def gbce(logits: Tensor, targets: Tensor, candidates: Candidates) -> Tensor:
+    """Logits of the candidates, (E, C), and each case's target, (E,), one of them -> losses (E,). A sum over the candidates, where
+    the paper has a mean: of thousands of them the gradients of a mean are too small for Adam to tell from nothing."""
+    items, correction, beta = candidates
+    assert beta is not None
+    place, logits = torch.searchsorted(items, targets)[:, None], logits.float()
+    others = (logits + correction).scatter(1, place, -torch.inf)
+    return beta * F.softplus(-logits.gather(1, place)[:, 0]) + F.softplus(others).sum(1)
 
 
 def log_partition(queries: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.candidates import Candidates, log_partition
+from recommender.candidates import Candidates, gbce, log_partition
 from recommender.pairs import NEVER, Pairs, causal, find, steps_back
 from recommender.sessions import PAD
 
@@ -271,7 +271,8 @@ class SessionModel(nn.Module):
         touched = None
         if len(candidates.items) < self.config.items / 2:
             touched = torch.cat([candidates.items, rows[rows != PAD]]).unique()  # type: ignore[no-untyped-call]
-        return self.losses(rows, targets, self.tables(known, generator, touched), candidates)
+        losses = self.losses if candidates.beta is None else self.binary_losses
+        return losses(rows, targets, self.tables(known, generator, touched), candidates)
 
     def channel(self, name: str) -> Channel:
         found = self.channels[name]
@@ -317,7 +318,7 @@ class SessionModel(nn.Module):
         own = torch.zeros((), device=rows.device)
         case = targets != PAD
         for name, query in reading.queries.items():
-            prior, (items, correction) = tables.priors[name], candidates
+            prior, items, correction = tables.priors[name], candidates.items, candidates.correction
             sums = log_partition(packed(query, real), tables.of(name, items), prior[items] + correction)
             total = padded(sums[:, None], real)[..., 0]
             over.append(reading.weights[name] + tables.of(name, target) @ query.transpose(1, 2) + prior[target][..., None])
@@ -334,6 +335,26 @@ class SessionModel(nn.Module):
         over.append(popular[target][..., None])
         under.append(reading.popular.expand(*rows.shape, 1))
         return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1) + self.config.own_loss * own
+
+    def binary_losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
+        """gBCE in place of the softmax: of each item, how likely it is by itself. It needs the score of every candidate in every case,
+        for which several numbers (B, L, C) are held."""
+        reading, items, wanted = self.read(rows, tables), candidates.items, targets != PAD
+        total = (tables.priors["popular"][items] + reading.popular).exp()  # of the candidates, (C,), soon (B, L, C): exp of their scores
+        own = torch.zeros((), device=rows.device)
+
+        def losses(part: Tensor) -> Tensor:
+            return gbce(part[wanted].clamp(min=1e-30).log(), targets[wanted], candidates)
+
+        for name, query in reading.queries.items():
+            part = reading.weights[name].exp() @ (query @ tables.of(name, items).T + tables.priors[name][items]).exp()
+            total, own = total + part, own + losses(part)
+        total = total + reading.weights["copy"].exp() @ (rows[:, :, None] == items).float()
+        for _, pairs in self.counted():
+            share, weights = pairs.among(rows, targets, items)
+            weights = weights.masked_fill(~tables.known[rows.clamp(min=0)][:, None, :], NEVER)
+            total = total + weights.exp() @ (share * tables.known[items])
+        return losses(total) + self.config.own_loss * own
 
     def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None) -> Tensor:
         """Scores (cases, N) for the positions where `cases` (B, L) holds; None: the last one of each prefix, none of them

@@ -32,7 +32,7 @@ from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.memory import keep_freed_memory
 from pipeline.progress import Steps
-from recommender.candidates import everything, sampled, share_drawn
+from recommender.candidates import drawn_evenly, everything, sampled, share_drawn
 from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, positions_of, print_results, read_ceiling
 from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
@@ -276,12 +276,15 @@ def train_step(
     share: Tensor | None,
 ) -> Tensor:
     """One step on the windows `which`, of which each process takes its share; returns that share's part of the mean loss, ().
-    `share` (N,): how likely an item is drawn as a candidate; None: all are candidates."""
+    `share` (N,): how likely an item is drawn as a candidate of a softmax; None: all are."""
     rows, targets = train.take(which)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
     known = model.draw_known(generator)
-    candidates = everything(model.known) if share is None else sampled(share, targets, settings.negatives, generator)
+    if settings.loss == "gbce":
+        candidates = drawn_evenly(model.known, targets, settings.negatives, settings.calibration, generator)
+    else:
+        candidates = everything(model.known) if share is None else sampled(share, targets, settings.negatives, generator)
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         losses = wrapped(rows[mine], targets[mine], known, candidates, generator)
     total: Tensor = losses.float().sum() / int(train.cases[which].sum())

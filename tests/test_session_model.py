@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from recommender.candidates import everything, log_partition, sampled, share_drawn
+from recommender.candidates import drawn_evenly, everything, gbce, log_partition, sampled, share_drawn
 from recommender.evaluate import model_ranks
 from recommender.index import ItemIndex, build_indexes
 from recommender.model import ModelConfig, Parts, SessionModel, fit_whitening
@@ -105,6 +105,48 @@ def test_the_loss_is_the_softmax_of_the_scores(content: bool, ids: bool) -> None
     assert torch.allclose(model.losses(rows, targets, tables, candidates), wanted, atol=1e-4)
 
 
+@VERSIONS
+def test_gbce_of_all_items_is_the_binary_cross_entropy_of_the_scores(content: bool, ids: bool) -> None:
+    model = build(content, ids)
+    for _, pairs in model.counted():
+        pairs.counts.zero_()
+        pairs.totals.zero_()
+    rows, targets = torch.tensor([[3, 7, 3, 9], [1, 2, PAD, PAD]]), torch.tensor([[7, 3, 9, 1], [2, 4, PAD, PAD]])
+    candidates = drawn_evenly(model.known, targets, ITEMS, 0.75, torch.Generator())
+    assert candidates.beta == 1 and torch.equal(candidates.items, everything(model.known).items)
+    scores = model.scores(rows, model.tables(), targets != PAD)[:, candidates.items]
+    shown = (candidates.items == targets[targets != PAD][:, None]).float()
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(scores, shown, reduction="none").sum(1)
+    assert torch.allclose(model.binary_losses(rows, targets, model.tables(), candidates), wanted, rtol=1e-4)
+
+
+def test_gbce_counts_what_was_drawn_and_raises_the_target_s_probability_to_beta() -> None:
+    model, targets = build(content=False), torch.tensor([[7, 3, PAD]])
+    candidates = drawn_evenly(model.known, targets, 11, 0.5, torch.Generator().manual_seed(0))
+    drawn = set(candidates.items[candidates.correction == 0].tolist())
+    assert len(drawn) == 11 and set(candidates.items.tolist()) == drawn | {3, 7}
+    assert candidates.beta == pytest.approx(1 - 0.5 * (1 - 11 / (ITEMS - COLD)))
+    logits = torch.randn(2, len(candidates.items))
+    chance = dict(zip(candidates.items.tolist(), logits.sigmoid().T.tolist(), strict=True))
+    for case, target in enumerate((7, 3)):
+        wanted = -np.log(chance[target][case] ** candidates.beta) - sum(np.log(1 - chance[item][case]) for item in drawn - {target})
+        assert float(gbce(logits, torch.tensor([7, 3]), candidates)[case]) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["followers", "companions"])
+def test_shares_of_candidates_are_those_of_targets(name: str) -> None:
+    rows, offsets = log()
+    model = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8), None, rows, offsets)
+    windows, pairs = pack(rows, offsets, 8), dict(model.counted())[name]
+    inputs, targets = torch.tensor(windows.inputs).long(), torch.tensor(windows.targets).long()
+    items = targets.unique()[1:]
+    wanted, weights = pairs(inputs, targets)
+    found, same = pairs.among(inputs, targets, items)
+    case = (targets != PAD)[:, :, None] & (inputs != PAD)[:, None, :]  # (t, s)
+    of_targets = found.transpose(1, 2).gather(1, torch.searchsorted(items, targets)[:, :, None].expand_as(wanted))
+    assert torch.allclose(of_targets[case], wanted[case], atol=1e-6) and torch.equal(weights, same)
+
+
 @pytest.mark.parametrize("name", ["followers", "companions"])
 def test_a_session_is_no_evidence_for_itself(name: str) -> None:
     """Counts of pairs leave out the session they are asked for: as if the log did not have it."""
@@ -151,7 +193,7 @@ def test_a_sampled_softmax_estimates_the_full_one() -> None:
     whole = everything(model.known)
     wanted, sums = logits[whole.items].exp().sum(), []
     for _ in range(400):
-        items, correction = sampled(share_drawn(counts), targets, 16, generator)
+        items, correction, _ = sampled(share_drawn(counts), targets, 16, generator)
         assert {3, 7} <= set(items.tolist()) <= set(whole.items.tolist()) and torch.equal(items, items.unique())
         sums.append((logits[items] + correction).exp().sum())
     assert abs(torch.stack(sums).mean() / wanted - 1) < 0.05

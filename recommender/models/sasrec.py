@@ -1,8 +1,8 @@
 """SASRec: causal self-attention over the session (Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018).
 
 Two blocks of one head, learned positions, layer norm before each part. Departures: the softmax over all items in place of one
-negative an item, with which it is the stronger baseline (Petrov and Macdonald, RecSys 2023; Klenitskiy and Vasilev, RecSys 2023);
-positions count from the beginning of the window, which is padded on the right.
+negative an item, with which it is the stronger baseline (Klenitskiy and Vasilev, RecSys 2023), or, by `sbr.loss: gbce`, the one of
+gSASRec (Petrov and Macdonald, RecSys 2023); positions count from the beginning of the window, which is padded on the right.
 """
 
 import torch

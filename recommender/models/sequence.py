@@ -1,4 +1,4 @@
-"""What the session models of the literature share: item vectors, scores by dot product, the softmax over all items.
+"""What the session models of the literature share: item vectors, scores by dot product, the losses.
 
 Each is an encoder, in a file beside this one: a Module of (dim, max_prefix, dropout) whose forward takes the vectors of a
 session's items, states (B, L, D), and their rows (B, L), padded on the right, to a session vector at each position, (B, L, D),
@@ -10,13 +10,14 @@ else is read it scores below all others. `SequenceModel` answers what training a
 `recommender.model.SessionModel` does: losses (forward), `draw_known`, `tables`, `scores`, `known`.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recommender.candidates import Candidates, log_partition
+from recommender.candidates import Candidates, gbce, log_partition
 from recommender.sessions import PAD
 
 Encoder = Callable[[int, int, float], nn.Module]  # dim, max_prefix, dropout
@@ -46,9 +47,12 @@ class SequenceModel(nn.Module):
     def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
         """The training losses of (B, L) windows among the `candidates`, (cases,)."""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # the encoder's dropout: by the step, not by what came before
-        vectors, (items, correction), case = self.tables(), candidates, targets != PAD
+        vectors, items, case = self.tables(), candidates.items, targets != PAD
         queries = self.encode(rows, vectors)[case]
-        return log_partition(queries, vectors[items], correction) - (queries * vectors[targets[case]]).sum(-1)
+        if candidates.beta is not None:
+            # each item begins with a chance of 1 in N, not of 1/2, which would push all of them away at first (Lin et al., ICCV 2017)
+            return gbce(queries @ vectors[items].T - math.log(len(self.known)), targets[case], candidates)
+        return log_partition(queries, vectors[items], candidates.correction) - (queries * vectors[targets[case]]).sum(-1)
 
     def draw_known(self, generator: torch.Generator) -> Tensor:
         return self.known
