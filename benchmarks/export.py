@@ -8,8 +8,8 @@
 The skewed catalogue: texts of 1 to 300 tokens, most of them short, half of the items with a picture. The MLLM is the
 built-in tiny one as it is drawn, untrained, which costs the same. All methods have the same weights and prompts, and
 their vectors are held against each other. Each measurement is a process of its own, from the loaded libraries to the
-vectors on disk; figures are medians of interleaved rounds. On CUDA also the share of the matmul peak (MFU) measured in
-the same run, and one process each way more for scaling. `--config` takes another backbone than the tiny one.
+vectors on disk; figures are medians of interleaved rounds, with one process more for scaling. `--config` takes another backbone
+than the tiny one, `--side` larger pictures. What a GPU makes of it: benchmarks/export_gpu.py.
 """
 
 import argparse
@@ -54,12 +54,13 @@ SHAPES = {  # share of the items, least and most words: about as many tokens
 # --- what is exported
 
 
-def write_catalogue(data: Path, items: int, seed: int = 0) -> None:
+def write_catalogue(data: Path, items: int, side: int, seed: int = 0) -> None:
     """Skewed lengths, and a picture for every second item; row groups of 1,024, written one by one."""
     rng = np.random.default_rng(seed)
     letters = list("abcdefghijklmnopqrstuvwxyz")
     words = np.array(["".join(rng.choice(letters, size=rng.integers(2, 6))) for _ in range(120)])
     shares, least, most = (np.array(column) for column in zip(*SHAPES.values(), strict=True))
+    drawn = [picture(rng, side) for _ in range(64)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("item_id", pa.string()), ("title", pa.string()), ("image", kind)])
     data.mkdir(parents=True, exist_ok=True)
@@ -69,16 +70,22 @@ def write_catalogue(data: Path, items: int, seed: int = 0) -> None:
             shape = rng.choice(len(SHAPES), count, p=shares)
             lengths = rng.integers(least[shape], most[shape] + 1)
             titles = [" ".join(rng.choice(words, size=length)) for length in lengths]
-            pictures = [{"bytes": picture(rng), "path": None} if rng.random() < 0.5 else None for _ in range(count)]
             item_ids = [f"i{first + n:07d}" for n in range(count)]
+            files = [numbered(drawn[rng.integers(len(drawn))], item) if rng.random() < 0.5 else None for item in item_ids]
+            pictures = [file and {"bytes": file, "path": None} for file in files]
             writer.write_table(pa.table([item_ids, titles, pa.array(pictures, kind)], schema=schema))
 
 
-def picture(rng: np.random.Generator) -> bytes:
-    image = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((128, 128), Image.Resampling.BICUBIC)
+def picture(rng: np.random.Generator, side: int) -> bytes:
+    image = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def numbered(jpeg: bytes, item: str) -> bytes:
+    """The same picture in a file of its own, which is then a picture of its own: one with a comment."""
+    return jpeg[:2] + b"\xff\xfe" + (len(item) + 2).to_bytes(2, "big") + item.encode() + jpeg[2:]
 
 
 def write_model(run: Path, data: Path, config: Config) -> None:
@@ -102,6 +109,7 @@ def tpad(config: Config, run: Path, data: Path, out: Path, update: bool = False)
         np.save(out, np.concatenate([vectors.knowledge, vectors.transition], axis=1))
     return {
         "items": found.rows,
+        "running": work.seconds,  # without the loading before and the publishing after it
         "padding": work.padding,
         "computing": work.computing,
         "encoding": work.encoding,
@@ -138,7 +146,7 @@ def plain(config: Config, run: Path, data: Path, out: Path) -> dict[str, Any]:
     """Arrival order, 32 at a time, padded to the longest, pictures decoded in line, `.cpu()` after every batch."""
     mllm, encoder, views, device = loaded(run, data)
     vectors = []
-    computing, real, padded = 0.0, 0, 0
+    computing, real, padded, started = 0.0, 0, 0, time.perf_counter()
     with torch.inference_mode():
         for first in range(0, len(views), BATCH):
             sequences = [encoder.encode(views.item(row)) for row in range(first, min(first + BATCH, len(views)))]
@@ -150,7 +158,7 @@ def plain(config: Config, run: Path, data: Path, out: Path) -> dict[str, Any]:
             computing += time.perf_counter() - began
             real, padded = real + sum(map(len, sequences)), padded + inputs["input_ids"].numel()
     np.save(out, torch.cat(vectors).numpy())
-    return {"items": len(views), "padding": 1 - real / padded, "computing": computing}
+    return {"items": len(views), "running": time.perf_counter() - started, "padding": 1 - real / padded, "computing": computing}
 
 
 def sentence_transformers(config: Config, run: Path, data: Path, out: Path) -> dict[str, Any]:
@@ -185,9 +193,11 @@ def sentence_transformers(config: Config, run: Path, data: Path, out: Path) -> d
     for row in range(len(views)):
         image = views.catalog.image_bytes(row)
         inputs.append({"row": row, "text": views.text(row)} | ({} if image is None else {"image": Image.open(io.BytesIO(image))}))
+    started = time.perf_counter()
     vectors = SentenceTransformer(modules=[Module()], device=str(device)).encode(inputs, show_progress_bar=False)
     np.save(out, vectors)
-    return {"items": len(views), "padding": 1 - spent["real"] / spent["padded"], "computing": spent["computing"]}
+    running = time.perf_counter() - started
+    return {"items": len(views), "running": running, "padding": 1 - spent["real"] / spent["padded"], "computing": spent["computing"]}
 
 
 # --- measuring: each in a process of its own
@@ -205,8 +215,6 @@ def measure(name: str, run: Path, data: Path, out: Path, update: bool) -> None:
         found = {"plain": plain, "sentence-transformers": sentence_transformers}[name](config, run, data, out)
     found["seconds"] = time.perf_counter() - began
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if torch.cuda.is_available():
-        found["device_mb"] = torch.cuda.max_memory_allocated() / 2**20
     print(json.dumps(found))
 
 
@@ -221,26 +229,6 @@ def measured(name: str, run: Path, data: Path, *more: str, processes: int = 1) -
     found = [json.loads(answer.splitlines()[-1]) for answer in answers]
     worst = max(found, key=lambda one: one["seconds"])
     return worst | {"command": time.perf_counter() - began}
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of a few."""
-    a = torch.randn(8192, 8192, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(5):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(10):
-            a @ a
-        torch.cuda.synchronize()
-        best = max(best, 10 * 2 * 8192**3 / (time.perf_counter() - began))
-    return best
-
-
-def flops(run: Path, tokens: int) -> float:
-    """2 x weights x tokens of the language model, the vision tower left out: a lower bound of the work."""
-    mllm, _, _ = load_mllm(open_verified(run / "mllm", "mllm", "").path)
-    return 2.0 * tokens * sum(p.numel() for p in mllm.backbone.model.get_decoder().layers.parameters())
 
 
 def fresh(run: Path) -> None:
@@ -275,11 +263,6 @@ def compare(folder: Path, run: Path, data: Path, rounds: int, methods: list[str]
     print(f"two processes: {scaled:.2f}x as fast as one, start-up included")
     print(f"reading texts and pictures: {ours['encoding']:.1f} s of the worker, {ours['encoding'] / ours['seconds']:.0%} of the wall time;")
     print(f"decoding pictures: {ours['decoding']:.1f} s, {ours['decoding'] / ours['seconds']:.0%} of the wall time")
-    if torch.cuda.is_available():
-        dtype = getattr(torch, load_config(run / "config.yaml").backbone.dtype)
-        peak, rate = matmul_peak(own_device(), dtype), flops(run, ours["tokens"]) / ours["seconds"]
-        print(f"MFU end to end: {rate / peak:.0%} of the {peak / 1e12:.0f} TFLOP/s measured here")
-        print(f"MFU of the forward passes alone: {rate * ours['seconds'] / ours['computing'] / peak:.0%}")
 
 
 def memory(folder: Path, config: Config) -> None:
@@ -323,11 +306,11 @@ def change(data: Path, count: int) -> list[int]:
     return rows
 
 
-def prepared(folder: Path, config: Config, items: int, data: Path | None = None) -> tuple[Path, Path]:
+def prepared(folder: Path, config: Config, items: int, side: int = 128, data: Path | None = None) -> tuple[Path, Path]:
     run = folder / f"run-{items}"
     if data is None:
         data = folder / f"data-{items}"
-        write_catalogue(data, items)
+        write_catalogue(data, items, side)
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     save_config(config, run / "config.yaml")
@@ -340,6 +323,7 @@ def main() -> None:
     parser.add_argument("what", choices=("compare", "memory", "update", "measure"))
     parser.add_argument("--folder", type=Path, default=Path("artifacts/benchmark-export"))
     parser.add_argument("--items", type=int, default=2048)
+    parser.add_argument("--side", type=int, default=128, help="pixels a side of the pictures")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--config", type=Path)
@@ -355,7 +339,7 @@ def main() -> None:
         return
     config = load_config(given.config, ["backbone.max_text_tokens=300", *given.set])
     if given.what == "compare":
-        run, data = prepared(given.folder, config, given.items, given.data)
+        run, data = prepared(given.folder, config, given.items, given.side, given.data)
         compare(given.folder, run, data, given.rounds, given.methods)
     elif given.what == "memory":
         memory(given.folder, config)

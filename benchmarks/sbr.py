@@ -63,7 +63,8 @@ class Ours:
     """A model of `sbr.models` in training, a step at a time, as `tpad train-sbr` trains it."""
 
     def __init__(self, name: str, config: Config, inputs: Any, accelerator: Any, epochs: int = 1000) -> None:
-        self.model, self.settings, self.accelerator = build_model(name, 0, config, inputs), config.sbr, accelerator
+        self.model = build_model(name, 0, config, inputs).to(accelerator.device)
+        self.settings, self.accelerator = config.sbr, accelerator
         self.optimizer, _ = build_optimizer(self.model, self.settings)
         train = inputs.split.train
         self.windows = DeviceWindows(pack(train.rows, train.offsets, PREFIX, PREFIX // 2), accelerator.device)
@@ -85,9 +86,9 @@ class Ours:
 
 
 class Reference:
-    def __init__(self, inputs: Any, dim: int, epochs: int = 1000) -> None:
+    def __init__(self, inputs: Any, dim: int, device: torch.device, epochs: int = 1000) -> None:
         torch.manual_seed(0)
-        self.model = SRGNN(len(inputs.catalog), dim)
+        self.model, self.device = SRGNN(len(inputs.catalog), dim).to(device), device
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, weight_decay=1e-5)
         self.prefixes, self.targets = samples_of(inputs.split.train.rows, inputs.split.train.offsets, PREFIX)
         self.epochs = epochs
@@ -98,7 +99,7 @@ class Reference:
             self.optimizer.param_groups[0]["lr"] = 1e-3 * 0.1 ** (epoch // 3)
             for which in batches(len(self.prefixes), SRGNN_BATCH, 0, epoch):
                 scores = self.model([self.prefixes[n] for n in which])
-                loss = torch.nn.functional.cross_entropy(scores, torch.as_tensor(self.targets[which] - 1))
+                loss = torch.nn.functional.cross_entropy(scores, torch.as_tensor(self.targets[which] - 1, device=self.device))
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
@@ -107,9 +108,11 @@ class Reference:
 
 def rate(work: Iterator[int], seconds: float) -> float:
     began, done = time.perf_counter(), 0
-    while (passed := time.perf_counter() - began) < seconds:
+    while time.perf_counter() - began < seconds:
         done += next(work)
-    return done / passed
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # steps are launched ahead of the device
+    return done / (time.perf_counter() - began)
 
 
 def settings(chosen: argparse.Namespace, *more: str) -> Config:
@@ -118,7 +121,7 @@ def settings(chosen: argparse.Namespace, *more: str) -> Config:
 
 def train(chosen: argparse.Namespace) -> None:
     inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
-    work = {f"SR-GNN reference, batch {SRGNN_BATCH} samples": Reference(inputs, chosen.dim).work}
+    work = {f"SR-GNN reference, batch {SRGNN_BATCH} samples": Reference(inputs, chosen.dim, accelerator.device).work}
     for name in chosen.models.split(","):
         for batch in (128, 100, 25):
             work[f"{name}, batch {batch} sessions"] = Ours(name, settings(chosen, f"sbr.batch={batch}"), inputs, accelerator).work
@@ -135,14 +138,17 @@ def train(chosen: argparse.Namespace) -> None:
 def accuracy(chosen: argparse.Namespace) -> None:
     inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
     rows, offsets = draw_log(chosen.items, 2000, seed=3)
-    reference = Reference(inputs, chosen.dim, chosen.epochs)
+    reference = Reference(inputs, chosen.dim, accelerator.device, chosen.epochs)
     began = time.perf_counter()
     cases = sum(reference.work)
     seconds = {"SR-GNN reference": time.perf_counter() - began}
     prefixes, targets = samples_of(rows, offsets, PREFIX)
     with torch.inference_mode():
         parts = [slice(n, n + 500) for n in range(0, len(targets), 500)]
-        ranks = [target_ranks(reference.model(prefixes[part]), torch.as_tensor(targets[part] - 1)).numpy() for part in parts]
+        ranks = [
+            target_ranks(reference.model(prefixes[part]), torch.as_tensor(targets[part] - 1, device=accelerator.device)).cpu().numpy()
+            for part in parts
+        ]
     found = {"SR-GNN reference": summarise(np.concatenate(ranks))}
     for name in chosen.models.split(","):
         ours = Ours(name, settings(chosen), inputs, accelerator, chosen.epochs)

@@ -73,7 +73,7 @@ class SRGNN(nn.Module):
 
     def forward(self, prefixes: list[list[int]]) -> Tensor:
         """Scores of all items, (B, N)."""
-        items, adjacency, alias, mask = graphs(prefixes)
+        items, adjacency, alias, mask = (of.to(self.embedding.weight.device) for of in graphs(prefixes))
         states = self.cell(adjacency, self.embedding(items))
         events = states[torch.arange(len(alias))[:, None], alias]
         last = events[torch.arange(len(alias)), mask.sum(1) - 1]

@@ -52,7 +52,7 @@ def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backb
     """The backbone as training starts from it: the tiny one drawn from `seed`, any other from its published weights."""
     torch.manual_seed(seed)
     if config.name == "tiny":
-        tokenizer = _train_tokenizer(config.tiny.vocab, prompts.words())
+        tokenizer = train_tokenizer(config.tiny.vocab, prompts.words())
         backbone = Backbone(from_config(_tiny_config(config.tiny, tokenizer), config), tokenizer, _tiny_processor(config.tiny))
     else:
         backbone = published_backbone(config)
@@ -132,7 +132,7 @@ def from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
     return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
 
 
-def _train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -1,8 +1,8 @@
 """What the export feeds the model: rows measured, cut into batches by real tokens, decoded and tokenised ahead of it.
 
-Two jobs, so that nothing is decoded before its turn: `plan` measures the rows of a part (tokens of the text, grid of the
-picture) and cuts them into batches; `load` decodes and collates one batch. Both are functions of the rows alone, in
-whatever process they run, and so are the bytes of a part.
+Two jobs, so that nothing is decoded before its turn: `measure` takes the lengths of rows (tokens of the text, grid of the
+picture), by which a part is `cut` into batches; `load` decodes and collates one batch. All are functions of the rows alone,
+in whatever process they run, and so are the bytes of a part.
 """
 
 import hashlib
@@ -49,15 +49,6 @@ def cut(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Of the n rows of a part: their contents, and the batches of those that must go through the model."""
-
-    contents: np.ndarray  # (n, 32) uint8, sha256 of what the model is shown of an item
-    kept: np.ndarray  # (n,) bool: content as in the version that is updated
-    batches: list[np.ndarray]  # positions in the part
-
-
-@dataclass(frozen=True)
 class Batch:
     """`at` (B,) positions in the part, without those of pictures that cannot be decoded, where these are skipped."""
 
@@ -82,13 +73,13 @@ class Source:
     on_bad_image: Literal["error", "skip", "text_only"]
     round_to: int = 1  # lengths are padded to multiples of this
 
-    def plan(self, rows: np.ndarray, known: np.ndarray) -> Plan:
-        """`known` (n, 32): contents of the rows in the version that is updated, zeros where it has none."""
+    def measure(self, rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Contents (n, 32), and how many tokens the rows have that must be computed; zero where the content is as in `known` (n, 32),
+        that of the version which is updated (zeros where it has none)."""
         contents = np.stack([self._content(int(row)) for row in rows])
-        kept = (contents == known).all(1)
-        at = np.flatnonzero(~kept)
-        lengths = np.array([self.encoder.length(self.views.item(int(rows[n]))) for n in at], np.int64)
-        return Plan(contents, kept, [at[batch] for batch in cut(lengths, self.token_budget)])
+        fresh = ~(contents == known).all(1)
+        lengths = [self.encoder.length(self.views.item(int(row))) if new else 0 for row, new in zip(rows, fresh, strict=True)]
+        return contents, np.array(lengths, np.int64)
 
     def _content(self, row: int) -> np.ndarray:
         text, image = self.views.text(row).encode(), self.catalog.image_bytes(row)
@@ -131,9 +122,9 @@ class Source:
 _source: Source | None = None  # of a worker
 
 
-def plan(rows: np.ndarray, known: np.ndarray) -> Plan:
+def measure(rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     assert _source is not None
-    return _source.plan(rows, known)
+    return _source.measure(rows, known)
 
 
 def load(rows: np.ndarray, at: np.ndarray) -> Batch:
@@ -157,7 +148,7 @@ def _end_with(parent: int) -> None:
 
 
 def loader(source: Source, workers: int) -> Executor:
-    """Where `plan` and `load` run: so many processes, or a thread of this one."""
+    """Where `measure` and `load` run: so many processes, or a thread of this one."""
     if workers == 0:
         return ThreadPoolExecutor(1, initializer=_begin, initargs=(source, None))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (source, os.getpid()))

@@ -104,7 +104,7 @@ class BackboneConfig(Section):
     revision: str | None = None  # commit of the model, for a name on the hub
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraSettings | None = None  # null trains every weight, as the tiny model needs
-    # nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; no test of this project has run it, for want of one
+    # nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; tried with random weights alone
     quantize: Literal["nf4"] | None = None
     max_text_tokens: Positive = 96  # the text of one item is cut to so many tokens
     max_pixels: Positive | None = None  # pictures are scaled down to so many pixels, in the Qwen families; null: the processor's default

@@ -39,7 +39,7 @@ from pipeline.split import split_sessions
 from pipeline.summaries import write_summaries
 from pipeline.templates import load_templates
 from pipeline.variants import VARIANTS, merged, side_by_side, varied
-from pipeline.vision import Cache, Picture, is_frozen
+from pipeline.vision import Cache, Picture, is_frozen, pack_attention
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
@@ -262,6 +262,7 @@ def distill(
         group = Group(accelerator)
         _check_batches(config, group.world)
         backbone = build_backbone(config.backbone, views, config.seed)
+    pack_attention(backbone.model, accelerator.device)
     if in_pieces and group.world > 1:
         held = fsdp.cut(backbone.model, accelerator.device, group.world)
         if accelerator.is_main_process:

@@ -11,6 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 Size = tuple[int, int]  # width, height
 
@@ -28,6 +34,10 @@ class Family(NamedTuple):
     encode: Callable[[Processor, Image.Image], tuple[list[int], dict[str, Tensor]]]  # an image's token ids and tensors
     tokens: Callable[[Processor, Size], int]  # how many ids an image of that size has, known without decoding it
     stack: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]  # the tensors of n images as the vision tower takes them
+    # What the model would else compute sequence by sequence and image by image while its device waits, from the model and the grids
+    # of the images: positions in a batch (3, B, L), and what the vision tower takes beside the stacked tensors
+    positions: Callable[[Any, dict[str, Tensor], Tensor], Tensor] | None = None
+    beside: Callable[[Any, Tensor], dict[str, Tensor]] | None = None
     types: str | None = None  # the model's argument that tells image tokens (1) from others (0), where it must be given
     sized: bool = False  # an image has tokens by its size, so that `max_pixels` bounds them
 
@@ -51,7 +61,7 @@ def _fixed(
         lambda processor, image: (ids(processor), {"pixel_values": torch.as_tensor(pixels(processor, image))}),
         lambda processor, size: len(ids(processor)),
         stack,
-        types,
+        types=types,
     )
 
 
@@ -138,8 +148,28 @@ def _qwen_stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([i[name] for i in images]) for name in ("pixel_values", "image_grid_thw")}  # (patches, .), (n, 3)
 
 
+def _qwen_positions(model: Any, batch: dict[str, Tensor], grids: Tensor) -> Tensor:
+    positions: Tensor = model.model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=grids, attention_mask=batch["attention_mask"]
+    )[0]
+    return positions
+
+
+def _qwen_beside(model: Any, grids: Tensor) -> dict[str, Tensor]:
+    tower = model.model.visual
+    merge = tower.spatial_merge_size
+    found = {"position_ids": get_vision_position_ids(grids, merge), "cu_seqlens": get_vision_cu_seqlens(grids)}
+    if hasattr(tower, "window_size"):  # Qwen2.5
+        names = ("window_index", "cu_window_seqlens")
+        found |= zip(names, get_vision_window_index(grids, merge, tower.window_size, tower.patch_size), strict=True)
+    if hasattr(tower, "num_grid_per_side"):  # Qwen3
+        way = (tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merge)
+        found |= zip(("interp_indices", "interp_weights"), get_vision_interpolation_indices_and_weights(grids, *way), strict=True)
+    return {f"image_{name}": of for name, of in found.items()}
+
+
 _IDEFICS3 = _fixed(_idefics3_ids, _idefics3_pixels)
-_QWEN = Family(_qwen_image, _qwen_tokens, _qwen_stack, "mm_token_type_ids", sized=True)
+_QWEN = Family(_qwen_image, _qwen_tokens, _qwen_stack, _qwen_positions, _qwen_beside, "mm_token_type_ids", sized=True)
 FAMILIES = {
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,

@@ -57,7 +57,7 @@ class Encoder:
 
     def __init__(self, config: BackboneConfig, backbone: Backbone, catalog: Catalog, cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
         self.config, self.catalog = config, catalog
-        self.tokenizer = backbone.tokenizer
+        self.model, self.tokenizer = backbone.model, backbone.tokenizer
         self.processor = Processor(backbone.model.config, backbone.tokenizer, backbone.image_processor, config.max_pixels)
         family: str = backbone.model.config.model_type
         if family not in FAMILIES:
@@ -165,6 +165,8 @@ class Encoder:
             image = self.catalog.image(row)
             assert image is not None, "the prompt asked for an image the item lacks"
             ids, tensors = self.family.encode(self.processor, image)
+            # in the type that every vision tower begins by casting to: half the bytes to hold and to send
+            tensors = {name: t.to(self.model.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
             found = Picture(self.key(row), ids, tensors)
             size = sum(t.nbytes for t in tensors.values())
             if size <= self._room:
@@ -178,7 +180,8 @@ class Encoder:
 
         A batch: `input_ids`, `attention_mask` (B, L); `read_at` (R,) and `answer_at` (A,), flat positions in (B * L) of the
         features to read and of the tokens before each answer token; `answers` (A,); `intent_at` and `intents` likewise;
-        `picture_at` (I,), which picture each image in it is, in their order. "pictures": what the vision tower takes for
+        `picture_at` (I,), which picture each image in it is, in their order; `position_ids` (3, B, L) where the family has them and
+        there are pictures. "pictures": what the vision tower takes for
         the distinct ones; "kept": what it has made of those, numbered after the former, that need not go through it. L is
         a multiple of `round_to`.
         """
@@ -187,6 +190,8 @@ class Encoder:
         place = {p.key: n for n, p in enumerate([*fresh, *kept])}
         out = {name: self._collate(sequences, place, round_to) for name, sequences in batches.items()}
         out["pictures"] = self.family.stack([p.tensors for p in fresh]) if fresh else {}
+        if self.family.beside and fresh:
+            out["pictures"] |= self.family.beside(self.model, out["pictures"]["image_grid_thw"])
         return out | ({"kept": join([p.kept for p in kept if p.kept is not None])} if kept else {})
 
     def _collate(self, sequences: Sequence[Encoded], place: dict[bytes, int], round_to: int) -> dict[str, Tensor]:
@@ -202,7 +207,7 @@ class Encoder:
             before_intents += [b * length + at - 1 for at in s.intents]
             intents += [s.ids[at] for at in s.intents]
         pictures = [place[p.key] for s in sequences for p in s.pictures]
-        batch = {
+        arrays = {
             "input_ids": ids,
             "attention_mask": mask,
             "read_at": reads,
@@ -213,8 +218,11 @@ class Encoder:
             "picture_at": pictures,
         }
         if self.family.types:
-            batch[self.family.types] = ids == self.processor.config.image_token_id
-        return {name: torch.as_tensor(np.asarray(value, np.int64)) for name, value in batch.items()}
+            arrays[self.family.types] = ids == self.processor.config.image_token_id
+        batch = {name: torch.as_tensor(np.asarray(value, np.int64)) for name, value in arrays.items()}
+        if self.family.positions and pictures:
+            batch["position_ids"] = self.family.positions(self.model, batch, torch.cat([p.grid for s in sequences for p in s.pictures]))
+        return batch
 
 
 class Mllm(nn.Module):
@@ -294,7 +302,8 @@ class Mllm(nn.Module):
         for name, batch in batches.items():
             if name in ("pictures", "kept"):
                 continue
-            states[name] = model(**_inputs(batch, seen), use_cache=False).last_hidden_state.flatten(0, 1)
+            inputs = _inputs(batch, seen) | {"position_ids": batch.get("position_ids")}
+            states[name] = model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         return states
 
     def write(self, batches: dict[str, dict[str, Tensor]], name: str, greedy: GenerationConfig) -> Tensor:

@@ -25,15 +25,18 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact import HALVES, Version, embeddings_schema, read_part, vector_columns
-from pipeline.batches import Batch, Plan, Source, ahead, load, loader, plan
+from pipeline.batches import Batch, Source, ahead, cut, load, loader, measure
 from pipeline.catalog import Catalog
 from pipeline.config import ExportConfig
 from pipeline.errors import ARTIFACT, UserError
 from pipeline.mllm import Mllm, SideBySide
 from pipeline.progress import Steps
 from pipeline.shards import Shards
+from pipeline.vision import pack_attention
 
 LANES = 8  # batches the model computes at a time on a CPU, at most: more cores than that share batches
+GPU_LANES = 2  # and on a GPU, each in a stream of its own: it computes one while the other is sent, launched or waited for
+MEASURED = 512  # rows measured at a time, so that several workers share the first part, for which the model waits
 BEHIND = 4  # batches not yet written, at most, beside those in the lanes
 WAIT_SECONDS = 0.1  # between looks at the last parts, which other processes have in hand
 
@@ -106,7 +109,8 @@ class Part:
 
     name: str
     rows: np.ndarray
-    plan: Plan
+    contents: np.ndarray  # (n, 32) uint8, sha256 of what the model is shown of an item
+    kept: np.ndarray  # (n,) bool: content as in the version that is updated
     vectors: dict[str, np.ndarray]  # (n, D) float32 each
     left: int  # batches
     n_tokens: np.ndarray
@@ -118,8 +122,8 @@ class Part:
 class Writer:
     """A thread behind the model. `put` waits while more than `behind` are on their way, and raises what went wrong there."""
 
-    def __init__(self, behind: int) -> None:
-        self.pool, self.behind = ThreadPoolExecutor(1), behind
+    def __init__(self, behind: int, device: torch.device) -> None:
+        self.pool, self.behind = ThreadPoolExecutor(1, initializer=own_stream, initargs=(device,)), behind
         self.begun: deque[Future[None]] = deque()
 
     def put(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -187,14 +191,16 @@ class Exporter:
         self.workers = config.workers
         self.device = own_device()
         self.threads = torch.get_num_threads()
-        self.lanes = min(LANES, self.threads) if self.device.type == "cpu" and not config.compile else 1
+        # torch.compile looks into a model by replacing what all threads call, so no other may run the model meanwhile
+        self.lanes = 1 if config.compile else GPU_LANES if self.device.type == "cuda" else min(LANES, self.threads)
         self.mllm = mllm.to(self.device).eval()
-        if config.compile:
-            for each in self.mllm.modules():
-                if isinstance(each, Mllm):
-                    each.backbone.model = torch.compile(each.backbone.model, dynamic=True)
-        self.writer = Writer(self.lanes + BEHIND)
-        self.model = ThreadPoolExecutor(self.lanes)
+        for each in self.mllm.modules():
+            if isinstance(each, Mllm):
+                pack_attention(each.backbone, self.device)
+                if config.compile:
+                    compile_layers(each.backbone.model, self.device)
+        self.writer = Writer(self.lanes + BEHIND, self.device)
+        self.model = ThreadPoolExecutor(self.lanes, initializer=own_stream, initargs=(self.device,))
         self.clock = Clock(self.device, self.lanes)
         self.work = Work()
 
@@ -229,18 +235,32 @@ class Exporter:
 
     def _batches(self, pool: Executor, names: list[str]) -> Iterator[tuple[Part, tuple[np.ndarray, np.ndarray]]]:
         """The batches of the parts that this process claims, as arguments of `load`."""
-        claims = ((name, (self.parts[name], self._known(name))) for name in self.shards.take(names))
-        for name, planned in ahead(pool, plan, claims, 1):
-            rows = self.parts[name]
-            n = len(rows)
-            part = Part(
-                *(name, rows, planned, {half: np.zeros((n, self.dim), np.float32) for half in self.halves}, len(planned.batches)),
-                *(np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)),
-            )
-            if not planned.batches:
+        pieces = -(-max(map(len, self.parts.values()), default=0) // MEASURED)
+        measured: list[tuple[np.ndarray, np.ndarray]] = []  # of the part that is being put together
+        for (name, last), piece in ahead(pool, measure, self._pieces(names), pieces):
+            measured.append(piece)
+            if not last:
+                continue
+            contents, lengths = map(np.concatenate, zip(*measured, strict=True))
+            measured = []
+            at = np.flatnonzero(lengths)
+            batches = [at[batch] for batch in cut(lengths[at], self.source.token_budget)]
+            rows, n = self.parts[name], len(lengths)
+            vectors = {half: np.zeros((n, self.dim), np.float32) for half in self.halves}
+            flags = (np.zeros(n, bool) for _ in range(3))
+            part = Part(name, rows, contents, lengths == 0, vectors, len(batches), np.zeros(n, np.int32), *flags)
+            if not batches:
                 self.writer.put(self._finish, part)
-            for at in planned.batches:
+            for at in batches:
                 yield part, (rows, at)
+
+    def _pieces(self, names: list[str]) -> Iterator[tuple[tuple[str, bool], tuple[np.ndarray, np.ndarray]]]:
+        """The rows of the parts that this process claims, as arguments of `measure`, and whether they are the last of their part."""
+        for name in self.shards.take(names):
+            rows, known = self.parts[name], self._known(name)
+            for first in range(0, len(rows), MEASURED):
+                piece = slice(first, first + MEASURED)
+                yield (name, piece.stop >= len(rows)), (rows[piece], known[piece])
 
     def _known(self, name: str) -> np.ndarray:
         rows = self.parts[name]
@@ -256,18 +276,21 @@ class Exporter:
             print(f"warning: {fault}; {'left out' if self.source.on_bad_image == 'skip' else 'shown as text only'}", file=sys.stderr)
         self.writer.put(self._collect, part, batch, self.model.submit(self._forward, batch))
 
-    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+    def _forward(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+        """The vectors, and on a GPU the event after which they are there."""
         if not len(batch.at):
-            return {}
+            return {}, None
         with self.clock.running(), torch.inference_mode():
             tensors = {of: on_device(found, self.device) for of, found in batch.tensors.items()}
             out: dict[str, Tensor] = self.mllm(tensors, {"items": self.halves})
-            return out
+        return out, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
     # what follows runs in the writer's thread
 
-    def _collect(self, part: Part, batch: Batch, computed: "Future[dict[str, Tensor]]") -> None:
-        out = computed.result()
+    def _collect(self, part: Part, batch: Batch, computed: "Future[tuple[dict[str, Tensor], Any]]") -> None:
+        out, there = computed.result()
+        if there is not None:
+            there.synchronize()
         for half in self.halves if out else ():
             values = out[f"items.{half}"].cpu().numpy()
             if not (finite := np.isfinite(values).all(1)).all():
@@ -288,14 +311,14 @@ class Exporter:
             "has_text": part.has_text[at],
             "n_tokens": part.n_tokens[at],
             "content_sha256": pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(32), len(at), [None, pa.py_buffer(part.plan.contents[at].tobytes())]
+                pa.binary(32), len(at), [None, pa.py_buffer(part.contents[at].tobytes())]
             ),
         }
         for half, values in part.vectors.items():
             columns |= vector_columns(half, values[at], self.schema)
         table = pa.table({name: columns[name] for name in self.schema.names}, schema=self.schema)
-        if self.base is not None and part.plan.kept.any():
-            kept = np.flatnonzero(part.plan.kept)
+        if self.base is not None and part.kept.any():
+            kept = np.flatnonzero(part.kept)
             order = np.argsort(np.concatenate([at, kept]))
             table = pa.concat_tables([table, self.base.take(part.rows[kept], self.schema)]).take(order)
         self.shards.add(part.name, table)
@@ -307,6 +330,21 @@ def own_device() -> torch.device:
     if device is None or os.environ.get("ACCELERATE_USE_CPU") == "True":
         return torch.device("cpu")
     return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+
+
+def compile_layers(model: Any, device: torch.device) -> None:
+    """torch.compile for every layer that repeats: compiled once for all of its kind. On a CPU, where a Qwen tower is another program
+    for every number of pictures, those of the language model alone."""
+    for lists in (model if device.type == "cuda" else model.get_decoder()).modules():
+        for layer in lists if isinstance(lists, torch.nn.ModuleList) else ():
+            layer.compile(dynamic=True)
+
+
+def own_stream(device: torch.device) -> None:
+    """Of this thread, on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the weights are there
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

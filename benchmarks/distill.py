@@ -1,0 +1,85 @@
+"""Training steps of each phase: tokens a second, and the peak memory of the device beside what benchmarks/memory.py computes.
+
+    python benchmarks/random_backbone.py configs/qwen3-vl-2b.yaml artifacts/random
+    python benchmarks/distill.py configs/qwen3-vl-2b.yaml --set backbone.name=artifacts/random
+
+Items and sessions are those of the sample shop, with pictures of 256 pixels a side. A step's seconds are a median, without
+the first two; tokens are those of all its sequences, image tokens included and padding not.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from memory import SHAPES, memory
+
+from pipeline.backbone import build_backbone
+from pipeline.catalog import load_catalog, load_sessions
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import load_config
+from pipeline.distill import Metrics, train_phase
+from pipeline.mllm import Encoder, Mllm
+from pipeline.phases import PHASES, Group
+from pipeline.prompts import Prompts
+from pipeline.shop import draw_shop
+from pipeline.split import split_sessions
+from pipeline.vision import pack_attention
+
+WARM = 2
+
+
+class Watch(Metrics):
+    """When each step was over: its figures are read from the device then."""
+
+    def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
+        super().log(phase, step, values)
+        self.over = [*getattr(self, "over", []), time.perf_counter()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--steps", type=int, default=8)
+    given = parser.parse_args()
+    steps = [f"distill.{kind.name}.steps={given.steps + WARM}" for kind in PHASES]
+    config = load_config(given.config, ["shop.image_size=256", "distill.probe.every=0", *steps, *given.set])
+    published = load_config(given.config)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        draw_shop(folder, config.shop, config.data)
+        catalog = load_catalog(folder)
+        split = split_sessions(load_sessions(folder, catalog), config.data)
+        accelerator = Accelerator()
+        group, views = Group(accelerator), Prompts(catalog, config.data)
+        torch.manual_seed(0)
+        drawn = torch.nn.functional.normalize(torch.randn(len(catalog), config.distill.dim), dim=-1).to(accelerator.device)
+        backbone = build_backbone(config.backbone, views, config.seed)
+        pack_attention(backbone.model, accelerator.device)
+        encoder = Encoder(config.backbone, backbone, catalog)
+        mllm = Mllm(backbone.model, [head for kind in PHASES for of in kind.heads.values() for head in of], config.distill.dim)
+        print("| phase | sequences a step | tokens a step | s a step | tokens a second | peak GB |\n| --- | --- | --- | --- | --- | --- |")
+        for kind in PHASES:
+            phase = kind(config, views, encoder, split.train, group, {"knowledge": drawn, "transition": drawn}, None, {})
+            watch = Watch(folder / "metrics.jsonl", accelerator)
+            if accelerator.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            train_phase(phase, mllm, accelerator, Checkpoints(folder / kind.name, ""), watch)
+            masks = [
+                [of["attention_mask"] for chunk in phase[n][0] for of in chunk.values() if "attention_mask" in of] for n in range(WARM)
+            ]
+            tokens, sequences = (statistics.mean(sum(map(count, of)) for of in masks) for count in (lambda m: int(m.sum()), len))
+            seconds = statistics.median(b - a for a, b in zip(watch.over[WARM - 1 :], watch.over[WARM:], strict=False))
+            peak = torch.cuda.max_memory_allocated() / 1e9 if accelerator.device.type == "cuda" else float("nan")
+            print(f"| {kind.name} | {sequences:.0f} | {tokens:,.0f} | {seconds:.2f} | {tokens / seconds:,.0f} | {peak:.1f} |", flush=True)
+        if published.backbone.name in SHAPES:
+            print(f"computed for the largest step by benchmarks/memory.py: {memory(published)['total']:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()
