@@ -6,6 +6,8 @@ A case is every position of a test session from the second on; all items of the 
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from pipeline.catalog import SessionLog
 from pipeline.config import DataConfig
@@ -24,7 +27,8 @@ from recommender.models import MODELS, Model
 from recommender.sessions import PAD, Windows, pack
 
 WIDTH = 140  # of a table that goes to a file or a pipe
-SCORES_AT_ONCE = 2_000_000  # numbers of a batch: few enough for a processor's cache, enough to be worth the calls
+READ_AT_ONCE = 2_000  # events: enough to be worth the calls
+SCORES_AT_ONCE = 1_000_000  # numbers of a batch: few enough for a processor's cache, enough to be worth the calls
 COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
 TOP = 20  # recommendations of a case that are counted
 PREFIXES_AT_ONCE = 256  # that baselines are asked for
@@ -55,31 +59,65 @@ def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndar
 def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None = None) -> np.ndarray:
     """The target's rank in every case of the windows, (cases,), in their order. `recommended` (N,) counts in how many cases
     each item is among the first `TOP`."""
-    device = model.known.device
     model.eval()
     case = windows.targets != PAD
     number = np.cumsum(case).reshape(case.shape) - 1  # of a case
-    lengths = (windows.inputs != PAD).sum(1)
     ranks = np.empty(windows.cases)
     with torch.inference_mode():
         tables: Any = model.tables()
-        for which in alike(lengths, SCORES_AT_ONCE // len(model.known)):
-            part = windows.take(which)
-            rows, targets = (torch.as_tensor(a, device=device).long() for a in (part.inputs, part.targets))
-            real = targets != PAD
-            scores = model.masses(rows, tables, real) if isinstance(model, SessionModel) else model.scores(rows, tables, real)
-            ranks[number[which][case[which]]] = target_ranks(scores, targets[real]).cpu().numpy()
+
+    def rank(which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found, counts = [], np.zeros(len(model.known), np.int64)
+        with torch.inference_mode():
+            for scores, targets in scored(model, tables, windows.take(which)):
+                found.append(target_ranks(scores, targets))
+                if recommended is not None:
+                    count_top(scores, counts)
+            return torch.cat(found).cpu().numpy(), counts
+
+    batches = list(alike(windows, READ_AT_ONCE))
+    with side_by_side(model.known.device) as pool:
+        for which, (found, counts) in zip(batches, pool.map(rank, batches), strict=True):
+            ranks[number[which][case[which]]] = found
             if recommended is not None:
-                count_top(scores, recommended)
+                recommended += counts
     return ranks
 
 
-def alike(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Numbers of windows in batches of one length, so that nothing is padded, of at most `most` events or one window."""
-    for length in np.unique(lengths):
-        which = np.flatnonzero(lengths == length)
+@contextmanager
+def side_by_side(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads that rank a batch each. PyTorch's own share out every operation, and wait for each other hundreds of times a batch."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads if device.type == "cpu" else 1, initializer=lambda: torch.set_num_threads(1))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what a new thread begins with is what any thread set last
+
+
+def alike(windows: Windows, most: int) -> Iterator[np.ndarray]:
+    """Numbers of windows in batches of one length, so that nothing is padded, and of as many cases each; of at most `most` events
+    or one window."""
+    lengths, cases = (windows.inputs != PAD).sum(1), (windows.targets != PAD).sum(1)
+    for length, case in np.unique(np.stack([lengths, cases], 1), axis=0):
+        which = np.flatnonzero((lengths == length) & (cases == case))
         size = max(1, most // max(1, length))
         yield from (which[start : start + size] for start in range(0, len(which), size))
+
+
+def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores (cases, N), or what ranks the same, and targets (cases,) of windows that are alike, some windows at a time."""
+    rows, targets = (torch.as_tensor(a, device=model.known.device).long() for a in (windows.inputs, windows.targets))
+    real = targets != PAD
+    size = max(1, SCORES_AT_ONCE // len(model.known) // rows.shape[1])
+    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+    if isinstance(model, SessionModel):
+        mixture = model.mixture(rows, tables, real)
+        scores = (model.masses(mixture.of(part), tables) for part in parts)
+    else:
+        scores = (model.scores(rows[part], tables, real[part]) for part in parts)
+    return zip(scores, (targets[part][real[part]] for part in parts), strict=True)
 
 
 def baseline_ranks(score: Scorer, windows: Windows) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CUTOFFS = (5, 10, 20)
+AT_ONCE = 250_000  # scores: few enough for a processor's own cache
 DRAWS = 10_000  # of the bootstrap
 DRAWS_AT_ONCE = 500
 DRAWN_AT_ONCE = 10_000_000  # sessions: bounds its memory
@@ -23,11 +24,17 @@ class NotANumber(ValueError):
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Ranks (B,) from 1 of `targets` (B,) in `scores` (B, N); ties get their average rank."""
+    own = scores.gather(1, targets[:, None])
+    size = max(1, AT_ONCE // scores.shape[1])
+    parts = (slice(start, start + size) for start in range(0, max(1, len(scores)), size))
+    return torch.cat([_ranks(scores[part], own[part]) for part in parts])
+
+
+def _ranks(scores: Tensor, own: Tensor) -> Tensor:
     if torch.isnan(scores.sum(1)).any() and torch.isnan(scores).any():  # the sum first: it is quicker, and NaN if a score is
         raise NotANumber("scores hold NaN: no rank follows from them")
-    own = scores.gather(1, targets[:, None])
-    greater = (scores > own).sum(1, dtype=torch.int32)
-    equal = (scores == own).sum(1, dtype=torch.int32)
+    above = torch.empty_like(scores)  # as numbers, which are summed ten times as fast as truth values
+    greater, equal = (compare(scores, own, out=above).sum(1) for compare in (torch.gt, torch.eq))
     return 1 + greater + (equal - 1) / 2
 
 

@@ -117,20 +117,28 @@ class Pairs(nn.Module):
         begin = torch.searchsorted(self.keys, rows.long() * self.items)
         length = torch.searchsorted(self.keys, (rows.long() + 1) * self.items) - begin
         line = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
-        return line, torch.arange(len(line), device=rows.device) - (length.cumsum(0) - length)[line] + begin[line]
+        return line, torch.arange(len(line), device=rows.device) + (begin - (length.cumsum(0) - length)).index_select(0, line)
 
-    def add(self, scores: Tensor, events: Tensor, weights: Tensor, items: Tensor | None = None) -> None:
-        """Adds to scores (M, N), or (M, C) of `items`, each event's weight, events and weights (M, L), times the shares of its
-        other items."""
-        case, position = (weights > 0).nonzero(as_tuple=True)
-        rows = events[case, position]
-        line, entry = self.entries(rows)
-        value = self.share(self.counts[entry], self.totals[rows][line], self.distinct[rows][line]) * weights[case, position][line]
-        place = self.keys[entry] % self.items
-        if items is not None:
-            place, there = find(items, place, torch.ones_like(place, dtype=torch.bool))
-            value = value * there
-        scores.view(-1).scatter_add_(0, case[line] * scores.shape[1] + place, value)
+    def add(self, scores: Tensor, rows: Tensor, weights: Tensor, items: Tensor | None = None) -> None:
+        """Adds to scores (B, C, N), or (B, C, M) of `items`, each event's weight, events (B, L) and weights (B, C, L), times the
+        shares of its other items. The C positions that are asked for stand in their order, none weighs an event after it."""
+        (windows, asked, length), wide = weights.shape, scores.shape[2]
+        events = rows.T.flatten()  # position by position, so that those up to one of them come first
+        line, entry = self.entries(events)
+        first = torch.arange(windows, device=rows.device).repeat(length) * (asked * wide)  # of the window's scores
+        place, value = self.keys.index_select(0, entry), self.counts.index_select(0, entry) - self.discount.sigmoid()
+        if items is None:
+            place += (first - events * self.items).index_select(0, line)
+        else:
+            place, there = find(items, place - (events * self.items).index_select(0, line), torch.ones_like(place, dtype=torch.bool))
+            place, value = place + first.index_select(0, line), value * there
+        event = rows.clamp(min=0)
+        weights = weights * self.share(1 + self.discount.sigmoid(), self.totals[event], self.distinct[event])[:, None]
+        weights = weights.permute(1, 2, 0).flatten(1)  # (C, L * B)
+        ends = torch.searchsorted(line, torch.arange(1, length + 1, device=rows.device) * windows).tolist()
+        for n, weight in enumerate(weights):
+            end = ends[length - asked + n]  # positions after it are asked for too
+            scores.view(-1)[n * wide :].scatter_add_(0, place[:end], weight.index_select(0, line[:end]).mul_(value[:end]))
 
 
 def pairs(rows: np.ndarray, offsets: np.ndarray, items: int, step: int) -> np.ndarray:

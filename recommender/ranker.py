@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from recommender.model import LEAST, Channel, SessionModel, Tables
+from recommender.model import Channel, SessionModel, Tables
 from recommender.pairs import NEVER, Pairs
+
+LEAST = -80.0  # of an item's logit: exp of what is less is no normal float32, and takes twenty times as long
 
 
 class Read(NamedTuple):

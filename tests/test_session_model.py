@@ -163,9 +163,9 @@ def test_a_session_is_no_evidence_for_itself(name: str) -> None:
         found, weights = tables[name](*asked)
         share = torch.zeros_like(found)
         for t, target in enumerate(one.targets[0]):
-            table = torch.zeros(len(one.inputs[0]), ITEMS)
-            without.add(table, asked[0][0][:, None], torch.ones(len(one.inputs[0]), 1))
-            share[0, t] = table[:, target]
+            table = torch.zeros(len(one.inputs[0]), 1, ITEMS)
+            without.add(table, asked[0][0][:, None], torch.ones(len(one.inputs[0]), 1, 1))
+            share[0, t] = table[:, 0, target]
         assert torch.allclose(found, share, atol=1e-6)
         assert torch.allclose(weights, without.weights(asked[0]), atol=1e-4)
 
