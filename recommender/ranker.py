@@ -2,9 +2,10 @@
 
 The same arithmetic as `SessionModel.read` and `SessionModel.scores`, for one prefix and its last position alone, over a few items.
 A session has some five items of 64 numbers, so that PyTorch would spend three quarters of the time on calling its operators.
-A test holds the two to each other. Arrays are views of the model's tensors: nothing is copied, nothing may change.
+A test holds the two to each other. What there is of each item is a view of the model's tensors: it is not copied, and may not change.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,44 +22,55 @@ class Read(NamedTuple):
 
     rows: np.ndarray  # (L,) its items, oldest first
     queries: dict[str, np.ndarray]  # (L, D) by channel, the channel's scale in them
-    weights: dict[str, np.ndarray]  # (L,) log-weights of each item's component, by channel and table of pairs; also "copy"
+    weights: dict[str, np.ndarray]  # (L,) log-weights of each item's component, by channel and table of pairs
+    others: np.ndarray  # (P,) the items themselves and those that stood by them in training, one as often as it did
+    gains: np.ndarray  # (P,) what that adds to exp(score) of each
 
 
-class ChannelWeights:
-    """A `Channel` as arrays."""
+class Channels:
+    """The model's channels as arrays, side by side (K, ...): one call of numpy serves them all.
 
-    def __init__(self, channel: Channel) -> None:
-        self.arrays = {name: tensor.detach().numpy() for name, tensor in channel.state_dict().items()}
-        self.scale = float(channel.log_scale.exp())
-        self.dim = channel.dim
+    Layers that read the same are one matrix, and the graph's messages are in that of the cell that reads them.
+    """
 
-    def linear(self, name: str, states: np.ndarray) -> np.ndarray:
-        found: np.ndarray = states @ self.arrays[f"{name}.weight"].T
-        return found + self.arrays[f"{name}.bias"] if f"{name}.bias" in self.arrays else found
+    def __init__(self, channels: Sequence[Channel]) -> None:
+        states = [channel.state_dict() for channel in channels]
+        self.arrays = {name: np.stack([state[name].numpy() for state in states]) for name in states[0]}
+        self.scale = np.exp(self.arrays["log_scale"])  # (K,)
+        self.dim = channels[0].dim
+        self.graph, self.attention = "graph.gate" in self.arrays, "attention.recency" in self.arrays
+        if self.graph:
+            messages = np.split(self.arrays["graph.cell.weight_ih"], 2, axis=2)
+            into, out_of = (of @ self.arrays[f"graph.{name}.weight"] for of, name in zip(messages, ("into", "out_of"), strict=True))
+            self.gates = np.concatenate([into, out_of, self.arrays["graph.cell.weight_hh"]], 1).mT.copy()  # (K, D, 9 * D)
+        layers = ["last", "weighed", *(["attention.ask", "attention.answer"] if self.attention else []), "merit"]
+        self.layers = np.concatenate([self.arrays[f"{name}.weight"] for name in layers], 1).mT.copy()  # (K, D, 2 or 4 * D + 1)
 
     def read(self, states: np.ndarray, before: np.ndarray, after: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """states (L, D), before and after (L, L) as `transitions` gives them, back (L, L) -> queries (L, D), log-weights (L,)."""
-        if "graph.gate" in self.arrays:
-            states = states + self.arrays["graph.gate"] * (self.cell(states, before, after) - states)
-        queries = self.linear("last", states)
-        if "attention.recency" in self.arrays:
-            logits = self.linear("attention.ask", states) @ self.linear("attention.answer", states).T / self.dim**0.5
-            logits = np.where(back >= 0, logits + self.arrays["attention.recency"][back], NEVER)
-            weights = np.exp(logits - logits.max(1, keepdims=True))
-            queries = queries + self.linear("attention.read", weights / weights.sum(1, keepdims=True) @ states)
-        queries *= self.scale / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
-        weights = self.linear("weighed", states) @ self.linear("weigh", states[-1]) / self.dim**0.5
-        return queries, weights + self.linear("merit", states)[:, 0] + self.arrays["weight_recency"][back[-1]]
+        """states (K, L, D), before and after (L, L) as `transitions` gives them, back (L, L) -> queries (K, L, D), log-weights (K, L)."""
+        dim, arrays = self.dim, self.arrays
+        if self.graph:
+            states = states + arrays["graph.gate"][:, None, None] * (self.cell(states, before, after) - states)
+        found = states @ self.layers
+        queries, weighed, merit = found[..., :dim], found[..., dim : 2 * dim], found[..., -1] + arrays["merit.bias"]
+        if self.attention:
+            ask, answer = found[..., 2 * dim : 3 * dim] + arrays["attention.ask.bias"][:, None], found[..., 3 * dim : 4 * dim]
+            logits = np.where(back >= 0, ask @ answer.mT / dim**0.5 + arrays["attention.recency"][:, back], NEVER)
+            weights = np.exp(logits - logits.max(2, keepdims=True))
+            queries = queries + weights / weights.sum(2, keepdims=True) @ states @ arrays["attention.read.weight"].mT
+        queries = queries * (self.scale[:, None, None] / np.maximum(np.linalg.norm(queries, axis=2, keepdims=True), 1e-12))
+        weigh = states[:, -1:] @ arrays["weigh.weight"].mT + arrays["weigh.bias"][:, None]
+        return queries, (weigh @ weighed.mT)[:, 0] / dim**0.5 + merit + arrays["weight_recency"][:, back[-1]]
 
     def cell(self, states: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
         """The gated recurrent unit over what the neighbours say."""
-        said = np.concatenate([before @ self.linear("graph.into", states), after @ self.linear("graph.out_of", states)], 1)
-        new = said @ self.arrays["graph.cell.weight_ih"].T + self.arrays["graph.cell.bias_ih"]
-        old = states @ self.arrays["graph.cell.weight_hh"].T + self.arrays["graph.cell.bias_hh"]
-        gates = 0.5 + 0.5 * np.tanh(0.5 * (new[:, : 2 * self.dim] + old[:, : 2 * self.dim]))  # the logistic function
-        candidate = np.tanh(new[:, 2 * self.dim :] + gates[:, : self.dim] * old[:, 2 * self.dim :])
-        found: np.ndarray = candidate + gates[:, self.dim :] * (states - candidate)
-        return found
+        dim, found = self.dim, states @ self.gates
+        new = before @ found[..., : 3 * dim] + after @ found[..., 3 * dim : 6 * dim] + self.arrays["graph.cell.bias_ih"][:, None]
+        old = found[..., 6 * dim :] + self.arrays["graph.cell.bias_hh"][:, None]
+        gates = 0.5 + 0.5 * np.tanh(0.5 * (new[..., : 2 * dim] + old[..., : 2 * dim]))  # the logistic function
+        candidate = np.tanh(new[..., 2 * dim :] + gates[..., :dim] * old[..., 2 * dim :])
+        done: np.ndarray = candidate + gates[..., dim:] * (states - candidate)
+        return done
 
 
 class PairCounts:
@@ -77,24 +89,28 @@ class PairCounts:
         trust = self.evidence[0] + self.evidence[1] * np.log(np.maximum(total, 1))
         return np.where(total < 1, NEVER, trust + self.recency[back])
 
-    def others(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every item that stood by one of `rows` (R,): its row, its share, and by which of the R; (P,) each."""
-        begin, length = self.begin[rows], self.begin[rows + 1] - self.begin[rows]
-        line = np.repeat(np.arange(len(rows)), length)
-        entry = np.arange(len(line)) + np.repeat(begin - (np.cumsum(length) - length), length)
-        source = rows[line]
-        return self.keys[entry] - source.astype(np.int64) * self.items, self.share(self.counts[entry], source), line
+    def others(self, rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Every item that stood by one of `rows` (L,): its row, and its share times the log-weight's exp of that one; (P,) both."""
+        begin = self.begin[rows]
+        length = self.begin[rows + 1] - begin
+        end = np.cumsum(length)
+        entry = np.arange(end[-1]) + np.repeat(begin - end + length, length)
+        share = np.maximum(self.counts[entry] - self.discount, 0) * np.repeat(np.exp(weights) / self.whole(rows), length)
+        return self.keys[entry] - np.repeat(rows * self.items, length), share
 
     def shares(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
         """The share of each of `items` (C,) among the others of each of `rows` (L,), (L, C)."""
         if not len(self.keys):
             return np.zeros((len(rows), len(items)), np.float32)
-        keys = rows[:, None].astype(np.int64) * self.items + items
+        keys = rows[:, None] * self.items + items
         place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return self.share(np.where(self.keys[place] == keys, self.counts[place], 0), rows[:, None])
+        count = np.where(self.keys[place] == keys, self.counts[place], 0)
+        found: np.ndarray = np.maximum(count - self.discount, 0) / self.whole(rows)[:, None]
+        return found
 
-    def share(self, count: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        found: np.ndarray = np.maximum(count - self.discount, 0) / np.maximum(self.totals[rows] - self.discount * self.distinct[rows], 1e-6)
+    def whole(self, rows: np.ndarray) -> np.ndarray:
+        """What a discounted count of each of `rows` (L,) is a share of."""
+        found: np.ndarray = np.maximum(self.totals[rows] - self.discount * self.distinct[rows], 1e-6)
         return found
 
 
@@ -105,7 +121,7 @@ class Ranker:
             self.vectors = {name: vectors.detach().numpy() for name, vectors in tables.vectors.items()}
             self.priors = {name: prior.detach().numpy() for name, prior in tables.priors.items()}
             self.known = tables.known.numpy()
-            self.channels = {name: ChannelWeights(model.channel(name)) for name in self.vectors}
+            self.channels = Channels([model.channel(name) for name in self.vectors])
             self.pairs = {name: PairCounts(pairs) for name, pairs in model.counted()}
             self.copy = None if model.copy is None else model.copy.detach().numpy()
             self.popular = float(model.popular)
@@ -117,58 +133,53 @@ class Ranker:
         place = np.arange(len(rows))
         back = place[:, None] - place  # (L, L) below 0: not yet
         before, after = transitions(rows, back >= 0)
-        queries, weights = {}, {}
-        for name, channel in self.channels.items():
-            queries[name], weights[name] = channel.read(self.vectors[name][rows], before, after, back)
+        states = np.stack([vectors.take(rows, 0) for vectors in self.vectors.values()])
+        queries, weights = (dict(zip(self.vectors, found, strict=True)) for found in self.channels.read(states, before, after, back))
         if "id" in weights:
             weights["id"] = np.where(self.known[rows], weights["id"], NEVER)
+        others, gains = [rows], [np.zeros(len(rows)) if self.copy is None else np.exp(self.copy[back[-1]])]
         for name, pairs in self.pairs.items():
             weights[name] = pairs.weights(rows, back[-1])
-        weights["copy"] = np.full(len(rows), NEVER) if self.copy is None else self.copy[back[-1]]
-        return Read(rows, queries, weights)
+            beside, share = pairs.others(rows, weights[name])
+            others.append(beside)
+            gains.append(share)
+        return Read(rows, queries, weights, np.concatenate(others), np.concatenate(gains))
 
     def scores(self, read: Read, items: np.ndarray) -> np.ndarray:
         """Of `items` (C,), ascending; (C,)."""
-        total = np.exp(self.priors["popular"][items] + self.popular)
-        for name in self.channels:
+        total = np.exp(self.priors["popular"].take(items) + self.popular)
+        for name in self.vectors:
             total += np.exp(read.weights[name]) @ self.channel(read, name, items)
-        for name, pairs in self.pairs.items():
-            others, shares, line = pairs.others(read.rows)
-            _add(total, items, others, shares * np.exp(read.weights[name])[line])
-        _add(total, items, read.rows, np.exp(read.weights["copy"]))
+        place = np.minimum(np.searchsorted(items, read.others), len(items) - 1)
+        there = items[place] == read.others
+        total += np.bincount(place[there], read.gains[there], len(items)).astype(total.dtype)
         with np.errstate(divide="ignore"):  # what no component can bring is at -inf
             found: np.ndarray = np.log(total)
         return found
 
     def channel(self, read: Read, name: str, items: np.ndarray) -> np.ndarray:
         """What each query of a channel gives each of `items` (C,), without its weight: (L, C)."""
-        part: np.ndarray = read.queries[name] @ self.vectors[name][items].T
-        part += self.priors[name][items]
+        part: np.ndarray = read.queries[name] @ self.vectors[name].take(items, 0).T  # `take` of rows is thrice as fast as [items]
+        part += self.priors[name].take(items)
         np.exp(np.maximum(part, LEAST, out=part), out=part)
         if name == "id":
-            part *= self.known[items]
+            part *= self.known.take(items)
         return part
 
-    def origins(self, read: Read, items: np.ndarray) -> np.ndarray:
+    def origins(self, read: Read, items: np.ndarray, shares: dict[str, np.ndarray]) -> np.ndarray:
         """Where the scores of `items` (C,), none of them the session's, come from, (L + 1, C): what the channels and the pairs
-        of each of its items add to exp(score), and in the last line what popularity adds."""
-        parts = np.zeros((len(read.rows), len(items)), np.float32)
-        for name in self.channels:
-            parts += np.exp(read.weights[name])[:, None] * self.channel(read, name, items)
-        for name, pairs in self.pairs.items():
-            parts += np.exp(read.weights[name])[:, None] * pairs.shares(read.rows, items)
-        return np.concatenate([parts, np.exp(self.priors["popular"][items] + self.popular)[None]])
+        of each of its items add to exp(score), and in the last line what popularity adds. `shares`: those of the pairs."""
+        parts = np.zeros((len(read.rows) + 1, len(items)), np.float32)
+        for name in self.vectors:
+            parts[:-1] += np.exp(read.weights[name])[:, None] * self.channel(read, name, items)
+        for name, share in shares.items():
+            parts[:-1] += np.exp(read.weights[name])[:, None] * share
+        parts[-1] = np.exp(self.priors["popular"][items] + self.popular)
+        return parts
 
-    def paired(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The items that stood by one of `rows` (L,) in training."""
-        return [pairs.others(rows)[0] for pairs in self.pairs.values()]
-
-
-def _add(total: np.ndarray, items: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
-    """Adds the values of `rows` (P,) to those of `items` (C,), ascending, that they are."""
-    place = np.minimum(np.searchsorted(items, rows), len(items) - 1)
-    there = items[place] == rows
-    total += np.bincount(place[there], values[there], len(items)).astype(total.dtype)
+    def shares(self, read: Read, items: np.ndarray) -> dict[str, np.ndarray]:
+        """By table of pairs the share of each of `items` (C,) among the others of each of the session's, (L, C)."""
+        return {name: pairs.shares(read.rows, items) for name, pairs in self.pairs.items()}
 
 
 def transitions(rows: np.ndarray, open_: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -211,12 +211,13 @@ class Recommender:
             return [(None, None)] * len(best)
         read = self.ranker.read(session) if read is None else read
         own = read.rows[:, None] == best
-        origins = self.ranker.origins(read, best)
+        shares = self.ranker.shares(read, best)
+        origins = self.ranker.origins(read, best, shares)
         origins[:-1][own] = 0
         source = origins.argmax(0)
-        if (followers := self.ranker.pairs.get("followers")) is not None:
-            shares = np.where(own, 0, followers.shares(read.rows, best))
-            source = np.where(shares.max(0) > 0, shares.argmax(0), source)
+        if "followers" in shares:
+            followed = np.where(own, 0, shares["followers"])
+            source = np.where(followed.max(0) > 0, followed.argmax(0), source)
         alike = np.zeros(own.shape, np.float32)
         if (vectors := self.halves.get("knowledge")) is not None:
             alike = unit(vectors[read.rows]) @ unit(vectors[best]).T

@@ -82,7 +82,7 @@ def test_one_session_is_scored_as_many_are(content: bool, ids: bool, left_out: l
         read = ranker.read(session)
         assert np.allclose(ranker.scores(read, np.arange(ITEMS)), wanted, atol=1e-4)
         assert np.allclose(ranker.scores(read, items), wanted[items], atol=1e-4)
-        parts = ranker.origins(read, items)
+        parts = ranker.origins(read, items, ranker.shares(read, items))
         assert len(parts) == len(session[-8:]) + 1
         with np.errstate(divide="ignore"):
             assert np.allclose(np.log(parts.sum(0)), wanted[items], atol=1e-4)
