@@ -31,7 +31,8 @@ FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
 HNSW_ITEMS = 2_000_000  # ... up to here HNSW, and above IVF, which is built faster and finds less
 EFFORT = {"efSearch": 64, "nprobe": 16}  # what HNSW and IVF spend on a query
 ASKED = 0.95  # of the weight of a session's queries, unless the index is exact
-FIRST_LIST = 64  # entries taken of every query at first
+FIRST_LIST = 64  # entries taken of every query at first ...
+LISTED = 448  # ... and of all queries of a session, unless the index is exact: the more there are, the less of the answer is from one
 GROWTH = 8
 ADD_AT_ONCE = 20_000
 CHECK_K = 20  # the recall is that of the first so many
@@ -102,12 +103,14 @@ class ItemIndex:
     def __init__(self, indexes: dict[str, faiss.Index], ranker: Ranker) -> None:
         self.ranker, self.indexes = ranker, indexes
         self.rows = {name: offered(ranker.priors[name]) for name in indexes}
-        self.exact = all(isinstance(faiss.downcast_index(index), faiss.IndexFlat) for index in indexes.values())
+        kinds = {type(faiss.downcast_index(index)) for index in indexes.values()}
+        self.exact = all(issubclass(kind, faiss.IndexFlat) for kind in kinds)
+        self.graph = all(issubclass(kind, faiss.IndexHNSW) for kind in kinds)
         self.spend(1.0)
 
     def spend(self, effort: float) -> None:
         """How much a search may cost, in multiples of the usual; nothing to a flat index, which is always exact."""
-        self.first = math.ceil(FIRST_LIST * effort)
+        self.first, self.listed = math.ceil(FIRST_LIST * effort), math.ceil(LISTED * effort)
         for index in [] if self.exact else self.indexes.values():
             for name, value in EFFORT.items():
                 try:
@@ -121,7 +124,11 @@ class ItemIndex:
         faiss.omp_set_num_threads(torch.get_num_threads() if self.exact else 1)
         ranker, count = self.ranker, len(self.ranker.known)
         queries = self.queries(read)
-        size = max(self.first, 2 * k)
+        size = self.first
+        if allowed is None and not self.exact:
+            size = min(size, max(k, self.listed // max(1, sum(len(query) for query, _ in queries.values()))))
+        search = faiss.SearchParametersHNSW(efSearch=size) if self.graph else None  # type: ignore[attr-defined]
+        size = max(size, 2 * k)
         if allowed is not None:
             size = math.ceil(size * count / max(1, int(allowed.sum())))
         while True:
@@ -131,7 +138,7 @@ class ItemIndex:
             elsewhere = [ranker.priors["popular"][popular[-1:]] + ranker.popular]  # at most, of what is in no list
             for name, (query, weights) in queries.items():
                 index = self.indexes[name]
-                near, entries = index.search(query, min(size, index.ntotal))
+                near, entries = index.search(query, min(size, index.ntotal), params=search)
                 found.append(self.rows[name][entries[entries >= 0]])
                 elsewhere.append(weights + near[:, -1])
             candidates = distinct(np.concatenate(found))
