@@ -28,6 +28,7 @@ from recommender.candidates import Candidates, gbce, log_partition
 from recommender.pairs import NEVER, Pairs, causal, find, steps_back
 from recommender.sessions import PAD
 
+MAX_SCALE = 80.0  # of a channel's logits: exp of 89 is no float32
 LOG2E = float(np.log2(np.e))  # exp2 takes half the time of exp, and of a small number no more than of another
 
 
@@ -194,7 +195,7 @@ class Channel(nn.Module):
         queries = self.last(own)
         if self.attention is not None:
             queries = queries + self.attention(states, real, open_, back)
-        queries = self.log_scale.exp() * F.normalize(queries, dim=-1)
+        queries = self.log_scale.exp().clamp(max=MAX_SCALE) * F.normalize(queries, dim=-1)
         weigh, weighed, merit = (padded(layer(own), real) for layer in (self.weigh, self.weighed, self.merit))
         weights = weigh @ weighed.transpose(1, 2) / self.dim**0.5 + merit.transpose(1, 2) + self.weight_recency[back]
         return padded(queries, real), weights.masked_fill(~open_, NEVER)

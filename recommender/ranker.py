@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from recommender.model import Channel, SessionModel, Tables
+from recommender.model import MAX_SCALE, Channel, SessionModel, Tables
 from recommender.pairs import NEVER, Pairs
 
 LEAST = -80.0  # of an item's logit: exp of what is less is no normal float32, and takes twenty times as long
@@ -36,7 +36,7 @@ class Channels:
     def __init__(self, channels: Sequence[Channel]) -> None:
         states = [channel.state_dict() for channel in channels]
         self.arrays = {name: np.stack([state[name].numpy() for state in states]) for name in states[0]}
-        self.scale = np.exp(self.arrays["log_scale"])  # (K,)
+        self.scale = np.minimum(np.exp(self.arrays["log_scale"]), MAX_SCALE)  # (K,)
         self.dim = channels[0].dim
         self.graph, self.attention = "graph.gate" in self.arrays, "attention.recency" in self.arrays
         if self.graph:

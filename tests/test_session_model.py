@@ -88,6 +88,20 @@ def test_one_session_is_scored_as_many_are(content: bool, ids: bool, left_out: l
             assert np.allclose(np.log(parts.sum(0)), wanted[items], atol=1e-4)
 
 
+def test_a_scale_that_ran_away_still_ranks() -> None:
+    """exp of a logit above 88 is no float32: what would be infinite for several items would be their tie."""
+    model = build()
+    with torch.no_grad():
+        for channel in model.channels.values():
+            channel.log_scale.fill_(6.0)
+    tables = model.tables()
+    scores = model.scores(torch.tensor([[3, 7, 12]]), tables)[0].detach().numpy()
+    assert np.isfinite(scores).all()
+    assert len(np.unique(scores.round(3))) > ITEMS / 2
+    ranker = Ranker(model, tables)
+    assert np.allclose(ranker.scores(ranker.read([3, 7, 12]), np.arange(ITEMS)), scores, atol=1e-3)
+
+
 @VERSIONS
 def test_the_loss_is_the_softmax_of_the_scores(content: bool, ids: bool) -> None:
     """On sessions that are not part of the training log, the counts hold nothing of them to take out."""
