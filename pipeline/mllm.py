@@ -181,9 +181,8 @@ class Encoder:
         A batch: `input_ids`, `attention_mask` (B, L); `read_at` (R,) and `answer_at` (A,), flat positions in (B * L) of the
         features to read and of the tokens before each answer token; `answers` (A,); `intent_at` and `intents` likewise;
         `picture_at` (I,), which picture each image in it is, in their order; `position_ids` (3, B, L) where the family has them and
-        there are pictures. "pictures": what the vision tower takes for
-        the distinct ones; "kept": what it has made of those, numbered after the former, that need not go through it. L is
-        a multiple of `round_to`.
+        there are pictures. "pictures": what the vision tower takes for the distinct ones; "kept": what it has made of those,
+        numbered after the former, that need not go through it. L is a multiple of `round_to`.
         """
         distinct = {p.key: p for sequences in batches.values() for s in sequences for p in s.pictures}  # in order of their first use
         fresh, kept = ([p for p in distinct.values() if (p.kept is None) == new] for new in (True, False))
