@@ -1,8 +1,8 @@
 """The parts of an export computed: batches in, vectors out, one Parquet file each.
 
 `batches.py` reads ahead of the model, and a thread behind it takes the vectors off the device and writes. On a CPU the
-model computes several batches at a time, a core each: cores that share one batch mostly wait for each other. Where a
-version is updated, rows of unchanged content are taken from it, bit for bit.
+model computes several batches at a time, a core each: cores that share one batch mostly wait for each other; on a GPU two, each
+in a stream of its own. Where a version is updated, rows of unchanged content are taken from it, bit for bit.
 """
 
 import os
