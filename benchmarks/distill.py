@@ -36,9 +36,13 @@ WARM = 2
 class Watch(Metrics):
     """When each step was over: its figures are read from the device then."""
 
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        super().__init__(path, accelerator)
+        self.over: list[float] = []
+
     def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
         super().log(phase, step, values)
-        self.over = [*getattr(self, "over", []), time.perf_counter()]
+        self.over.append(time.perf_counter())
 
 
 def main() -> None:

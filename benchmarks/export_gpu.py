@@ -17,18 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import memory
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from export import fresh, plain, prepared, tpad
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline import parts
 from pipeline.artifact import open_verified
-from pipeline.backbone import Backbone
-from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config
-from pipeline.mllm import Encoder
 from pipeline.parts import own_device
 
 PLAIN_ITEMS = 600
@@ -48,14 +46,13 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def flops(run: Path, data: Path, config: Config) -> float:
+def flops(run: Path, config: Config) -> float:
     """Of the whole catalogue: matrix products and attention of the layers, in language model and vision tower; a lower bound."""
     saved = open_verified(run / "mllm", "mllm", "").path
     shape = AutoConfig.from_pretrained(saved)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(shape)
-    backbone = Backbone(model, AutoTokenizer.from_pretrained(saved), AutoImageProcessor.from_pretrained(saved, backend="pil"))
-    weights = {name: p.numel() for name, p in backbone.model.named_parameters() if re.search(r"\.(layers|blocks)\.\d", name)}
+    weights = {name: p.numel() for name, p in model.named_parameters() if re.search(r"\.(layers|blocks)\.\d", name)}
     seen = sum(count for name, count in weights.items() if name.removeprefix("model.").startswith("vis"))
     text, vision = shape.get_text_config(), shape.vision_config
     exported = sorted(open_verified(run / "embeddings", "embeddings", "").path.glob("part-*.parquet"))
@@ -63,11 +60,7 @@ def flops(run: Path, data: Path, config: Config) -> float:
     lengths, pictures = found["n_tokens"].to_numpy().astype(float), int(found["has_image"].to_numpy().sum())
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     language = 2 * (sum(weights.values()) - seen) * lengths.sum() + 2 * width * text.num_hidden_layers * (lengths**2).sum()  # causal
-    catalog = load_catalog(data)
-    row = next(row for row in range(len(catalog)) if catalog.has_image(row))
-    tensors = Encoder(config.backbone, backbone, catalog).picture(row).tensors
-    side = tensors["pixel_values"].shape[-1] // vision.patch_size
-    patches = int(tensors["image_grid_thw"].prod()) if "image_grid_thw" in tensors else side**2
+    patches, _ = memory.picture(shape, config.backbone.max_pixels)
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers
     return float(language + pictures * patches * (2 * seen + 4 * patches * vision.hidden_size * depth))
 
@@ -129,7 +122,7 @@ def main() -> None:
         print(f"{name}: {found[name]['running']:.2f} s of {time.perf_counter() - began:.1f}", file=sys.stderr, flush=True)
     device = own_device()
     peak = matmul_peak(device, getattr(torch, config.backbone.dtype))
-    work = flops(run, data, config) / given.items
+    work = flops(run, config) / given.items
     print(f"{torch.cuda.get_device_name(device)}: {peak / 1e12:.0f} TFLOP/s; {work / 1e12:.2f} TFLOP an item of {given.items}")
     print("| export | items/s | tokens/s | MFU | padding | GiB of the device | greatest difference |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -89,8 +89,11 @@ class Pairs(nn.Module):
         return torch.where(self.keys[place] == keys, self.counts[place], 0.0)
 
     def share(self, count: Tensor, total: Tensor, distinct: Tensor) -> Tensor:
-        discount = self.discount.sigmoid()
-        return (count - discount).clamp(min=0) / (total - discount * distinct).clamp(min=1e-6)
+        return (count - self.discount.sigmoid()).clamp(min=0) / self.whole(total, distinct)
+
+    def whole(self, total: Tensor, distinct: Tensor) -> Tensor:
+        """What a discounted count is a share of."""
+        return (total - self.discount.sigmoid() * distinct).clamp(min=1e-6)
 
     def weights(self, rows: Tensor, total: Tensor | None = None) -> Tensor:
         """Log-weights (B, L, L) of the positions' items, given how many pairs (B, L) speak for each; None: all there are."""
@@ -133,7 +136,7 @@ class Pairs(nn.Module):
             place, there = find(items, place - (events * self.items).index_select(0, line), torch.ones_like(place, dtype=torch.bool))
             place, value = place + first.index_select(0, line), value * there
         event = rows.clamp(min=0)
-        weights = weights * self.share(1 + self.discount.sigmoid(), self.totals[event], self.distinct[event])[:, None]
+        weights = weights / self.whole(self.totals[event], self.distinct[event])[:, None]
         weights = weights.permute(1, 2, 0).flatten(1)  # (C, L * B)
         ends = torch.searchsorted(line, torch.arange(1, length + 1, device=rows.device) * windows).tolist()
         for n, weight in enumerate(weights):

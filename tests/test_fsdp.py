@@ -53,7 +53,7 @@ def test_killed_and_resumed_in_pieces_a_run_is_what_one_process_makes(more: list
     for name, weight in weights(alone).items():
         # Adam makes a whole step (1e-3) of the least gradient, so rounding alone can move a few numbers by a good part of one
         apart = (weights(run)[name] - weight).abs()
-        assert apart.max() < 1e-3 and (apart > 1e-4).float().mean() < 0.01, name
+        assert apart.max() < 5e-4 and (apart > 1e-4).float().mean() < 0.01, name
     vectors = []
     for of in (alone, run):
         export_run(of, tiny_data, *more)
