@@ -4,7 +4,8 @@
 
 For each run: of a share of all items, drawn at random, the picture or the text is taken away; the MLLM as it was trained
 exports the catalogue that is left, and the session model as it was trained is put over it (`tpad index`). Printed is
-HR@10 on the test sessions, and how much of it was lost. The same items lose the same things in every run.
+HR@10 on the test sessions, and how much of it was lost. The same items lose the same things in every run. On the sample shop
+a colour is in the picture alone and a style in the text alone: what the true law loses that cannot see them is printed too.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pipeline.artifact import open_verified, write_json
 from pipeline.catalog import load_catalog, load_sessions
 from pipeline.config import Config, load_config
 from pipeline.export import export
+from pipeline.shop import build_law, ceiling
 from pipeline.split import split_sessions
 from recommender.evaluate import cases_of, model_ranks
 from recommender.metrics import summarise
@@ -30,9 +32,15 @@ from recommender.refresh import refresh
 SHARES = (0.3, 0.5)
 
 
+def drawn(count: int, share: float, seed: int) -> np.ndarray:
+    """(count,) bool: the items that lose something."""
+    lost: np.ndarray = np.random.default_rng(seed).random(count) < share
+    return lost
+
+
 def without(items: pa.Table, what: str, share: float, config: Config, seed: int) -> pa.Table:
     """The catalogue, where `share` of the items have no picture (`what`: images) or none of the shown columns (texts)."""
-    gone = pa.array(np.random.default_rng(seed).random(len(items)) < share)
+    gone = pa.array(drawn(len(items), share, seed))
     columns = ["image"] if what == "images" else [name for name in config.data.text if name in items.column_names]
     for name in columns:
         column = items[name].combine_chunks()
@@ -45,6 +53,12 @@ def hit_rate(run: Path, data: Path, config: Config) -> float:
     model = load_model(open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first").path)
     split = split_sessions(load_sessions(data, load_catalog(data)), config.data)
     return summarise(model_ranks(model, cases_of(split.test, config.data.max_prefix)))["HR@10"]
+
+
+def law_hit_rate(data: Path, config: Config, unseen: dict[str, np.ndarray]) -> float:
+    """HR@10 of the law of the sample shop, whose colours and styles cannot be seen for the items of `unseen`."""
+    test = split_sessions(load_sessions(data, load_catalog(data)), config.data).test
+    return ceiling(build_law(config.shop, unseen), np.split(test.rows, test.offsets[1:-1]), config.data.max_prefix)["all"]["HR@10"]
 
 
 def main() -> None:
@@ -73,6 +87,13 @@ def main() -> None:
                 refresh(args.folder, args.folder / "data")
                 found = hit_rate(args.folder, args.folder / "data", config)
                 print(f"| {run.name} | {share:.0%} of the {what} | {found:.4f} | {1 - found / whole:.1%} |", flush=True)
+    if (data / "ceiling.json").exists():
+        whole = law_hit_rate(data, config, {})
+        print(f"| the true law | nothing | {whole:.4f} | |")
+        for what, seen_there in (("images", "colour"), ("texts", "style")):
+            for share in SHARES:
+                found = law_hit_rate(data, config, {seen_there: drawn(config.shop.items, share, args.seed)})
+                print(f"| the true law | {share:.0%} of the {what} | {found:.4f} | {1 - found / whole:.1%} |", flush=True)
 
 
 if __name__ == "__main__":
