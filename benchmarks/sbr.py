@@ -1,4 +1,5 @@
-"""The session model's speed and memory, beside SR-GNN as its authors built it (benchmarks/srgnn_reference.py).
+"""The session model's speed and memory, beside SR-GNN as its authors built it (benchmarks/srgnn_reference.py) and, where it is
+installed, RecBole's SASRec (benchmarks/recbole_sasrec.py).
 
     python benchmarks/sbr.py train       cases a second of training, interleaved rounds, medians of ratios
     python benchmarks/sbr.py accuracy    HR@20 and MRR@20 of the test after as many epochs each
@@ -10,11 +11,13 @@ comes any item, by a Zipf law. Vectors of `full` are random: they cost what real
 """
 
 import argparse
+import importlib.util
 import itertools
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +31,8 @@ from recommender.metrics import summarise, target_ranks
 from recommender.sessions import DeviceWindows, batches, pack
 from recommender.train import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
 
-PREFIX, CONTENT, SRGNN_BATCH = 20, 128, 100
+PREFIX, CONTENT = 20, 128
+SRGNN_BATCH, RECBOLE_BATCH = 100, 2048  # samples, by default
 
 
 def draw_log(items: int, sessions: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -85,25 +89,56 @@ class Ours:
                 yield int(self.windows.cases[which].sum())
 
 
-class Reference:
-    def __init__(self, inputs: Any, dim: int, device: torch.device, epochs: int = 1000) -> None:
-        torch.manual_seed(0)
-        self.model, self.device = SRGNN(len(inputs.catalog), dim).to(device), device
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, weight_decay=1e-5)
+class Peer:
+    """A model in training that makes a sample of each prefix, as that of its authors does; `first` is the row of item 0 in its scores."""
+
+    def __init__(
+        self, model: torch.nn.Module, first: int, batch: int, rate: Callable[[int], float], inputs: Any, epochs: int = 1000
+    ) -> None:
+        self.device = next(model.parameters()).device
+        self.model, self.first, self.batch, self.rate = model, first, batch, rate
+        self.optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-5 if first == 0 else 0)
         self.prefixes, self.targets = samples_of(inputs.split.train.rows, inputs.split.train.offsets, PREFIX)
         self.epochs = epochs
         self.work = self.steps()
 
     def steps(self) -> Iterator[int]:
         for epoch in range(self.epochs):
-            self.optimizer.param_groups[0]["lr"] = 1e-3 * 0.1 ** (epoch // 3)
-            for which in batches(len(self.prefixes), SRGNN_BATCH, 0, epoch):
+            self.model.train()
+            self.optimizer.param_groups[0]["lr"] = self.rate(epoch)
+            for which in batches(len(self.prefixes), self.batch, 0, epoch):
                 scores = self.model([self.prefixes[n] for n in which])
-                loss = torch.nn.functional.cross_entropy(scores, torch.as_tensor(self.targets[which] - 1, device=self.device))
+                targets = torch.as_tensor(self.targets[which] - 1 + self.first, device=self.device)
+                loss = torch.nn.functional.cross_entropy(scores, targets)
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 yield len(which)
+
+    def ranks(self, prefixes: list[list[int]], targets: np.ndarray) -> np.ndarray:
+        """Of the targets (cases,), counted from 1, after the prefixes."""
+        self.model.eval()
+        found = []
+        with torch.inference_mode():
+            for part in (slice(n, n + 500) for n in range(0, len(targets), 500)):
+                scores = self.model(prefixes[part])[:, self.first :]
+                found.append(target_ranks(scores, torch.as_tensor(targets[part] - 1, device=self.device)).cpu().numpy())
+        return np.concatenate(found)
+
+
+def peers(inputs: Any, dim: int, device: torch.device, epochs: int = 1000) -> dict[str, Peer]:
+    """The SR-GNN reference, and RecBole's SASRec where it is installed; each with its own batch and learning rate."""
+    torch.manual_seed(0)
+    items = len(inputs.catalog)
+    found = {
+        "SR-GNN reference": Peer(SRGNN(items, dim).to(device), 0, SRGNN_BATCH, lambda epoch: 1e-3 * 0.1 ** (epoch // 3), inputs, epochs)
+    }
+    if importlib.util.find_spec("recbole") is not None:
+        from recbole_sasrec import RecBoleSASRec
+
+        model = RecBoleSASRec(items, dim, PREFIX, device).to(device)
+        found["RecBole's SASRec"] = Peer(model, 1, RECBOLE_BATCH, lambda _: 1e-3, inputs, epochs)
+    return found
 
 
 def rate(work: Iterator[int], seconds: float) -> float:
@@ -121,7 +156,8 @@ def settings(chosen: argparse.Namespace, *more: str) -> Config:
 
 def train(chosen: argparse.Namespace) -> None:
     inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
-    work = {f"SR-GNN reference, batch {SRGNN_BATCH} samples": Reference(inputs, chosen.dim, accelerator.device).work}
+    others = peers(inputs, chosen.dim, accelerator.device)
+    work = {f"{name}, batch {peer.batch} samples": peer.work for name, peer in others.items()}
     for name in chosen.models.split(","):
         for batch in (128, 100, 25):
             work[f"{name}, batch {batch} sessions"] = Ours(name, settings(chosen, f"sbr.batch={batch}"), inputs, accelerator).work
@@ -138,18 +174,13 @@ def train(chosen: argparse.Namespace) -> None:
 def accuracy(chosen: argparse.Namespace) -> None:
     inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
     rows, offsets = draw_log(chosen.items, 2000, seed=3)
-    reference = Reference(inputs, chosen.dim, accelerator.device, chosen.epochs)
-    began = time.perf_counter()
-    cases = sum(reference.work)
-    seconds = {"SR-GNN reference": time.perf_counter() - began}
+    seconds, found = {}, {}
     prefixes, targets = samples_of(rows, offsets, PREFIX)
-    with torch.inference_mode():
-        parts = [slice(n, n + 500) for n in range(0, len(targets), 500)]
-        ranks = [
-            target_ranks(reference.model(prefixes[part]), torch.as_tensor(targets[part] - 1, device=accelerator.device)).cpu().numpy()
-            for part in parts
-        ]
-    found = {"SR-GNN reference": summarise(np.concatenate(ranks))}
+    for name, peer in peers(inputs, chosen.dim, accelerator.device, chosen.epochs).items():
+        began = time.perf_counter()
+        cases = sum(peer.work)
+        seconds[name] = time.perf_counter() - began
+        found[name] = summarise(peer.ranks(prefixes, targets))
     for name in chosen.models.split(","):
         ours = Ours(name, settings(chosen), inputs, accelerator, chosen.epochs)
         began = time.perf_counter()
@@ -166,17 +197,22 @@ def evaluate(chosen: argparse.Namespace) -> None:
     inputs = stand_in(chosen.items, chosen.sessions)
     rows, offsets = draw_log(chosen.items, chosen.test, seed=3)
     windows = pack(rows, offsets, PREFIX)
-    models = {name: build_model(name, 0, settings(chosen), inputs) for name in chosen.models.split(",")}
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    for _, (name, model) in itertools.product(range(chosen.rounds), models.items()):
+    prefixes, targets = samples_of(rows, offsets, PREFIX)
+    work: dict[str, Callable[[], Any]] = {}
+    for name in chosen.models.split(","):
+        work[name] = partial(model_ranks, build_model(name, 0, settings(chosen), inputs), windows)
+    for name, peer in peers(inputs, chosen.dim, torch.device("cpu")).items():
+        work[name] = partial(peer.ranks, prefixes, targets)
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _, (name, ranks) in itertools.product(range(chosen.rounds), work.items()):
         began = time.perf_counter()
-        model_ranks(model, windows)
-        rates[name].append(chosen.test / (time.perf_counter() - began))
+        ranks()
+        seconds[name].append(time.perf_counter() - began)
     print(f"{windows.cases / chosen.test:.1f} cases a session, {chosen.items:,} items, {torch.get_num_threads()} threads")
-    print("| model | sessions a second | cases a second |\n| --- | --- | --- |")
-    for name, found in rates.items():
-        middle = statistics.median(found)
-        print(f"| {name} | {middle:,.0f} | {middle * windows.cases / chosen.test:,.0f} |")
+    print("| ranking | cases a second | sessions a second |\n| --- | --- | --- |")
+    for name, each in seconds.items():
+        middle = statistics.median(each)
+        print(f"| {name} | {windows.cases / middle:,.0f} | {chosen.test / middle:,.0f} |")
 
 
 def memory(chosen: argparse.Namespace) -> None:
