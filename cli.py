@@ -136,6 +136,17 @@ def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Pa
     return data
 
 
+def find_pictures(data: Path | None, run: Path) -> Path | None:
+    """The data folder, for pictures: a run that is trained can do without the one it remembers."""
+    try:
+        return find_data(data, run) if data or (run / "run.json").exists() else None
+    except UserError as error:
+        if data is not None:
+            raise
+        say(f"no pictures: {error}")
+        return None
+
+
 def draw_sample(data: Path, settings: "Config") -> None:
     """The sample shop in `data`, whole or not at all, also where several processes begin a run together."""
     from pipeline.artifact import remove
@@ -267,15 +278,16 @@ def index(
     debug: Debug = False,
 ) -> None:
     """Put the trained session model over the current embeddings, with the index of `sbr.index`; nothing is trained."""
-    with errors(debug), open_run(config, data, run, set_) as (settings, folder):
-        if check:
+    if check:
+        with errors(debug):  # without `open_run`, which would remember what was given
             from recommender.index import check as run_check
             from recommender.recommend import Recommender
 
             recommender = Recommender.load(run)
             for line in run_check(recommender.index, recommender.sample_rows(), recommender.version.manifest["index"]):
                 typer.echo(line)
-            return
+        return
+    with errors(debug), open_run(config, data, run, set_) as (settings, folder):
         from recommender.refresh import refresh
 
         found = refresh(run, folder, settings.sbr.index, rebuild)
@@ -470,14 +482,7 @@ def serve(
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed (tpad serve); pip install 'tpad[faiss-cpu,serve]'", ENVIRONMENT) from None
 
-        folder = None
-        try:
-            folder = find_data(data, run) if data or (run / "run.json").exists() else None
-        except UserError as error:
-            if data is not None:
-                raise
-            say(f"no pictures: {error}")
-        run_service(run, folder, host, port, key, say)
+        run_service(run, find_pictures(data, run), host, port, key, say)
 
 
 def api_key(key_file: Path | None) -> str | None:
@@ -531,10 +536,12 @@ def prepare(
 @app.command()
 def report(data: DataFolder = None, run: RunFolder = RUN, debug: Debug = False) -> None:
     """Write the run's report.html: results, curves, maps of the catalogue, the index, test sessions as pictures."""
-    with errors(debug), open_run(None, data, run, None) as (_, folder):
+    with errors(debug):
         from recommender.report import write_report
 
-        say(f"report: {write_report(run, folder, (run / 'config.yaml').read_text(encoding='utf-8'))}")
+        config = run / "config.yaml"
+        text = config.read_text(encoding="utf-8") if config.exists() else ""
+        say(f"report: {write_report(run, find_pictures(data, run), text)}")
 
 
 @app.command()
@@ -565,7 +572,7 @@ def print_items(recommender: "Recommender", items: "list[Item]") -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("rank", justify="right")
     table.add_column("item_id", no_wrap=True)
-    for name in ("title", "similar to", "often next after"):
+    for name in ("title", "similar to", "next after"):
         table.add_column(name)
     table.add_column("score", justify="right")
     for item in items:

@@ -265,7 +265,7 @@ class SbrConfig(Section):
 
     dim: Positive = 64
     epochs: Positive = 6  # at most; the learning rate falls to zero over them
-    batch: Positive = 128  # sessions a step, over all processes together
+    batch: Positive = 128  # sessions a step, over all processes together; one longer than data.max_prefix counts as several
     lr: Rate = 3e-3
     weight_decay: Weight = 1e-4
     id_dropout: Share = 0.2  # share of the items whose id is hidden in a training step, as a new item's is

@@ -144,11 +144,11 @@ def _affinity(size: int, shares: tuple[float, ...], rng: np.random.Generator) ->
 
 def _going_together(values: np.ndarray, affinity: np.ndarray, unseen: np.ndarray | None) -> np.ndarray:
     """(N,) values -> (N, N) affinities of all pairs"""
-    if unseen is None:
-        return affinity[np.ix_(values, values)]
-    share = np.eye(len(affinity))[values]
-    share[unseen] = 1 / len(affinity)
-    pairs: np.ndarray = share @ affinity @ share.T
+    pairs: np.ndarray = affinity[np.ix_(values, values)]
+    if unseen is not None:
+        share = np.eye(len(affinity))[values]
+        share[unseen] = 1 / len(affinity)
+        pairs = share @ affinity @ share.T
     return pairs
 
 

@@ -42,8 +42,8 @@ class Cell(NamedTuple):
         return f"{self.variant}-{self.seed}"
 
     def settings(self, config: Config) -> Config:
-        """The config of its run. ID-only does not depend on the embeddings, so that it is trained once a seed is enough."""
-        models = config.sbr.models if self.variant == "full" else ["full"]
+        """The config of its run. Other models than full are trained once a seed, on the embeddings of the full method."""
+        models = [*config.sbr.models, "full"] if self.variant == "full" else ["full"]
         changed = {
             "seed": self.seed,
             "distill": config.distill.model_copy(update={"variant": self.variant}),

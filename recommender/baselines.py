@@ -170,7 +170,7 @@ def latest(prefixes: np.ndarray, items: int) -> Entries:
 
 
 def popular_share(rows: np.ndarray, items: int) -> np.ndarray:
-    """(N,) popularity scaled to stay below any count or likeness."""
+    """(N,) popularity scaled to stay below any count, and any likeness of prefixes of up to 31 items."""
     counts = np.bincount(rows, minlength=items).astype(np.float32)
     return counts / (1000 * max(float(counts.max(initial=0)), 1.0))
 

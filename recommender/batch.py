@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.artifact import environment_error, replacing
 from pipeline.errors import DATA, UserError
+from pipeline.progress import Steps
 from recommender.recommend import Filters, Recommender
 
 PIECE = 32_768  # events of a Parquet file read at a time
@@ -64,7 +65,11 @@ def recommend_file(
     first, last = (count * n // processes for n in (number, number + 1))
     popular = unknown = rows = 0
     try:
-        with replacing(out) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        with (
+            replacing(out) as temporary,
+            pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer,
+            Steps("recommendations", last - first, show=number == 0) as shown,
+        ):
             for chunk in stretch(whole_sessions(pieces, recommender, sessions), first, last):
                 prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
                 popular += sum(not prefix for prefix in prefixes)
@@ -72,6 +77,7 @@ def recommend_file(
                 table = _ranked_table(recommender, chunk.names, recommender.rank(prefixes, k, exclude_seen, filters, diversify))
                 writer.write_table(table)
                 rows += len(table)
+                shown.advance(by=len(chunk.names))
     except OSError as error:
         raise environment_error(error, out) or UserError(
             f"cannot write: {error.strerror or error} ({out}); give another --out", DATA
@@ -197,7 +203,10 @@ def read_pieces(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
                     yield pa.Table.from_batches([batch])
         elif kind in (".csv", ".tsv"):
             text = pa.csv.ConvertOptions(
-                column_types={"session_id": pa.string(), "item_id": pa.string()}, strings_can_be_null=True, quoted_strings_can_be_null=False
+                column_types={"session_id": pa.string(), "item_id": pa.string()},
+                null_values=[""],  # `NA` is an id like any other
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
             )
             lines = pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",")
             yield from cut(pa.csv.read_csv(path, convert_options=text, parse_options=lines))

@@ -12,6 +12,7 @@ NEEDED = ("torch", "transformers", "accelerate", "peft", "tokenizers", "safetens
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # all of them are the module `faiss`
 SERVE = ("fastapi", "uvicorn", "prometheus-client")
 GIB = 2**30
+MEMORY = Path("/proc/meminfo")  # of Linux
 
 
 @dataclass
@@ -39,11 +40,13 @@ def examine(run: Path) -> Findings:
     lacking = [name for name, number in found.items() if number is None]
     if lacking:
         findings.missing.append(f"{', '.join(lacking)}: pip install -c constraints.txt .")
-    memory, limit = memory_bytes()
-    findings.add("memory", f"{memory / GIB:.1f} GiB free" + (f", of {limit / GIB:.1f} GiB that this process may use" if limit else ""))
+    if MEMORY.exists():
+        memory, limit = memory_bytes()
+        findings.add("memory", f"{memory / GIB:.1f} GiB free" + (f", of {limit / GIB:.1f} GiB that this process may use" if limit else ""))
     disk = shutil.disk_usage(existing(run))
     findings.add("disk", f"{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} GiB, where {run} is or would be")
-    findings.add("processor", f"{len(os.sched_getaffinity(0))} cores for this process of {os.cpu_count()}, {platform.machine()}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    findings.add("processor", f"{cores} cores for this process of {os.cpu_count()}, {platform.machine()}")
     if found["torch"]:
         examine_torch(findings)
     examine_faiss(findings)
@@ -103,7 +106,7 @@ def existing(path: Path) -> Path:
 
 def memory_bytes() -> tuple[int, int | None]:
     """Free now; and the limit of the control group, where there is one below the machine's memory."""
-    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    facts = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
     free, total = (int(facts[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     for file, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -120,17 +121,15 @@ def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor
     return zip(scores, (targets[part][real[part]] for part in parts), strict=True)
 
 
-def baseline_ranks(score: Scorer, windows: Windows) -> np.ndarray:
+def baseline_ranks(score: Scorer, windows: Windows, recommended: np.ndarray | None = None) -> np.ndarray:
+    """`model_ranks` of a baseline."""
     prefixes, targets = prefixes_of(windows)
-    parts = (slice(start, start + PREFIXES_AT_ONCE) for start in range(0, len(targets), PREFIXES_AT_ONCE))
-    return np.concatenate([np.empty(0), *(score.ranks(prefixes[part], targets[part]) for part in parts)])
-
-
-def baseline_top(score: Scorer, windows: Windows, recommended: np.ndarray) -> None:
-    """`recommended` as in `model_ranks`."""
-    prefixes, _ = prefixes_of(windows)
-    for start in range(0, len(prefixes), PREFIXES_AT_ONCE):
-        count_top(torch.as_tensor(score(prefixes[start : start + PREFIXES_AT_ONCE])), recommended)
+    found = [np.empty(0)]
+    for part in (slice(start, start + PREFIXES_AT_ONCE) for start in range(0, len(targets), PREFIXES_AT_ONCE)):
+        found.append(score.ranks(prefixes[part], targets[part]))
+        if recommended is not None:
+            count_top(torch.as_tensor(score(prefixes[part])), recommended)
+    return np.concatenate(found)
 
 
 def count_top(scores: torch.Tensor, recommended: np.ndarray) -> None:
@@ -161,12 +160,6 @@ def buckets_of(windows: Windows, counts: np.ndarray) -> dict[str, np.ndarray]:
         **{"prefix 1": length == 1, "prefix 2": length == 2, "prefix 3-4": (length == 3) | (length == 4), "prefix 5+": length >= 5},
         **{name: warm & (third[targets] == n) for n, name in enumerate(("head", "middle", "tail"))},
     }
-
-
-def duplicate_sessions(test: SessionLog, train: SessionLog) -> tuple[int, int]:
-    """How many test sessions have exactly the items of a training session, and of an earlier test session."""
-    known, group = duplicates(test, train)
-    return int(known.sum()), len(group) - len(set(group.tolist()))
 
 
 def duplicates(test: SessionLog, train: SessionLog) -> tuple[np.ndarray, np.ndarray]:
@@ -237,18 +230,32 @@ def collect_results(
     results = {name: dict(zip(("mean", "std"), average(each), strict=True)) | {"seeds": len(each)} for name, each in found.items()}
     if ceiling is not None:
         results["ceiling"] = {"mean": ceiling, "std": {}, "seeds": 1}
-    in_train, in_test = duplicate_sessions(split.test, train)
-    facts = {
-        "train_sessions": len(train),
+    return {"facts": facts_of(split, counts, *duplicates(split.test, train)), "results": results}
+
+
+def facts_of(split: Split, counts: np.ndarray, trained: np.ndarray, group: np.ndarray) -> dict[str, Any]:
+    """`trained` and `group` as `duplicates` finds them."""
+    return {
+        "train_sessions": len(split.train),
         "valid_sessions": len(split.valid),
         "test_sessions": len(split.test),
-        "one_event_sessions_dropped": train.dropped,
-        "test_sessions_also_in_training": in_train,
-        "test_sessions_repeated": in_test,
-        "items": items,
+        "one_event_sessions_dropped": split.train.dropped,
+        "test_sessions_also_in_training": int(trained.sum()),
+        "test_sessions_repeated": len(group) - len(np.unique(group)),
+        "items": len(counts),
         "cold_items": int((counts == 0).sum()),
     }
-    return {"facts": facts, "results": results}
+
+
+def cases_table(test: Windows, log: SessionLog, item_ids: Sequence[str], ranks: Mapping[str, np.ndarray]) -> pa.Table:
+    """Every case of `log`: session_id, position and item_id of the target, and its rank in each of `ranks`, (cases,)."""
+    session, position = positions_of(test, log)
+    columns = {
+        "session_id": [log.session_ids[number] for number in session],
+        "position": pa.array(position, pa.int32()),
+        "item_id": [item_ids[row] for row in log.rows[log.offsets[session] + position]],
+    }
+    return pa.table(columns | {name: pa.array(of, pa.float64()) for name, of in ranks.items()})
 
 
 def print_results(metrics: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
@@ -33,9 +32,10 @@ from recommender.evaluate import (
     Metrics,
     average,
     baseline_ranks,
-    baseline_top,
     buckets_of,
+    cases_table,
     duplicates,
+    facts_of,
     model_ranks,
     positions_of,
     prefixes_of,
@@ -75,20 +75,11 @@ class Test:
         distinct = ~trained & (group == np.arange(len(group)))
         self.buckets = buckets_of(self.windows, inputs.counts) | {"distinct": distinct[self.session]}
         self.control, self.orders = shuffled_prefixes(self.windows)
-        train = inputs.split.train
-        self.facts = {
-            "items": len(inputs.counts),
-            "cold_items": int((inputs.counts == 0).sum()),
-            "train_sessions": len(train),
-            "valid_sessions": len(inputs.split.valid),
-            "test_sessions": len(self.log),
+        self.facts = facts_of(inputs.split, inputs.counts, trained, group) | {
             "test_cases": len(self.session),
-            "one_event_sessions_dropped": train.dropped,
-            "test_sessions_also_in_training": int(trained.sum()),
-            "test_sessions_repeated": len(group) - len(np.unique(group)),
             "distinct_test_sessions": int(distinct.sum()),
             "unseen_targets": int(self.buckets["cold"].sum()),
-            "test_sessions_older_than_newest_training": int((self.log.start < train.start.max()).sum()),
+            "test_sessions_older_than_newest_training": int((self.log.start < inputs.split.train.start.max()).sum()),
             "split_by_user": bool(self.log.users),
         }
 
@@ -129,6 +120,8 @@ def evaluate(
     inputs, neural, left_out = open_inputs(config, run, data, names)
     plain = [name for name in BASELINES if names is None or name in names]
     seeds = range(config.seed, config.seed + config.sbr.seeds)
+    if protocol == PAPER_MAX and against is not None:
+        raise UserError(f"nothing is held against another under {PAPER_MAX} (--against {against}); leave it out", USAGE)
     reference = None if protocol == PAPER_MAX else chosen_reference(against, [*plain, *neural])
     own = settings_for(neural, config, inputs, run)
     if protocol == PAPER_MAX:  # its maximum is over all epochs
@@ -180,7 +173,13 @@ def evaluate(
         (staging.path / "report.md").write_text(report, encoding="utf-8")
         (staging.path / "metrics.json").write_bytes(canonical_json(metrics))
         if protocol != PAPER_MAX:
-            pq.write_table(rank_table(test, inputs, ranks, seeds), staging.path / "ranks.parquet", write_page_checksum=True)
+            columns = {  # of a baseline one, of a trained model one a seed: "full-0"
+                name if name in BASELINES else f"{name}-{seed}": each.ranks
+                for name, found in ranks.items()
+                for seed, each in zip(seeds, found, strict=False)
+            }
+            cases = cases_table(test.windows, test.log, inputs.catalog.item_ids, columns)
+            pq.write_table(cases, staging.path / "ranks.parquet", write_page_checksum=True)
         version = staging.publish({"fingerprint": whole, "protocol": protocol})
     return version, report, left_out
 
@@ -210,6 +209,8 @@ def chosen_models(text: str) -> list[str]:
     for name in asked:
         if name not in BASELINES and name not in MODELS:
             raise UserError(f"no model `{name}` (--models); known: {', '.join([*BASELINES, *MODELS])}", USAGE)
+    if not asked:
+        raise UserError(f"no model (--models {text!r}); known: {', '.join([*BASELINES, *MODELS])}", USAGE)
     return [name for name in ROWS if name in asked]
 
 
@@ -240,9 +241,8 @@ def found_baseline(score: Scorer, test: Test, store: Checkpoints) -> Found:
     if (before := kept(store)) is not None:
         return before
     recommended = np.zeros(test.facts["items"], np.int64)
-    baseline_top(score, test.windows, recommended)
-    shuffled = np.stack([baseline_ranks(score, order) for order in test.orders])
-    return keep(store, Found(baseline_ranks(score, test.windows), shuffled, recommended))
+    ranks = baseline_ranks(score, test.windows, recommended)
+    return keep(store, Found(ranks, np.stack([baseline_ranks(score, order) for order in test.orders]), recommended))
 
 
 def found_model(name: str, seed: int, config: Config, inputs: Inputs, test: Test, accelerator: Accelerator, work: Path) -> Found:
@@ -379,17 +379,3 @@ def said(protocol: str, facts: Mapping[str, Any], log: SessionLog) -> list[str]:
         lines.append("- every figure of a trained model is its maximum over the epochs ON THE TEST: higher than what the model does on new")
         lines.append("  sessions. Do not set it beside figures of another protocol")
     return lines
-
-
-def rank_table(test: Test, inputs: Inputs, ranks: Mapping[str, Sequence[Found]], seeds: Sequence[int]) -> pa.Table:
-    """Every case: session_id, position and item_id of the target, and its rank by each model and seed, "full-0"."""
-    log, items = test.log, test.log.rows[test.log.offsets[test.session] + test.position]
-    columns = {
-        "session_id": [log.session_ids[number] for number in test.session],
-        "position": pa.array(test.position, pa.int32()),
-        "item_id": [inputs.catalog.item_ids[row] for row in items],
-    }
-    for name, found in ranks.items():
-        for seed, each in zip(seeds, found, strict=False):  # a baseline has one
-            columns[name if name in BASELINES else f"{name}-{seed}"] = each.ranks
-    return pa.table(columns)

@@ -183,8 +183,8 @@ def offered(prior: np.ndarray) -> np.ndarray:
 
 def first(scores: np.ndarray, k: int) -> np.ndarray:
     """Places of the k greatest of (C,), the greatest first; of equal ones the first."""
-    some = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
-    found: np.ndarray = some[np.lexsort((some, -scores[some]))]
+    some = np.flatnonzero(scores >= np.partition(scores, -k)[-k]) if k < len(scores) else np.arange(len(scores))
+    found: np.ndarray = some[np.lexsort((some, -scores[some]))][:k]
     return found
 
 

@@ -29,6 +29,7 @@ from recommender.pairs import NEVER, Pairs, causal, find, steps_back
 from recommender.sessions import PAD
 
 MAX_SCALE = 80.0  # of a channel's logits: exp of 89 is no float32
+LEAST_MASS = float(np.finfo(np.float32).tiny)  # exp of the score of an item that no component can bring
 LOG2E = float(np.log2(np.e))  # exp2 takes half the time of exp, and of a small number no more than of another
 
 
@@ -378,9 +379,9 @@ class SessionModel(nn.Module):
             cases = torch.arange(rows.shape[1], device=rows.device) == (rows != PAD).sum(1, keepdim=True) - 1
         count = cases.sum(1)
         if bool((count == count[:1]).all()):
-            return self.masses(self.mixture(rows, tables, cases), tables, items).log_()
+            return self.masses(self.mixture(rows, tables, cases), tables, items).clamp_(min=LEAST_MASS).log_()
         every = self.mixture(rows, tables, torch.ones_like(cases))
-        return self.masses(every, tables, items)[cases.flatten()].log_()
+        return self.masses(every, tables, items)[cases.flatten()].clamp_(min=LEAST_MASS).log_()
 
     def mixture(self, rows: Tensor, tables: Tables, cases: Tensor) -> Mixture:
         """Of (B, L) windows, in each of which `cases` (B, L) holds as often."""

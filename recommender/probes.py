@@ -44,8 +44,8 @@ def probe(embeddings: Embeddings, catalog: Catalog, attributes: list[str], test:
 def attribute_columns(catalog: Catalog, asked: list[str] | None) -> list[str]:
     """Those that are asked for, or every text column, as far as they have few values."""
     columns = catalog.columns if asked is None else asked
-    distinct = {column: len({catalog.text(row, column) for row in range(len(catalog))} - {""}) for column in columns}
-    return [column for column, count in distinct.items() if 2 <= count <= min(FEW, len(catalog) // ITEMS_A_VALUE)]
+    values = {column: [text for row in range(len(catalog)) if (text := catalog.text(row, column))] for column in columns}
+    return [column for column, there in values.items() if 2 <= len(set(there)) <= min(FEW, len(there) // ITEMS_A_VALUE)]
 
 
 def retrieval_ranks(vectors: np.ndarray, test: Windows) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from recommender.model import MAX_SCALE, Channel, SessionModel, Tables
+from recommender.model import LEAST_MASS, MAX_SCALE, Channel, SessionModel, Tables
 from recommender.pairs import NEVER, Pairs
 
 LEAST = -80.0  # of an item's logit: exp of what is less is no normal float32, and takes twenty times as long
@@ -153,8 +153,7 @@ class Ranker:
         place = np.minimum(np.searchsorted(items, read.others), len(items) - 1)
         there = items[place] == read.others
         total += np.bincount(place[there], read.gains[there], len(items)).astype(total.dtype)
-        with np.errstate(divide="ignore"):  # what no component can bring is at -inf
-            found: np.ndarray = np.log(total)
+        found: np.ndarray = np.log(np.maximum(total, LEAST_MASS))
         return found
 
     def channel(self, read: Read, name: str, items: np.ndarray) -> np.ndarray:

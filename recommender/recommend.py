@@ -153,7 +153,7 @@ class Recommender:
                 kept = ~np.isin(rows, session)
                 scores, rows = scores[kept], rows[kept]
             scores, rows = scores[:pool], rows[:pool]
-            chosen = diverse(self._knowledge()[rows], scores, k, diversify) if diversify else slice(k)
+            chosen = diverse(self._knowledge()[rows], scores, k, diversify) if diversify and len(rows) else slice(k)
             ranked.append((scores[chosen], rows[chosen], read))
         return ranked
 
@@ -216,7 +216,8 @@ class Recommender:
         origins[:-1][own] = 0
         source = origins.argmax(0)
         if "followers" in shares:
-            followed = np.where(own, 0, shares["followers"])
+            times = shares["followers"] * self.ranker.pairs["followers"].whole(read.rows)[:, None]  # less the discount, the same for all
+            followed = np.where(own, 0, times)
             source = np.where(followed.max(0) > 0, followed.argmax(0), source)
         alike = np.zeros(own.shape, np.float32)
         if (vectors := self.halves.get("knowledge")) is not None:

@@ -63,9 +63,10 @@ def refresh(run: Path, data: Path, setting: str = "auto", rebuild: bool = False)
     samples = [[item for item in session if item in there] for session in json.loads((before.path / "samples.json").read_bytes())]
     samples = [session for session in samples if session] or [item_ids[:1]]
     kept = catalog.only(item_ids)
+    trained = before.manifest["fingerprint"]
     counts = np.where(rows < 0, 0, items["count"].to_numpy()[rows])
     manifest = {key: value for key, value in before.manifest.items() if key not in OWN_KEYS} | {
-        "fingerprint": hashlib.sha256(canonical_json([before.manifest["fingerprint"], source])).hexdigest(),
+        "fingerprint": trained if same else hashlib.sha256(canonical_json([trained, source])).hexdigest(),  # `tpad train-sbr` looks at it
         "embeddings_manifest_sha256": embeddings and embeddings.version.manifest_sha256,
         "embeddings_version": embeddings and embeddings.version.name,
         "catalogue_sha256": catalog.sha256,

@@ -87,14 +87,11 @@ class Pictures:
         return f'<svg role="img" aria-label="{said}"{" class=hit" if hit else ""}><title>{said}</title>{self.of(row)}</svg>'
 
 
-def write_report(run: Path, data: Path, config: str) -> Path:
-    """`run/report.html`; `config` is the YAML of the settings."""
+def write_report(run: Path, data: Path | None, config: str) -> Path:
+    """`run/report.html`; `config` is the YAML of the settings. Without a data folder there are no pictures."""
     recommender = Recommender.load(run)
     metrics = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))
-    try:
-        pictures = Pictures(load_catalog(data), recommender)
-    except UserError:  # a run can be served without its data folder: no pictures then
-        pictures = Pictures(None, recommender)
+    pictures = Pictures(None if data is None else load_catalog(data), recommender)
     made_of = recommender.version.manifest
     facts = metrics["facts"]
     counts = ", ".join(f"{facts[f'{name}_sessions']:,} {name} sessions" for name in ("train", "valid", "test"))
@@ -194,10 +191,10 @@ def distillation(path: Path) -> Iterator[str]:
 
 
 def training(path: Path) -> Iterator[str]:
-    losses: dict[str, Curve] = {}
+    losses: dict[str, list[tuple[float, float]]] = {}
     for line in read_lines(path):
         name = f"{line.get('model')}, seed {line.get('seed')}"
-        losses[name] = [*losses.get(name, []), (line.get("step", 0), line.get("loss", np.nan))]
+        losses.setdefault(name, []).append((line.get("step", 0), line.get("loss", np.nan)))
     yield f'<div class="one">{chart("loss", losses)}</div>' if losses else ""
 
 

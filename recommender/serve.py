@@ -35,6 +35,7 @@ from recommender.gate import FAULT, MAX_AT_ONCE, MAX_BODY, Gate, Problem, log_to
 from recommender.recommend import Recommendation
 from recommender.service import Refused, Served, Service
 
+NAMED = 80  # letters of a key that a message repeats
 MAX_SESSION, MAX_BATCH, MAX_K, MAX_PAGE = 1000, 64, 500, 100
 BACKLOG = 2048  # connections that wait to be taken
 DRAIN_SECONDS = 30  # for requests in hand after SIGTERM
@@ -75,7 +76,10 @@ class Near(BaseModel):
 
 class Ranked(Near):
     similar_to: Annotated[str | None, Field(description="item of the session that it is most like (knowledge half)")] = None
-    after: Annotated[str | None, Field(description="item of the session that it most often comes after (transition half)")] = None
+    after: Annotated[
+        str | None,
+        Field(description="item of the session that it most often came after in training; else the one its score comes from most"),
+    ] = None
 
 
 class Ranking(BaseModel):
@@ -163,7 +167,7 @@ def problem(request: Request, status: int, error: str, headers: Any = None) -> J
 
 def describe(error: RequestValidationError) -> str:
     """Where and what, without what was given: it may be long, or not printable."""
-    faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+    faults = [f"{'.'.join(str(part)[:NAMED] for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
     return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
 
 
@@ -356,8 +360,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen: {(error.strerror or str(error)).lower()} ({host} port {port}); give another --host or --port", ENVIRONMENT
-        ) from None
+    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise UserError(f"cannot listen: {reason} ({host} port {port}); give another --host or --port", ENVIRONMENT) from None
     return listener

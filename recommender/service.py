@@ -43,7 +43,6 @@ class Served:
 
     recommender: Recommender
     texts: pa.Array  # title and item_id of each item, in small letters
-    popular: np.ndarray  # rows, the most popular first
     lengths: dict[str, np.ndarray]  # (N,) of each half's vectors
     loaded_at: float
 
@@ -55,7 +54,7 @@ class Served:
             raise ValueError("the model's scores are not finite")
         texts = pc.utf8_lower(pc.binary_join_element_wise(recommender.titles, recommender.item_ids, " "))
         lengths = {half: np.maximum(np.linalg.norm(vectors, axis=1), 1e-12) for half, vectors in recommender.halves.items()}
-        return cls(recommender, texts, recommender.ranker.by_popularity, lengths, time.time())
+        return cls(recommender, texts, lengths, time.time())
 
     @property
     def version(self) -> str:
@@ -63,10 +62,11 @@ class Served:
 
     def search(self, words: str) -> np.ndarray:
         """Rows of the items that have all the words in their titles or item_ids, the most popular first."""
-        fits = np.ones(len(self.popular), bool)
+        popular = self.recommender.ranker.by_popularity
+        fits = np.ones(len(popular), bool)
         for word in words.split():
             fits &= pc.match_substring(self.texts, pc.utf8_lower(pa.scalar(word)).as_py()).to_numpy(zero_copy_only=False)
-        found: np.ndarray = self.popular[fits[self.popular]]
+        found: np.ndarray = popular[fits[popular]]
         return found
 
     def similar(self, row: int, half: str, k: int) -> list[tuple[int, float]]:

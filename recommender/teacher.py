@@ -41,7 +41,8 @@ class Teacher:
 
     def __call__(self, prefixes: list[Tensor], candidates: Tensor) -> Tensor:
         """Log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
+        items, order = self.rows[candidates.cpu()].sort()  # its catalogue may have them in another order
         own = pad_prefixes([self.rows[prefix.cpu()].tolist() for prefix in prefixes], self.model.config.max_prefix)
         with torch.no_grad():
-            scores = self.model.scores(torch.as_tensor(own).long(), self.tables, items=self.rows[candidates.cpu()])
-        return scores.to(candidates.device)
+            scores = self.model.scores(torch.as_tensor(own).long(), self.tables, items=items)
+        return scores[:, order.argsort()].to(candidates.device)

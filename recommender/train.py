@@ -33,7 +33,7 @@ from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.memory import keep_freed_memory
 from pipeline.progress import Steps
 from recommender.candidates import drawn_evenly, everything, sampled, share_drawn
-from recommender.evaluate import Metrics, buckets_of, collect_results, model_ranks, positions_of, print_results, read_ceiling
+from recommender.evaluate import Metrics, buckets_of, cases_table, collect_results, model_ranks, print_results, read_ceiling
 from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
 from recommender.metrics import NotANumber, summarise, summarise_buckets
@@ -81,7 +81,10 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     current = published(run / "sbr", "sbr")
     if current is not None and current.manifest["fingerprint"] == whole and not fresh:
         metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
-        print_results(metrics)
+        if accelerator.is_main_process:
+            print_results(metrics)
+            if (built := current.manifest["index"]["setting"]) != config.sbr.index:
+                print(f"note: its index is still {built}; run `tpad index` for sbr.index {config.sbr.index}", file=sys.stderr)
         return SbrSummary(current, False, metrics)
     buckets = buckets_of(windows[2], inputs.counts)
     folder = run / "sbr-train"
@@ -103,7 +106,8 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     if accelerator.is_main_process:
         ceiling = read_ceiling(data, config.data)
         metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling)
-        version = publish(run, own[to_publish], inputs, best, metrics, rank_table(inputs, windows[2], ranks), whole)
+        cases = cases_table(windows[2], inputs.split.test, inputs.catalog.item_ids, ranks)
+        version = publish(run, own[to_publish], inputs, best, metrics, cases, whole)
         remove(folder / "checkpoints")
         print_results(metrics)
     accelerator.wait_for_everyone()
@@ -331,18 +335,6 @@ def restore(
 
 
 # --- publishing
-
-
-def rank_table(inputs: Inputs, test: Windows, ranks: dict[str, np.ndarray]) -> pa.Table:
-    """Every case of the test: session_id, position and item_id of the target, and its rank by each trained model."""
-    log = inputs.split.test
-    session, position = positions_of(test, log)
-    columns = {
-        "session_id": [log.session_ids[number] for number in session],
-        "position": pa.array(position, pa.int32()),
-        "item_id": [inputs.catalog.item_ids[row] for row in log.rows[log.offsets[session] + position]],
-    }
-    return pa.table(columns | {name: pa.array(of, pa.float64()) for name, of in ranks.items()})
 
 
 def publish(

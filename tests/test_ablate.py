@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import cli
 from pipeline.errors import ARTIFACT, USAGE
-from recommender.ablate import ablate
+from recommender.ablate import Cell, ablate
 from recommender.recommend import Recommender
 
 SBR = "sbr.epochs=1"
@@ -130,6 +130,12 @@ def test_several_at_a_time_in_processes_that_end_with_the_main_one(killed: Path,
     assert {phase for phase, _ in losses(run / "full-1")} == set(PHASES)
     assert {phase for phase, _ in losses(run / "no_relation-1")} == {"align"}
     assert not same(weights(run / "full-1"), weights(run / "full-0"))
+
+
+def test_full_is_trained_whatever_models_a_run_has() -> None:
+    config = settings("sbr.models=[ID-only]")
+    assert Cell("full", 0).settings(config).sbr.models == ["ID-only", "full"]
+    assert Cell("knowledge", 0).settings(config).sbr.models == ["full"]
 
 
 @pytest.mark.parametrize(("words", "says"), [(("--variants", "no_views"), "no variant `no_views`"), (("--seeds", "0;1"), "--seeds")])

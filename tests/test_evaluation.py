@@ -16,7 +16,9 @@ import torch
 from accelerate import Accelerator
 from standin_run import publish_embeddings, write_data
 from tiny import tpad
+from typer.testing import CliRunner
 
+import cli
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config, load_config
 from pipeline.errors import ARTIFACT, USAGE, UserError
@@ -289,5 +291,10 @@ def test_the_command_prints_the_main_table_and_refuses_what_it_does_not_know(run
     done = tpad("evaluate", "--run", run, "--data", run / "data", "--models", "popularity,ID-only", "--set", "sbr.epochs=1")
     assert done.returncode == 0, done.stderr
     assert "| ID-only | " in done.stdout and "duplicates: " in done.stdout and "report.md" in done.stderr
-    done = tpad("evaluate", "--run", run, "--models", "full,best")
-    assert done.returncode == USAGE and done.stderr.startswith("error: no model `best` (--models); known: ")
+    for words, said in (
+        (["--models", "full,best"], "no model `best` (--models); known: "),
+        (["--models", ","], "no model (--models ','); known: "),
+        (["--protocol", "paper-max", "--against", "full"], "nothing is held against another under paper-max"),
+    ):
+        done = CliRunner().invoke(cli.app, ["evaluate", "--run", str(run), *words])
+        assert done.exit_code == USAGE and done.stderr.startswith(f"error: {said}")

@@ -1,9 +1,12 @@
 """A click log and nothing else: items of which only the ids are known, from `prepare` to an answer, without embeddings."""
 
 import json
+import math
+import shutil
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,6 +19,7 @@ from pipeline.importers import PrepareOptions, prepare
 from recommender.recommend import Recommender
 from recommender.refresh import refresh
 from recommender.report import write_report
+from recommender.service import Served
 from recommender.train import SbrSummary, train_sbr
 
 SETTINGS = ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[GRU4Rec, ID-only]"]
@@ -69,6 +73,23 @@ def test_another_index_comes_to_a_model_of_ids(made: tuple[Path, SbrSummary]) ->
     assert [item.item_id for item in Recommender.load(run).recommend(["item-001"], k=5).items] == [item.item_id for item in wanted.items]
     assert json.loads((found.version.path / "metrics.json").read_bytes()) == before.metrics
     assert not refresh(run, run / "data", "hnsw").made
+    assert not train_sbr(load_config(None, SETTINGS), run, run / "data").made  # another index is no reason to train
+
+
+def test_items_that_nobody_has_seen_come_last_with_scores_that_are_numbers(made: tuple[Path, SbrSummary], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made[0], tmp_path / "run"))
+    items = pq.read_table(run / "data" / "items.parquet")
+    new = pa.table({"item_id": ["new-1", "new-2"], "title": pa.array([None, None], pa.string())})
+    pq.write_table(pa.concat_tables([items, new]), run / "data" / "items.parquet")
+    assert refresh(run, run / "data", "flat").added == 2
+    recommender = Recommender.load(run)
+    for dense in (0, len(items) + 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("recommender.recommend.DENSE_ITEMS", dense)
+            found = recommender.recommend(["item-001"], k=1000).items
+        assert {"new-1", "new-2"} <= {item.item_id for item in found if item.score == found[-1].score}
+        assert math.isfinite(found[-1].score)
+    assert math.isfinite(Served.load(run).recommender.recommend(["new-1"], k=1000).items[-1].score)
 
 
 def test_the_next_command_can_be_pasted_into_a_shell(log: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Probes find what was planted in the vectors, and nothing where nothing is."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from standin_run import write_data
 
@@ -52,3 +54,7 @@ def test_attributes_are_the_columns_of_few_values(tmp_path) -> None:
     catalog = load_catalog(tmp_path)
     assert attribute_columns(catalog, None) == ["colour", "tags"]  # titles are all different
     assert attribute_columns(catalog, ["title"]) == []
+    items = pq.read_table(tmp_path / "items.parquet")
+    rare = pa.array(["one", "two", *[None] * (len(items) - 2)], pa.string())  # too few to learn from, however many items there are
+    pq.write_table(items.append_column("rare", rare), tmp_path / "items.parquet")
+    assert attribute_columns(load_catalog(tmp_path), ["rare"]) == []

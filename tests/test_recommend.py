@@ -151,6 +151,10 @@ def test_diversity_spreads_the_ranking_over_what_items_are(recommender: Recommen
     assert len({recommender.row[i.item_id] % GROUPS for i in spread}) > len({recommender.row[i.item_id] % GROUPS for i in plain})
     assert [item.rank for item in spread] == [1, 2, 3, 4, 5, 6]
     assert len(recommender.recommend(session, 1000, diversify=0.5).items) == 60
+    (colour,) = {recommender.attributes["colour"][0].as_py()}
+    wanted = {"colour": [colour]}
+    every = ids(recommender.recommend(session, 60, filters=wanted))
+    assert recommender.recommend(every, 6, exclude_seen=True, filters=wanted, diversify=0.5).items == []  # nothing is left to spread
     with pytest.raises(UserError, match="from 0 to 1"):
         recommender.recommend(session, 6, diversify=2)
 
@@ -291,6 +295,13 @@ def test_a_file_gives_what_single_sessions_give(recommender: Recommender, tmp_pa
     assert found["session_id"] == [s for s in wanted for _ in range(3)]
     assert found["rank"] == [1, 2, 3] * 3
     assert found["item_id"] == [i for session in wanted.values() for i in ids(recommender.recommend(session, 3))]
+
+
+def test_ids_that_look_like_nothing_are_ids(recommender: Recommender, tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("session_id,item_id\nNA,item-010\nnull,NA\n")
+    summary = recommend_file(recommender, tmp_path / "s.csv", tmp_path / "out.parquet", k=3)
+    assert (summary.sessions, summary.popular, summary.unknown_events) == (2, 1, 1)
+    assert set(pq.read_table(tmp_path / "out.parquet")["session_id"].to_pylist()) == {"NA", "null"}
 
 
 @pytest.mark.parametrize("together", [True, False])

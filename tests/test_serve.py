@@ -325,6 +325,7 @@ def test_what_keeps_it_from_starting_is_one_line(run: Path, tmp_path: Path) -> N
         for words, code, said in (
             (["--run", tmp_path], 4, "tpad train-sbr"),
             (["--run", run, "--port", port], 5, "in use"),
+            (["--run", run, "--host", "a..b"], 5, "cannot listen"),
             (["--run", run, "--key-file", tmp_path / "none"], 2, "not readable"),
             (["--run", run, "--key-file", tmp_path / "short"], 2, "not fit for a key"),
         ):

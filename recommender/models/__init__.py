@@ -22,7 +22,7 @@ class Recipe(NamedTuple):
     ids: bool  # knows items by their ids
 
 
-MODELS = {  # what is trained on one kind of item vectors stands before what is trained on both
+MODELS = {  # in the order of training and of the tables: the literature's, then ours; full last of all
     **{name: Recipe(encoder, False, True) for name, encoder in ENCODERS.items()},
     **{f"{name} on vectors": Recipe(encoder, True, False) for name, encoder in ENCODERS.items()},
     **{f"{name} on ids and vectors": Recipe(encoder, True, True) for name, encoder in ENCODERS.items()},
