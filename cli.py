@@ -127,13 +127,24 @@ def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Pa
             raise UserError(f"not the record of a run ({record}); delete it and give --data", USAGE) from None
         if not data.is_dir():
             raise UserError(f"the data folder of this run is gone ({data}, by {record}); put it back, or give --data", DATA)
-        return data
-    if begin is None:
+    elif begin is None:
         raise UserError(f"no run here ({run}); run `tpad distill` first, or give another --run", ARTIFACT)
-    data = run / "data"
-    if not data.exists():
-        draw_sample(data, begin)
+    else:
+        data = run / "data"
+        if not data.exists():
+            draw_sample(data, begin)
+    if begin is not None and data == run / "data" and drawn_otherwise(data, begin):
+        raise UserError(f"the sample shop of this run was drawn with other settings of `shop` ({data}); use another --run", USAGE)
     return data
+
+
+def drawn_otherwise(data: Path, settings: "Config") -> bool:
+    """Whether this is a sample shop, but not that of the settings."""
+    try:
+        shop = json.loads((data / "ceiling.json").read_bytes())["shop"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(shop != settings.shop.model_dump())
 
 
 def find_pictures(data: Path | None, run: Path) -> Path | None:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -177,17 +178,23 @@ def environment(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(root: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the artifact's lock, made with its folder where there is none; refused while another process holds it, unless told to wait."""
+def locked(root: Path, wait: bool = False, patience: float = 0.0) -> Iterator[None]:
+    """Holds the artifact's lock, made with its folder where there is none; refused while another process holds it, for longer than
+    `patience` seconds, unless told to wait."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(f"a file stands where a folder is needed ({root}); move it, or use another --run", ENVIRONMENT) from None
     with open(root / LOCK, "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"another tpad is writing here ({root}); wait until it ends, or use another --run", ARTIFACT) from None
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise UserError(f"another tpad is writing here ({root}); wait until it ends, or use another --run", ARTIFACT) from None
+                time.sleep(0.2)
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ tiny Idefics3, drawn at random and trained in full. Processors with a video part
 halves of a processor are loaded apart.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from pipeline.artifact import sha256_file
 from pipeline.config import BackboneConfig, TinyConfig
 from pipeline.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.prompts import Prompts
@@ -98,12 +100,23 @@ def published_backbone(config: BackboneConfig) -> Backbone:
         tokenizer.chat_template = _processor_template(config) or tokenizer.chat_template
         # the PIL variant wherever it runs, so that the same picture gives the same pixels with and without torchvision
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    except ImportError as error:
+        raise _lacking(error) from None
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT
         ) from None
     return Backbone(model, tokenizer, image_processor)
+
+
+def weights_sha256(config: BackboneConfig) -> str | None:
+    """Of the files of weights in a local folder: another model may be put there. None for the tiny one and for a name on the hub."""
+    folder = Path(config.name)
+    if config.name == "tiny" or not folder.is_dir():
+        return None
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return hashlib.sha256("".join(f"{path.name} {sha256_file(path)}\n" for path in files).encode()).hexdigest()
 
 
 def _processor_template(config: BackboneConfig) -> str | None:
@@ -129,7 +142,14 @@ def _nf4(config: BackboneConfig) -> BitsAndBytesConfig:
 
 
 def from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
-    return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+    try:
+        return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+    except ImportError as error:
+        raise _lacking(error) from None
+
+
+def _lacking(error: ImportError) -> UserError:
+    return UserError(f"a package is missing: {str(error).splitlines()[0]} (backbone.attention); install it, or take sdpa", ENVIRONMENT)
 
 
 def train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -82,7 +82,13 @@ class Source:
         return contents, np.array(lengths, np.int64)
 
     def _content(self, row: int) -> np.ndarray:
-        text, image = self.views.text(row).encode(), self.catalog.image_bytes(row)
+        text = self.views.text(row).encode()
+        try:
+            image = self.catalog.image_bytes(row)
+        except UserError:  # a file that is not there: `load` says so, and does as it is told
+            if self.on_bad_image == "error":
+                raise
+            image = None
         lacks = not text or image is None or self.on_bad_image == "text_only"  # or may turn out to
         similar = self.views.similar(row).encode() if lacks else b""
         sizes = b"%d %d " % (len(text), -1 if image is None else len(image))

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.artifact import sha256_file
 from pipeline.errors import DATA, UserError
 
 ITEMS, SESSIONS = "items.parquet", "sessions.parquet"
@@ -144,15 +145,29 @@ def _file_state(path: Path) -> tuple[int, int, int]:
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def _present(file: pq.ParquetFile) -> tuple[np.ndarray, bool]:
-    """(N,) bool: which items have an image; and whether any of these is a file of its own."""
-    images = (batch.column(0) for batch in file.iter_batches(1024, columns=["image"], use_threads=False))
-    held, linked = np.concatenate([np.zeros((2, 0), bool), *([_filled(i, "bytes"), _filled(i, "path")] for i in images)], axis=1)
-    return held | linked, bool((linked & ~held).any())
+def _present(file: pq.ParquetFile, folder: Path) -> tuple[np.ndarray, bytes]:
+    """(N,) bool: which items have an image; and of those that are files of their own the paths and sizes."""
+    present, linked = [np.zeros(0, bool)], []
+    for batch in file.iter_batches(1024, columns=["image"], use_threads=False):
+        images = batch.column(0)
+        held, named = _filled(images, "bytes"), _filled(images, "path")
+        present.append(held | named)
+        alone = pc.struct_field(images, "path").filter(pa.array(named & ~held)) if (named & ~held).any() else []
+        linked += [f"{path} {_size(folder / str(path))}\n".encode() for path in alone]
+    return np.concatenate(present), b"".join(linked)
+
+
+def _size(path: Path) -> int:
+    """In bytes; -1 where there is no such file."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1
 
 
 def _filled(images: pa.StructArray, name: str) -> np.ndarray:
-    if images.type.get_field_index(name) < 0:
+    at = images.type.get_field_index(name)
+    if at < 0 or pa.types.is_null(images.type.field(at).type):
         return np.zeros(len(images), bool)
     length = pc.binary_length(pc.struct_field(images, name))
     filled: np.ndarray = pc.fill_null(pc.greater(length, 0), False).to_numpy(zero_copy_only=False)
@@ -167,13 +182,13 @@ class Catalog:
     """The items in file order: `row` of an item is its position there, `item_id` the user's name for it."""
 
     path: Path
-    sha256: str  # of the file
+    sha256: str  # of the file, and of the sizes of pictures beside it
     item_ids: list[str]
     columns: list[str]  # those with a text: every one but item_id, image and other binary ones
     _texts: Mapping[str, pa.Array | _Column] = field(repr=False)
     _images: _Column | None = field(repr=False)
     _present: np.ndarray = field(repr=False)  # (N,) bool: who has an image
-    by_path: bool = False  # some images are files beside the catalogue, which its sha256 does not cover
+    by_path: bool = False  # some images are files beside the catalogue, of which its sha256 knows no more than the size
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -265,10 +280,10 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
     columns = [f.name for f in schema if f.name not in ("item_id", "image") and not has_binary(f.type)]
     cache_bytes = STREAM_BYTES if stream else CACHE_BYTES
     try:
-        sha256 = _sha256(path)
+        sha256 = sha256_file(path)
         table = file.read(columns=["item_id"] if stream else ["item_id", *columns], use_threads=False)
         table.validate(full=True)
-        present, by_path = _present(file) if images else (np.zeros(len(table), bool), False)
+        present, linked = _present(file, path.parent) if images else (np.zeros(len(table), bool), b"")
         image_column = _Column(path, file, "image", cache_bytes) if images else None
         streamed = {name: _Column(path, file, name, cache_bytes) for name in columns} if stream else {}
     except (pa.ArrowException, OSError) as error:
@@ -277,10 +292,12 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
         raise UserError(f"no items ({path}); a catalogue needs at least one row", DATA)
     check_ids(table["item_id"], "item_id", lambda row: f"{path} row {row}")
     item_ids = table["item_id"].to_pylist()
-    if pc.count_distinct(table["item_id"]).as_py() < len(item_ids):
+    if len(set(item_ids)) < len(item_ids):
         raise_duplicate(item_ids, lambda row: f"{path} row {row}")
     texts = streamed or {name: table[name].combine_chunks() for name in columns}
-    return Catalog(path, sha256, item_ids, columns, texts, image_column, present, by_path)
+    if linked:
+        sha256 = hashlib.sha256(sha256.encode() + linked).hexdigest()
+    return Catalog(path, sha256, item_ids, columns, texts, image_column, present, bool(linked))
 
 
 def raise_duplicate(item_ids: list[str], where: Callable[[int], str]) -> None:
@@ -367,11 +384,6 @@ def check_ids(ids: pa.ChunkedArray, name: str, where: Callable[[int], str]) -> N
             raise UserError(f"{name} {fault} ({where(row)}); every row needs a short, printable {name}", DATA)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- sessions
 
 
@@ -438,7 +450,9 @@ def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
     path = data / SESSIONS
     schema = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`").schema_arrow
     need_columns(path, schema, {"session_id": is_text, "item_id": is_text, "timestamp": is_clock})
-    users = "user_id" in schema.names and is_text(schema.field("user_id").type)
+    users = "user_id" in schema.names
+    if users:
+        need_columns(path, schema, {"user_id": is_text})
     columns = ["session_id", "item_id", "timestamp", *(["user_id"] if users else [])]
     try:
         file = pq.ParquetFile(path, read_dictionary=[name for name in columns if name != "timestamp"], page_checksum_verification=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import USAGE, UserError
 
@@ -62,8 +62,8 @@ class DataConfig(Section):
 
 
 class ShopConfig(Section):
-    items: Positive = 1200
-    sessions: Positive = 13500
+    items: Annotated[Positive, Field(ge=20)] = 1200
+    sessions: Annotated[Positive, Field(ge=20)] = 13500
     image_size: Positive = 48  # pixels a side
     seed: Seed = 0
 
@@ -80,6 +80,17 @@ class TinyConfig(Section):
     dim: Positive = 128
     layers: Positive = 4
     heads: Positive = 4
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TinyConfig":
+        for name, whole, part, by in (
+            ("dim", self.dim, 2 * self.heads, "twice heads"),
+            ("vision_dim", self.vision_dim, self.heads, "heads"),
+            ("image_size", self.image_size, self.patch * self.merge, "patch times merge"),
+        ):
+            if whole % part:
+                raise ValueError(f"{name} = {whole} does not divide by {by}, {part}")
+        return self
 
 
 class LoraSettings(Section):
@@ -141,7 +152,7 @@ class TransferConfig(PhaseConfig):
     start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
     items: Positive = 4  # the last so many items of a session are shown
     retrieval: Weight = 1.0  # weight of the next-item InfoNCE, whose temperature is learned
-    generation: Weight = 0.2  # weight of writing the next item's title
+    generation: Weight = 0.2  # weight of writing the next item's text (data.text)
     disentangle: Weight = 0.05  # weight of vCLUB-S between t(v) and c(v), a dimension
     withhold_text: Share = 0.15  # share of the items shown by their picture alone: what words do not say is learned sooner
     withhold_image: Share = 0.05  # share of the items shown by their text alone

@@ -9,26 +9,28 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import patch_environment
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from pipeline import fsdp, layers, prompts
-from pipeline.artifact import canonical_json, published, stage
-from pipeline.backbone import Backbone, build_backbone
+from pipeline.artifact import canonical_json, locked, published, stage
+from pipeline.backbone import Backbone, build_backbone, weights_sha256
 from pipeline.catalog import SessionLog, load_catalog, load_sessions
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.chunks import backward, features, look_once
 from pipeline.config import Config, PhaseConfig
-from pipeline.errors import USAGE, UserError
+from pipeline.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.loading import loaded_ahead
 from pipeline.memory import keep_freed_memory
 from pipeline.mllm import Encoder, Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
@@ -43,6 +45,7 @@ from pipeline.vision import Cache, Picture, is_frozen, pack_attention
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
+LOCK_SECONDS = 10.0  # for so long the workers of a process that was killed may hold its lock
 TABLE_ROWS = 4096  # items embedded at a time for a table
 
 
@@ -88,7 +91,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
         centre_heads(phase, mllm)
     began = time.perf_counter()
     metrics.resume(phase.name, start)
-    loader = DataLoader(phase, sampler=range(start, settings.steps), batch_size=None, num_workers=phase.config.distill.workers)  # type: ignore[arg-type, var-annotated]
+    loader = loaded_ahead(phase.__getitem__, range(start, settings.steps), phase.config.distill.workers)
     with Interrupt() as interrupt, Steps(phase.name, settings.steps, start, accelerator.is_main_process) as progress:
         model.train()
         for step, (chunks, facts) in zip(range(start, settings.steps), loader, strict=True):
@@ -255,6 +258,9 @@ def distill(
         return False
     if config.distill.transfer.intent and not views.attributes:
         raise UserError("distill.transfer.intent needs item columns beside those of data.text (data.attributes); set it to 0", USAGE)
+    for name in config.distill.log_with:
+        if name not in (known := [tracker.value for tracker in get_available_trackers()]):
+            raise UserError(f"no tracker `{name}` (distill.log_with); installed: {', '.join(known) or 'none'}", ENVIRONMENT)
     in_pieces = fsdp.wanted(config)
     keep_freed_memory()
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # by which Accelerate would cut what trains, too
@@ -269,53 +275,65 @@ def distill(
             print(f"FSDP: each of {group.world} processes holds {held:.0%} of the backbone's weights", file=sys.stderr)
     folder = run / "distill"
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers("tpad", config.model_dump(mode="json"))
-    metrics = Metrics(folder / "metrics.jsonl", accelerator)
-    encoder = Encoder(config.backbone, backbone, catalog)
-    tables: Tensors = {}
-    summaries: dict[str, str] = {}
-    weights: dict[str, Tensors] = {}
-    base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
-    if variant.frozen:
-        backbone.model.requires_grad_(False)
-    if config.distill.vision_cache_gb:
-        keep_pictures(config, run, backbone, views, encoder, group)
-    for kind, fingerprint in zip(PHASES, prints, strict=False):
-        phase = kind(config, views, encoder, split.train, group, tables, teacher, summaries)
-        torch.manual_seed(config.seed)
-        heads = [head for of in kind.heads.values() for head in of]
-        mllm = Mllm(backbone.model, heads, config.distill.dim)
-        begin(mllm, kind, base, weights, config.distill.transfer.start)
-        if kind is Align and config.distill.align.token_distill:
-            mllm.teacher = _below("backbone.", weights["transfer"])
-        checkpoints = Checkpoints(folder / kind.name, fingerprint)
-        if fresh and accelerator.is_main_process:
-            checkpoints.clear()
-        elif accelerator.is_main_process:
-            any(checkpoints.take_over(sibling / "distill" / kind.name, phase.settings.steps) for sibling in siblings)
+    with locked(folder, patience=LOCK_SECONDS) if accelerator.is_main_process else nullcontext():
+        accelerator.init_trackers("tpad", flat(config.model_dump(mode="json")))
+        metrics = Metrics(folder / "metrics.jsonl", accelerator)
+        encoder = Encoder(config.backbone, backbone, catalog)
+        tables: Tensors = {}
+        summaries: dict[str, str] = {}
+        weights: dict[str, Tensors] = {}
+        base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
+        if variant.frozen:
+            backbone.model.requires_grad_(False)
+        if config.distill.vision_cache_gb:
+            keep_pictures(config, run, backbone, views, encoder, group)
+        for kind, fingerprint in zip(PHASES, prints, strict=False):
+            phase = kind(config, views, encoder, split.train, group, tables, teacher, summaries)
+            torch.manual_seed(config.seed)
+            heads = [head for of in kind.heads.values() for head in of]
+            mllm = Mllm(backbone.model, heads, config.distill.dim)
+            begin(mllm, kind, base, weights, config.distill.transfer.start)
+            if kind is Align and config.distill.align.token_distill:
+                mllm.teacher = _below("backbone.", weights["transfer"])
+            checkpoints = Checkpoints(folder / kind.name, fingerprint)
+            if fresh and accelerator.is_main_process:
+                checkpoints.clear()
+            elif accelerator.is_main_process:
+                any(checkpoints.take_over(sibling / "distill" / kind.name, phase.settings.steps) for sibling in siblings)
+            accelerator.wait_for_everyone()
+            accelerator.free_memory()
+            train_phase(phase, mllm, accelerator, checkpoints, metrics)
+            weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
+            if kind is Knowledge and variant.last != kind.name and config.distill.transfer.summary:
+                summaries = write_summaries(mllm, phase, folder / "summaries.jsonl")
+            if kind.name == variant.last:
+                break
+            head = heads[0] if kind is Knowledge else "transition"
+            tables[head] = feature_table(mllm, phase, head)
+        for name, parameter in backbone.model.named_parameters():
+            parameter.requires_grad_(f"backbone.{name}" in base)  # frozen or not, they are published
+        unified: Mllm | SideBySide = mllm
+        if variant.published == "merge":
+            config, unified = merged(config, backbone, base, weights)
+        elif variant.published == "side_by_side":
+            unified = side_by_side(backbone, weights, config.distill.dim)
+        measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
+        if accelerator.is_main_process:
+            publish(run, config, views, unified, backbone, measured, split.train.ids_sha256(), prints[-1])
         accelerator.wait_for_everyone()
-        accelerator.free_memory()
-        train_phase(phase, mllm, accelerator, checkpoints, metrics)
-        weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
-        if kind is Knowledge and variant.last != kind.name and config.distill.transfer.summary:
-            summaries = write_summaries(mllm, phase, folder / "summaries.jsonl")
-        if kind.name == variant.last:
-            break
-        head = heads[0] if kind is Knowledge else "transition"
-        tables[head] = feature_table(mllm, phase, head)
-    for name, parameter in backbone.model.named_parameters():
-        parameter.requires_grad_(f"backbone.{name}" in base)  # frozen or not, they are published
-    unified: Mllm | SideBySide = mllm
-    if variant.published == "merge":
-        config, unified = merged(config, backbone, base, weights)
-    elif variant.published == "side_by_side":
-        unified = side_by_side(backbone, weights, config.distill.dim)
-    measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
-    if accelerator.is_main_process:
-        publish(run, config, views, unified, backbone, measured, split.train.ids_sha256(), prints[-1])
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        accelerator.end_training()
     return True
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, int | float | str | bool]:
+    """`distill.dim`: 64, ...: trackers know no sections."""
+    found: dict[str, int | float | str | bool] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{above}{key}.")
+        else:
+            found[above + key] = value if isinstance(value, int | float | str) else str(value)
+    return found
 
 
 def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts, encoder: Encoder, group: Group) -> None:
@@ -327,10 +345,13 @@ def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts,
     cache = encoder.kept = Cache(run / "vision", backbone, config.backbone.max_pixels)
     loading = Encoder(config.backbone, backbone, encoder.catalog, cache_bytes=0)
     rows = group.share(np.array([row for row in range(len(views)) if encoder.catalog.has_image(row)], np.int64))
+    if group.rank == 0:
+        cache.clear_others()
+    group.accelerator.wait_for_everyone()
     room = (int(config.distill.vision_cache_gb * 1e9) - cache.size()) // group.world
 
     def load(row: int) -> Picture | None:
-        return None if loading.key(row) in cache or not views.has_image(row) else loading.picture(row)
+        return None if not views.has_image(row) or loading.key(row) in cache else loading.picture(row)
 
     if config.backbone.quantize is None:  # that is where it is already
         backbone.model.to(group.accelerator.device)
@@ -361,6 +382,7 @@ def _fingerprints(config: Config, views: Prompts, teacher: Teacher | None, catal
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
         "backbone": config.backbone.model_dump(),
+        "weights": weights_sha256(config.backbone),
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),
         "catalogue": catalogue,
@@ -441,8 +463,10 @@ def publish(
     fingerprint: str,
 ) -> None:
     """The unified MLLM as a version of `run/mllm`, with what was measured of its layers."""
+    commit = getattr(backbone.model.config, "_commit_hash", None)  # of a name on the hub, which may hold other weights tomorrow
     settings = {
-        "backbone": config.backbone.model_dump(),
+        "backbone": config.backbone.model_dump() | {"revision": config.backbone.revision or commit},
+        "weights_sha256": weights_sha256(config.backbone),
         "data": config.data.model_dump(exclude={"neighbours": {"run"}, "prompts": True}),
         "neighbours": views.neighbours and views.neighbours.sha256,
         "dim": config.distill.dim,

@@ -116,31 +116,34 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
     parts = {f"part-{n:05d}.parquet": np.arange(first, min(first + bounds.step, len(catalog))) for n, first in enumerate(bounds)}
     skips = config.data.on_bad_image == "skip"
     shards = Shards(root, "embeddings", fingerprint, lambda path, name: is_part(path, catalog, parts[name], skips))
-    if not shards.begin(pointer):
-        return _export(config, run, data, update, share)
-
-    mllm, backbone, _ = load_mllm(model.path, backbone_config, merge=True)
-    if depth is not None:
-        layers.stop_after(mllm, depth)
-    if model.manifest["catalogue_sha256"] != catalog.sha256:
-        # new items are welcome: their content is all the model needs
-        facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
-    encoder = Encoder(backbone_config, backbone, catalog, cache_bytes=0)
-    if (run / "vision").is_dir():  # what `tpad distill` has kept, as far as it is of this vision tower and image budget
-        encoder.kept = Cache(run / "vision", backbone, backbone_config.max_pixels)
-    source = Source(
-        catalog,
-        Prompts(
-            catalog, data_config.model_copy(update={"on_bad_image": "error"}), Templates.model_validate(settings["templates"]), neighbours
-        ),
-        encoder,
-        config.export.token_budget,
-        config.data.on_bad_image,
-        COMPILED_LENGTHS if config.export.compile else 1,
-    )
-    exporter = Exporter(config.export, shards, parts, source, mllm, base, settings["dim"], halves)
-    names = list(parts)[share[0] - 1 :: share[1]]
     with shards:
+        if not shards.begin(pointer):
+            return _export(config, run, data, update, share)
+
+        mllm, backbone, _ = load_mllm(model.path, backbone_config, merge=True)
+        if depth is not None:
+            layers.stop_after(mllm, depth)
+        if model.manifest["catalogue_sha256"] != catalog.sha256:
+            # new items are welcome: their content is all the model needs
+            facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
+        encoder = Encoder(backbone_config, backbone, catalog, cache_bytes=0)
+        if (run / "vision").is_dir():  # what `tpad distill` has kept, as far as it is of this vision tower and image budget
+            encoder.kept = Cache(run / "vision", backbone, backbone_config.max_pixels)
+        source = Source(
+            catalog,
+            Prompts(
+                catalog,
+                data_config.model_copy(update={"on_bad_image": "error"}),
+                Templates.model_validate(settings["templates"]),
+                neighbours,
+            ),
+            encoder,
+            config.export.token_budget,
+            config.data.on_bad_image,
+            COMPILED_LENGTHS if config.export.compile else 1,
+        )
+        exporter = Exporter(config.export, shards, parts, source, mllm, base, settings["dim"], halves)
+        names = list(parts)[share[0] - 1 :: share[1]]
         exporter.run(names, wait=share == (1, 1))
     if left := shards.left(list(parts)):
         return Exported(None, len(catalog), settings["dim"], True, exporter.work, len(left), len(parts), notes)

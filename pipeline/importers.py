@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.artifact import fsync_path
 from pipeline.catalog import (
     ITEMS,
     SESSIONS,
@@ -53,6 +54,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 GROUP_ROWS, GROUP_BYTES = 1024, 16 * 1024 * 1024  # of a row group: random access to images reads whole groups
 
 
+OnBadImage = Literal["error", "text_only"]
+
+
 @dataclass(frozen=True)
 class PrepareOptions:
     items: Path | None  # None: the items are those of the sessions
@@ -62,7 +66,7 @@ class PrepareOptions:
     session_gap_minutes: float = 30.0  # a longer pause of a user begins a session, where no column names sessions
     min_item_count: int = 1  # events of items with fewer events are dropped
     max_session_length: int = 0  # only the last so many events of a session are kept; 0: all
-    on_bad_image: Literal["error", "text_only"] = "error"
+    on_bad_image: OnBadImage = "error"
     columns: dict[str, str] = field(default_factory=dict)  # our column -> the file's
 
 
@@ -120,6 +124,8 @@ def _check(options: PrepareOptions) -> None:
     if unknown:
         known = ", ".join(dict.fromkeys([*ITEM_NAMES, *EVENT_NAMES]))
         raise UserError(f"no column of ours is called `{min(unknown)}` (--column); known: {known}", USAGE)
+    if options.on_bad_image not in get_args(OnBadImage):
+        raise UserError(f"--on-bad-image {options.on_bad_image} (command line); give {' or '.join(get_args(OnBadImage))}", USAGE)
     if options.images is not None and options.items is None:
         raise UserError("--images without --items (command line); give the catalogue that the pictures belong to", USAGE)
     if options.images is not None and not options.images.is_dir():
@@ -257,10 +263,10 @@ def _both_or_neither(out: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=".prepare-", dir=out))
         yield folder
         for name in (ITEMS, SESSIONS):
-            _fsync(folder / name)
+            fsync_path(folder / name)
         for name in (ITEMS, SESSIONS):
             os.replace(folder / name, out / name)
-        _fsync(out)
+        fsync_path(out)
         fresh = False
     except OSError as error:
         what = error.strerror or str(error)
@@ -271,11 +277,3 @@ def _both_or_neither(out: Path) -> Iterator[Path]:
             if fresh:
                 with suppress(OSError):
                     out.rmdir()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from pipeline.artifact import write_json
-from pipeline.backbone import Backbone, adapted, from_config, published_backbone
+from pipeline.backbone import Backbone, adapted, from_config, published_backbone, weights_sha256
 from pipeline.catalog import Catalog
 from pipeline.config import BackboneConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
@@ -85,15 +85,17 @@ class Encoder:
         mark = "@@prompt@@"
         turn = [{"role": "user", "content": [{"type": "text", "text": mark}]}]
         before, _, after = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(mark)
-        return self.tokens(before), self.tokens(after)
+        return self.tokens(before, plain=False), self.tokens(after, plain=False)
 
-    def tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str, plain: bool = True) -> list[int]:
+        """Of a text, in which `<image>` and the like are letters (`plain`), or of the frame, in which they are not."""
         found = self._text.get(text)
-        if found is None:
-            found = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        if found is None or not plain:
+            found = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids)
             if len(self._text) >= self._most_texts:
                 self._text.clear()
-            self._text[text] = found
+            if plain:
+                self._text[text] = found
         return found
 
     def encode(self, parts: Iterable[Part]) -> Encoded:
@@ -417,6 +419,12 @@ def load_mllm(
     """
     settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
     config = config or BackboneConfig.model_validate(settings["backbone"])
+    if (known := settings.get("weights_sha256")) and known != weights_sha256(config):
+        raise UserError(
+            f"the weights of the backbone are not those the MLLM was distilled on (backbone.name = {config.name}); put them back, or run "
+            "`tpad distill` again",
+            ARTIFACT,
+        )
     backbone = _saved_backbone(folder, config)
     mllm: Mllm | SideBySide
     if settings.get("side_by_side"):

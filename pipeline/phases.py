@@ -80,6 +80,13 @@ def drawn(count: int, batch: int, step: int, *key: int) -> np.ndarray:
     return np.array([orders[int(place // count)][place % count] for place in at])
 
 
+def first_of_each(rows: np.ndarray) -> Tensor:
+    """(B,) bool: where an item stands first in a batch. One that spans two epochs may have it twice, and it is no negative of itself."""
+    first = np.zeros(len(rows), bool)
+    first[np.unique(rows, return_index=True)[1]] = True
+    return torch.from_numpy(first)
+
+
 @dataclass
 class Phase:
     """What a phase works on. Each kind below says which sequences make a step, and what is to be minimised."""
@@ -156,7 +163,8 @@ class Knowledge(Phase):
             for side in (0, 1)
             for n in self.group.share(np.arange(len(rows)))
         ]
-        return {"items": sequences}, {"paired": torch.tensor([a != b for a, b in pairs])}
+        paired = torch.tensor([a != b for a, b in pairs])
+        return {"items": sequences}, {"paired": paired & first_of_each(rows)}
 
     def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
         cfg = self.config.distill.knowledge
@@ -296,7 +304,7 @@ class Align(Phase):
             row, rng = int(rows[n]), self.rng(step, int(n))
             view = self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
             sequences.append(self.encoder.encode(self.prompts.knowledge(row, view, rng)))
-        return {"items": sequences}, {"rows": torch.from_numpy(rows)}
+        return {"items": sequences}, {"rows": torch.from_numpy(rows), "first": first_of_each(rows)}
 
     def critics(self) -> Critics:
         cfg, device = self.config.distill, self.group.accelerator.device
@@ -306,12 +314,13 @@ class Align(Phase):
         cfg = self.config.distill.align
         knowledge, pattern = self.group.gather(out["items.knowledge"]), self.group.gather(out["items.transition"])
         known, transition = self.tables["knowledge"][facts["rows"]], self.tables["transition"][facts["rows"]]
-        learned = critics.get("smile")
-        align = -learned.bound(pattern, transition) if learned else info_nce(pattern, transition, cfg.temperature)
+        learned, first = critics.get("smile"), facts["first"]
+        ours, theirs = pattern[first], transition[first]
+        align = -learned.bound(ours, theirs) if learned else info_nce(ours, theirs, cfg.temperature)
         taught = {"token_distill": cfg.token_distill * out["items.divergence"]} if cfg.token_distill else {}
         return taught | {
             "align": cfg.align * align,
-            "relation": cfg.relation * relation_loss(pattern, transition, cfg.temperature),
+            "relation": cfg.relation * relation_loss(ours, theirs, cfg.temperature),
             "generation": cfg.generation * out["items.nll"],
             "keep": cfg.keep * (1 - (knowledge * known).sum(-1)).mean(),
             # only k(v) gives way, against `keep`: p(v) has t(v) to follow

@@ -47,9 +47,10 @@ class Prompts:
     ) -> None:
         self.catalog, self.on_bad_image, self.neighbours = catalog, config.on_bad_image, neighbours
         self.templates = templates or load_templates(config.prompts)
-        unknown = [c for c in config.attributes or [] if c not in catalog.columns]
-        if unknown:
-            raise UserError(f"no column `{unknown[0]}` in items.parquet (data.attributes); columns: {', '.join(catalog.columns)}", USAGE)
+        for key, names in (("text", config.text), ("attributes", config.attributes or [])):
+            unknown = [c for c in names if c not in catalog.columns and (key, c) != ("text", "description")]  # which a catalogue may lack
+            if unknown:
+                raise UserError(f"no column `{unknown[0]}` in items.parquet (data.{key}); columns: {', '.join(catalog.columns)}", USAGE)
         self.shown = [c for c in config.text if c in catalog.columns]
         written = catalog.columns if config.attributes is None else config.attributes
         self.columns = list(dict.fromkeys([*self.shown, *written]))
@@ -100,7 +101,7 @@ class Prompts:
     def knowledge(self, row: int, view: View, rng: np.random.Generator) -> list[Part]:
         """The item prompt, and then one thing the model learns to write: a column that the view does not show.
 
-        With the text withheld that is the title, half of the time.
+        With the text withheld that is the first of its columns, the title, half of the time. Where nothing is hidden it is the title.
         """
         hidden = [c for c in self.columns if not (view.text and c in self.shown) and self.catalog.text(row, c)]
         if not view.text and hidden and rng.random() < 0.5:
@@ -147,9 +148,9 @@ class Prompts:
     def session(
         self, rows: Sequence[int] | np.ndarray, views: Sequence[View] | None = None, intent: str = "", earlier: str = ""
     ) -> list[Part]:
-        """The items of a session but the last, whose title is the answer; a feature is read wherever a next item is asked for.
+        """The items of a session but the last, whose text is the answer; a feature is read wherever a next item is asked for.
 
-        One pass so trains on every prefix of the session: the model is causal. An intent is written before the title, and
+        One pass so trains on every prefix of the session: the model is causal. An intent is written before it, and
         after the last feature, which so has to know it without having read it.
         """
         shown = zip(rows[:-1], views or [FULL] * (len(rows) - 1), strict=True)

@@ -50,8 +50,7 @@ def build_sessions(
     drop: Callable[[str, int], None],
     note: Callable[[str], None],
 ) -> pa.Table:
-    """(session_id, item_id, timestamp in seconds) of the sessions with two usable events or more, and the user_id of those
-    that were cut from users' logs.
+    """(session_id, item_id, timestamp in seconds) of the sessions with two usable events or more, and the user_id where the log has one.
 
     `columns`: our column -> the file's. `drop(reason, count)` and `note(text)` hear what happened.
     """
@@ -74,6 +73,8 @@ def build_sessions(
     if not len(events.place):
         raise UserError(f"no event has both {groups} and a time or position ({source.path}); check --column {groups}=NAME", DATA)
     users: list[str] = []
+    if groups == "session_id" and "user_id" in columns:
+        users = _users(group, names, source.ids(columns["user_id"]))
     if groups == "user_id":
         events, names, users = _cut(events, names, rules.gap * unit)
         note(f"{source.path}: sessions are cut where a user pauses for more than {rules.gap / 60:g} minutes")
@@ -83,6 +84,15 @@ def build_sessions(
         table = table.append_column("user_id", pa.array([users[i] for i in events.session], pa.string()))
     check_ids(table["session_id"], "session_id", lambda _: str(source.path))
     return table
+
+
+def _users(session: np.ndarray, names: list[str], user_ids: pa.ChunkedArray) -> list[str]:
+    """The user of each session, that of its first event; one without is a user of its own."""
+    whose, users = _codes(user_ids)
+    there = np.flatnonzero((session >= 0) & (whose >= 0))[::-1]
+    of = np.full(len(names), -1)
+    of[session[there]] = whose[there]
+    return [users[user] if user >= 0 else name for user, name in zip(of, names, strict=True)]
 
 
 def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
@@ -142,10 +152,24 @@ def _times(source: Source, name: str, note: Callable[[str], None]) -> tuple[np.n
         return _text_times(source, name, note)
     else:
         raise UserError(f"column `{name}` has the wrong type, {kind} ({source.path}); give seconds or ISO 8601", DATA)
+    return _whole_times(source, clock, known, note)
+
+
+def _whole_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+    """Seconds or a finer unit, or, where all can be, days written as 20240131."""
+    there = clock[known]
+    year, month, day = there // 10_000, there // 100 % 100, there % 100
+    if len(there) and ((year >= 1990) & (year <= 2100) & (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)).all():
+        note(f"{source.path}: times are days, as {there[0]}")
+        months = (clock // 10_000 - 1970) * 12 + clock // 100 % 100 - 1
+        days = months.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + clock % 100 - 1
+        return np.where(known, days * 86_400, 0), 1, known
     return clock, _unit(source, clock, known, note), known
 
 
 def _float_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+    if (clock == np.floor(clock)).all():
+        return _whole_times(source, clock.astype(np.int64), known, note)
     unit = _unit(source, clock, known, note)
     if unit == 1 and (clock != np.floor(clock)).any():
         return np.round(clock * 1000).astype(np.int64), 1000, known  # the fraction of a second orders events too

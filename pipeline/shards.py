@@ -55,6 +55,7 @@ class Shards:
         self.work = root / f".work-{tag}"  # claims and unfinished files: nothing of it is published
         self.done: set[str] = set()  # parts this process has seen whole
         self.held: dict[str, IO[bytes]] = {}
+        self.presence = f"{socket.gethostname()}-{os.getpid()}"  # a claim from the beginning on, before there is one on a part
         self._over = threading.Event()
 
     def begin(self, pointer: bytes) -> bool:
@@ -70,6 +71,7 @@ class Shards:
             for folder in (self.work, self.staging.path):
                 folder.mkdir(exist_ok=True)
             remove(self.staging.path / MANIFEST)
+            self._take(self.presence)
         return True
 
     def __enter__(self) -> "Shards":
@@ -165,7 +167,11 @@ class Shards:
                 version = self.staging.publish(manifest(), keep)
                 shutil.rmtree(self.work, ignore_errors=True)
                 return version
-        return open_verified(self.root, self.kind, "run `tpad export-embeddings` first")
+        version = open_verified(self.root, self.kind, "run `tpad export-embeddings` first")
+        if version.manifest["fingerprint"] != self.fingerprint:
+            what = "another export, of other settings or items, was published meanwhile"
+            raise UserError(f"{what} ({self.root}); start this one again", ARTIFACT)
+        return version
 
 
 def current_pointer(root: Path) -> bytes:

@@ -167,7 +167,8 @@ def draw_shop(out: Path, shop: ShopConfig, data: DataConfig) -> None:
     }
     pq.write_table(pa.table(events), out / "sessions.parquet")
     test = sessions[len(sessions) - _held_out(shop, data.test) :]
-    best = {"valid": data.valid, "test": data.test, "max_prefix": data.max_prefix, "metrics": ceiling(law, test, data.max_prefix)}
+    best = {"shop": shop.model_dump(), "valid": data.valid, "test": data.test, "max_prefix": data.max_prefix}
+    best["metrics"] = ceiling(law, test, data.max_prefix)
     (out / "ceiling.json").write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
 
 

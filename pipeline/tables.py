@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+LARGEST_WHOLE = 2**53  # above, a float skips whole numbers
 BLOCK_BYTES = 16 * 1024 * 1024  # of CSV; also the longest row
 
 
@@ -49,7 +51,9 @@ class Source:
             return self._table[name]
         assert self._file is not None
         try:
-            return self._file.read(columns=[name], use_threads=False).column(0)
+            column = self._file.read(columns=[name], use_threads=False).column(0)
+            column.validate(full=True)
+            return column
         except (pa.ArrowException, OSError) as error:
             raise unreadable(self.path, error) from None
 
@@ -74,6 +78,10 @@ class Source:
             row = pc.index(whole, False).as_py()
             if row >= 0:
                 raise UserError(f"`{name}` {values[row]} is not an id ({self.where(row)}); ids are strings or whole numbers", DATA)
+            far = pc.index(pc.fill_null(pc.greater(pc.abs(values), LARGEST_WHOLE), False), True).as_py()
+            if far >= 0:
+                lost = f"`{name}` {values[far]} is too large for a number with a point, and has lost digits"
+                raise UserError(f"{lost} ({self.where(far)}); give the ids as strings", DATA)
             values = pc.if_else(pc.is_nan(values), None, values).cast(pa.int64())
         elif not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
             raise UserError(f"column `{name}` has the wrong type, {kind} ({self.path}); ids are strings or whole numbers", DATA)
@@ -149,7 +157,7 @@ def _read_csv(path: Path) -> pa.Table:
         with _stream(path) as file:
             table = pacsv.read_csv(file, read, parse, strings)
         return table.rename_columns(header)
-    except (pa.ArrowException, OSError, EOFError, csv.Error, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"not readable as CSV in UTF-8: {str(error).rstrip('.')[:200]} ({path}); mend the file", DATA) from None
 
 
@@ -181,7 +189,7 @@ def _read_jsonl(path: Path) -> tuple[pa.Table, list[int]]:
                 for name, values in columns.items():
                     values.append(record.get(name))
                 lines.append(number)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"not readable as JSON lines in UTF-8: {error} ({path}); mend the file", DATA) from None
     return pa.table({name: _array(values) for name, values in columns.items()}), lines
 

@@ -68,8 +68,7 @@ def merged(config: Config, backbone: Backbone, base: dict[str, Tensor], weights:
     state: dict[str, Tensor] = {}
     if config.backbone.lora is None:
         for name, start in base.items():
-            learned = sum(share * (weights[phase][name] - start) for phase, share in shares.items())
-            state[name] = start + learned
+            state[name] = start + sum(share * (weights[phase][name].to(start.device) - start) for phase, share in shares.items())
     else:
         rank = _merge_adapters(backbone.model, weights, shares, config.distill.merge.method)
         lora = config.backbone.lora.model_copy(update={"rank": rank, "alpha": rank})  # the scale is in the factors

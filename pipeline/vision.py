@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.data import DataLoader
 from transformers import AttentionInterface
 
 from pipeline.artifact import canonical_json, environment, remove, replacing, sha256_file
 from pipeline.backbone import Backbone
+from pipeline.loading import loaded_ahead
 from pipeline.progress import Steps
 
 SHARD_BYTES = 64 << 20
@@ -176,7 +176,7 @@ class Cache:
         if path is None:
             return None
         if path not in self._open:
-            if sha256_file(path) != path.stem:
+            if not path.exists() or sha256_file(path) != path.stem:  # not there: another process has dropped it
                 self._drop(path)
                 return None
             self._open[path] = Shard(path)
@@ -186,6 +186,12 @@ class Cache:
         print(f"warning: kept pictures are damaged and left out ({path})", file=sys.stderr)
         self.place = {key: at for key, at in self.place.items() if at[0] != path}
         remove(path)
+
+    def clear_others(self) -> None:
+        """What was kept of another tower or budget, and what a kill has left unfinished: one process, before any adds to it."""
+        for other in [*self.folder.parent.glob("*"), *self.folder.glob(".*.tmp")]:
+            if other != self.folder:
+                remove(other)
 
     def fill(
         self,
@@ -199,12 +205,9 @@ class Cache:
     ) -> None:
         """Adds the pictures that `load` gives for `rows`, as long as they take no more than `room` bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for other in self.folder.parent.iterdir():  # of another tower or budget
-            if other != self.folder:
-                remove(other)
         device, done = next(model.parameters()).device, set(self.place)
         groups = [[int(row) for row in rows[first : first + TOGETHER]] for first in range(0, len(rows), TOGETHER)]
-        loader = DataLoader(_Loading(load, groups), batch_size=None, num_workers=workers)  # type: ignore[arg-type, var-annotated]
+        loader = loaded_ahead(lambda n: [load(row) for row in groups[n]], range(len(groups)), workers)
         shard: list[dict[str, Tensor]] = []
         size = 0
         with Steps("vision", len(rows), show=show) as progress, torch.inference_mode():
@@ -242,19 +245,6 @@ def _names(pictures: Sequence[Picture]) -> dict[str, Tensor]:
         "ids": torch.tensor([token for p in pictures for token in p.ids]),
         "lengths": torch.tensor([len(p.ids) for p in pictures]),
     }
-
-
-class _Loading:
-    """The pictures of each group, as a data set."""
-
-    def __init__(self, load: Callable[[int], Picture | None], groups: list[list[int]]) -> None:
-        self.load, self.groups = load, groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, number: int) -> list[Picture | None]:
-        return [self.load(row) for row in self.groups[number]]
 
 
 class Shard:

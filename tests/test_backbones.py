@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_items import ITEMS, ROW, Made, make, picture
 from tiny_run import FAMILIES, PHASES, distill_run, export_run, losses, save_backbone, two_processes, weights
 from torch import nn
-from transformers import Gemma3Processor, Idefics3Processor, LlavaProcessor
+from transformers import AutoModelForImageTextToText, Gemma3Processor, Idefics3Processor, LlavaProcessor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks import memory
@@ -22,7 +22,7 @@ from pipeline.artifact import read_embeddings
 from pipeline.backbone import UNQUANTIZED, build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.config import load_config
-from pipeline.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
 from pipeline.mllm import Encoded, trainable_state
 from pipeline.prompts import Part, Prompts
 from pipeline.vision import pack_attention
@@ -155,8 +155,24 @@ def test_a_backbone_that_is_gone_is_one_clear_line(tiny_data: Path, tmp_path: Pa
     assert error.value.code == ENVIRONMENT
 
 
+def test_other_weights_under_the_name_of_the_backbone_are_noticed(tiny_data: Path, tmp_path: Path) -> None:
+    folder = save_backbone(tmp_path / "backbone", "smolvlm")
+    few = [f"backbone.name={folder}", "backbone.lora.rank=2", *(f"distill.{phase}.steps=1" for phase in PHASES)]
+    distill_run(tmp_path / "run", tiny_data, *few)
+    assert not distill_run(tmp_path / "run", tiny_data, *few)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.01)
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="not those the MLLM was distilled on") as error:
+        export_run(tmp_path / "run", tiny_data, *few)
+    assert error.value.code == ARTIFACT
+    with pytest.raises(UserError, match="other settings or data"):  # as any other change is met: nothing trained is thrown away
+        distill_run(tmp_path / "run", tiny_data, *few)
+
+
 def test_an_unknown_family_is_one_clear_line(data: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+    from transformers import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 
     folder = save_backbone(tmp_path / "paligemma", "smolvlm")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -102,6 +102,27 @@ def test_faulty_ids_are_named_with_file_and_row(tmp_path: Path, ids: list[Any], 
     refused(lambda: load_catalog(tmp_path), "items.parquet", *words)
 
 
+def test_ids_as_categories_and_pictures_of_one_kind_alone_are_read(tmp_path: Path) -> None:
+    """As pandas writes categories, and Arrow a column of dictionaries whose `bytes` are all empty."""
+    (tmp_path / "a.png").write_bytes(encoded(noise()))
+    table = pa.table(
+        {"item_id": pa.array(["a", "b"]).dictionary_encode(), "title": ["x", "y"], "image": [{"bytes": None, "path": "a.png"}, None]}
+    )
+    pq.write_table(table, tmp_path / "items.parquet")
+    catalog = load_catalog(tmp_path)
+    assert (catalog.item_ids, catalog.has_image(0), catalog.has_image(1), catalog.by_path) == (["a", "b"], True, False, True)
+    assert catalog.image(0) is not None
+
+
+def test_another_picture_beside_the_catalogue_is_another_catalogue(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encoded(noise()))
+    before = write_images(tmp_path, ["a.png", "b.png", None]).sha256
+    assert load_catalog(tmp_path).sha256 == before
+    (tmp_path / "b.png").write_bytes(encoded(noise()) + b"more")
+    assert load_catalog(tmp_path).sha256 != before
+
+
 def test_faulty_files_are_refused(tmp_path: Path) -> None:
     refused(lambda: load_catalog(tmp_path), "items.parquet", "not found", "tpad prepare")
     write_items(tmp_path, ["a"], title=None)
@@ -303,6 +324,13 @@ def test_seconds_milliseconds_and_arrow_times_agree(shop: Path, capsys: pytest.C
 def test_faulty_logs_are_named_with_file_and_row(shop: Path, sessions: Any, items: Any, times: Any, words: list[str]) -> None:
     write_sessions(shop, sessions, items, times)
     refused(lambda: load_sessions(shop, load_catalog(shop)), "sessions.parquet", *words)
+
+
+def test_users_that_are_no_texts_are_refused(shop: Path) -> None:
+    write_sessions(shop, ["s", "s"], ["a", "b"], [1, 2])
+    table = pq.read_table(shop / "sessions.parquet")
+    pq.write_table(table.append_column("user_id", pa.array([7, 7])), shop / "sessions.parquet")
+    refused(lambda: load_sessions(shop, load_catalog(shop)), "`user_id`", "int64")
 
 
 def test_missing_log_and_column(shop: Path) -> None:

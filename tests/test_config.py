@@ -77,6 +77,9 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("backbone: {gradient_checkpointing: 1}", "`backbone.gradient_checkpointing` = 1: input should be a valid boolean"),
         ("backbone: {lora: {targets: '('}}", "`backbone.lora.targets` = '(': value error, not a regular expression"),
         ("sbr: 3", "`sbr` = 3: input should be a valid dictionary"),
+        ("shop: {items: 2}", "`shop.items` = 2: input should be greater than or equal to 20"),
+        ("backbone: {tiny: {heads: 5}}", "dim = 128 does not divide by twice heads, 10"),
+        ("backbone: {tiny: {merge: 3}}", "image_size = 48 does not divide by patch times merge, 36"),
         ("sbr: [" + "1, " * 10_000 + "1]", "`sbr` = [1, 1, 1,"),
     ],
 )

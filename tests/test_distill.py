@@ -32,12 +32,12 @@ from tiny_run import (
 from typer.testing import CliRunner
 
 import cli
-from pipeline.artifact import read_embeddings
+from pipeline.artifact import locked, read_embeddings
 from pipeline.catalog import load_catalog, load_sessions
 from pipeline.config import Config
 from pipeline.distill import _check_batches
-from pipeline.errors import ARTIFACT, USAGE, UserError
-from pipeline.phases import Align, drawn
+from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
+from pipeline.phases import Align, drawn, first_of_each
 from pipeline.split import split_sessions
 
 ROOT = Path(__file__).parents[1]
@@ -313,6 +313,52 @@ def test_two_processes_export_what_one_does(tiny_run: Path, tiny_data: Path, tmp
     for half in ("knowledge", "transition"):
         np.testing.assert_allclose(getattr(one, half), getattr(two, half), atol=1e-5)
     assert len(two.version.manifest["parts"]) == 3  # so both had some
+
+
+def test_a_bad_picture_is_one_clear_line_from_a_worker_too(tiny_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    items = pq.read_table(data / "items.parquet")
+    images = [{"bytes": b"no picture", "path": None} for _ in range(len(items))]
+    at = items.column_names.index("image")
+    pq.write_table(items.set_column(at, "image", pa.array(images, items.schema.field(at).type)), data / "items.parquet")
+    with pytest.raises(UserError, match="image cannot be used") as error:
+        distill_run(tmp_path / "run", data, "distill.workers=1")
+    assert error.value.code == DATA
+    assert str(error.value).count("\n") == 0
+
+
+def test_workers_change_no_weight(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    distill_run(tmp_path, tiny_data, "distill.workers=2")
+    assert same(weights(tmp_path), weights(tiny_run))
+
+
+def test_two_at_once_on_one_run_are_refused(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.distill.LOCK_SECONDS", 0.1)
+    with locked(tmp_path / "distill"), pytest.raises(UserError, match="another tpad is writing here"):
+        distill_run(tmp_path, tiny_data)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("distill.log_with=[tensorboards]", "no tracker `tensorboards` (distill.log_with)"),
+        ("data.text=[title, stile]", "no column `stile` in items.parquet (data.text)"),
+        ("backbone.attention=flash_attention_2", "(backbone.attention)"),
+    ],
+)
+def test_what_is_not_there_is_named_before_the_training(tiny_data: Path, tmp_path: Path, setting: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        distill_run(tmp_path, tiny_data, setting)
+    assert says in str(error.value)
+
+
+def test_an_item_twice_in_a_batch_is_no_negative_of_itself(tiny_data: Path, tmp_path: Path) -> None:
+    """A batch larger than the catalogue: each item counts once where items are told apart."""
+    assert first_of_each(np.array([3, 1, 3, 3, 0, 1])).tolist() == [True, True, False, False, True, False]
+    distill_run(
+        tmp_path, tiny_data, "distill.align.batch=88", "distill.align.steps=3", "distill.knowledge.steps=1", "distill.transfer.steps=1"
+    )
+    assert all(np.isfinite(list(line.values())).all() for (phase, _), line in losses(tmp_path).items() if phase == "align")
 
 
 def test_a_batch_that_does_not_divide_is_one_clear_line() -> None:

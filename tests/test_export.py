@@ -415,6 +415,21 @@ def test_or_the_item_is_shown_as_text_only(tiny_data: Path, tmp_path: Path, capf
     np.testing.assert_array_equal(found[0].knowledge, found[1].knowledge)
 
 
+def test_a_picture_file_that_is_not_there_is_no_picture_either(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    items = pq.read_table(data / "items.parquet")
+    images = [image if row != 7 else {"bytes": None, "path": "gone.png"} for row, image in enumerate(items["image"].to_pylist())]
+    at = items.column_names.index("image")
+    pq.write_table(items.set_column(at, "image", pa.array(images, items.schema.field(at).type)), data / "items.parquet")
+    run = model_only(tiny_run, tmp_path / "run")
+    with pytest.raises(UserError, match="row 7") as error:
+        export_run(run, data)
+    assert error.value.code == DATA
+    export_run(run, data, "data.on_bad_image=text_only")
+    assert np.flatnonzero(~read_embeddings(run / "embeddings").has_image).tolist() == [7]
+
+
 def test_or_the_item_is_left_out_and_listed(tiny_run: Path, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
     run = model_only(tiny_run, tmp_path / "run")

@@ -177,6 +177,24 @@ def test_times_of_any_kind(tmp_path: Path, times: list[Any]) -> None:
     assert pq.read_table(tmp_path / "out" / "sessions.parquet")["timestamp"][0].as_py() == 1_500_000_000
 
 
+@pytest.mark.parametrize("kind", [int, float, str])
+def test_days_written_as_numbers_are_days(tmp_path: Path, kind: type) -> None:
+    """Read as seconds, all of a user's days would be one session."""
+    events = [{"user_id": "u", "item_id": item, "date": kind(day)} for day in (20240228, 20240301) for item in ("7", "08")]
+    summary = run(tmp_path, ITEMS, events)
+    assert sessions(tmp_path / "out") == {"u-0": ["7", "08"], "u-1": ["7", "08"]}
+    times = pq.read_table(tmp_path / "out" / "sessions.parquet")["timestamp"].unique().to_pylist()
+    assert np.array(times, "datetime64[s]").astype(str).tolist() == ["2024-02-28T00:00:00", "2024-03-01T00:00:00"]
+    assert any("times are days" in note for note in summary.notes)
+
+
+def test_the_users_of_named_sessions_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, ITEMS, [event | {"user_id": "u" if event["session_id"] == "s1" else None} for event in EVENTS])
+    table = pq.read_table(tmp_path / "out" / "sessions.parquet")
+    owners = dict(zip(table["session_id"].to_pylist(), table["user_id"].to_pylist(), strict=True))
+    assert owners == {"s1": "u", "s2": "s2"}  # one without is a user of its own
+
+
 def test_losses_are_counted_by_reason(tmp_path: Path) -> None:
     rows = [("s", item) for item in ("7", "7", "08", "unknown", "7", "08", "9")] + [("one", "7"), ("", "7"), ("s", "")]
     events = [{"session_id": session, "item_id": item, "timestamp": n} for n, (session, item) in enumerate(rows)]
@@ -222,6 +240,7 @@ def test_a_bad_image_stops_or_is_left_out_as_asked(tmp_path: Path) -> None:
     summary = run(tmp_path, items, EVENTS, "parquet", on_bad_image="text_only")
     assert (summary.images, summary.dropped) == (2, {"images that cannot be decoded": 1})
     assert not load_catalog(tmp_path / "out").has_image(1)
+    refused(lambda: run(tmp_path, items, EVENTS, "parquet", on_bad_image="skip"), USAGE, "--on-bad-image skip", "error or text_only")
 
 
 def test_image_paths_cannot_leave_the_folder(tmp_path: Path) -> None:
@@ -254,6 +273,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         (lambda: run(tmp_path, ITEMS, [event | {"timestamp": True} for event in EVENTS]), ["`timestamp`", "wrong type"]),
         (lambda: run(tmp_path, [{"item_id": 1.5, "title": "t"}], EVENTS), ["1.5", "line 1"]),
         (lambda: run(tmp_path, ITEMS, EVENTS, images=tmp_path / "none"), ["image folder not found"]),
+        (lambda: run(tmp_path, [{"item_id": 1e20, "title": "t"}], EVENTS), ["1e+20", "line 1", "strings"]),
     ]
     for call, words in cases:
         refused(call, DATA, *words)
@@ -269,6 +289,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         ("items.csv", b"item_id,title,title\na,b,c\n", ["`title`", "twice"]),
         ("items.csv", b"item_id,title\n", ["no items"]),
         ("items.csv.gz", b"not gzip", ["items.csv.gz"]),
+        ("items.csv.gz", gzip.compress(b"item_id,title\na,b\n", mtime=0)[:10] + b"damaged" * 9, ["items.csv.gz"]),
         ("items.jsonl", b'{"item_id": "a"\n', ["line 1"]),
         ("items.jsonl", b"[1]\n", ["line 1", "object"]),
         ("items.jsonl.gz", gzip.compress(b'{"item_id": "a", "title": "b"}\n' * 99, mtime=0)[:-9], ["items.jsonl.gz"]),

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_items import ITEMS, LONG, ROW, Made, make
@@ -133,6 +135,21 @@ def test_long_texts_are_cut(data: Path, folders: Path, tiny: Made) -> None:
     cut = make(data, folders, "tiny", "backbone.max_text_tokens=4")
     assert len(cut.items("long")[0]) < len(tiny.items("long")[0])
     assert len(cut.items("long")[0]) == len(cut.items("red")[0]) + 4 - len(tiny.encoder.tokens(" a mug"))
+
+
+def test_what_looks_like_a_special_token_in_a_text_is_text(data: Path, folders: Path, tmp_path: Path) -> None:
+    """A title is no place to close a turn or to ask for a picture."""
+    table = pq.read_table(data / "items.parquet")
+    for family in ("tiny", "smolvlm", "qwen3_vl"):
+        special = make(data, folders, family).encoder.tokenizer.all_special_tokens
+        titles = [f"a {' '.join(special)} mug", *table["title"].to_pylist()[1:]]
+        pq.write_table(table.set_column(1, "title", pa.array(titles)), tmp_path / "items.parquet")
+        made = make(tmp_path, folders, family)
+        plain = make(data, folders, family)
+        ids, wanted = (each.encoder.encode(each.prompts.item(0)).ids for each in (made, plain))
+        count = {token: wanted.count(token) for token in made.encoder.tokenizer.all_special_ids}
+        assert {token: ids.count(token) for token in count} == count
+        assert np.isfinite(made.features([made.encoder.encode(made.prompts.item(0))], 10_000)).all()
 
 
 def test_a_pixel_budget_makes_fewer_tokens(data: Path, folders: Path) -> None:

@@ -135,6 +135,20 @@ def test_another_export_is_refused_while_one_is_alive_and_clears_away_a_dead_one
     assert open_shards(tmp_path, "one").left(NAMES) == NAMES
 
 
+def test_another_export_is_refused_before_the_first_has_taken_a_part(tmp_path: Path) -> None:
+    with open_shards(tmp_path, "one"), pytest.raises(UserError, match="another tpad is exporting here"):
+        open_shards(tmp_path, "two")
+
+
+def test_a_version_of_another_export_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    with open_shards(tmp_path, "one") as shards:
+        pass
+    work(tmp_path, tmp_path / "log", fingerprint="two")
+    with pytest.raises(UserError, match="was published meanwhile") as error:
+        shards.publish(lambda: {"fingerprint": "one"}, 2)
+    assert error.value.code == ARTIFACT
+
+
 def test_a_part_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
     with open_shards(tmp_path) as shards:
         for name in shards.take(NAMES[:3]):

@@ -1,0 +1,33 @@
+"""What a loop over the model needs, made ahead of it in worker processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+
+class Jobs(Dataset[T | UserError]):
+    def __init__(self, work: Callable[[int], T], numbers: Sequence[int]) -> None:
+        self.work, self.numbers = work, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> T | UserError:
+        try:
+            return self.work(self.numbers[place])
+        except UserError as error:  # PyTorch would hand it on as an error of another kind
+            return error
+
+
+def loaded_ahead(work: Callable[[int], T], numbers: Sequence[int], workers: int) -> Iterator[T]:
+    """`work(number)` of each, in order, by so many processes (0: in line), which are forks: what `work` holds needs no pickling."""
+    context = "fork" if workers else None
+    for found in DataLoader(Jobs(work, numbers), batch_size=None, num_workers=workers, multiprocessing_context=context):
+        if isinstance(found, UserError):
+            raise found
+        yield found
