@@ -275,6 +275,7 @@ class SbrConfig(Section):
     """The session model. Every baseline is trained beside it, on the same data, with the same settings."""
 
     dim: Positive = 64
+    components: Positive | None = 64  # of each half of the vectors, the largest directions (PCA), so many at most; null: all
     epochs: Positive = 6  # at most; the learning rate falls to zero over them
     batch: Positive = 128  # sessions a step, over all processes together; one longer than data.max_prefix counts as several
     lr: Rate = 3e-3

@@ -12,9 +12,9 @@ from pipeline.config import Config
 from pipeline.errors import ARTIFACT, DATA, UserError
 from pipeline.split import Split, split_sessions
 from recommender.evaluate import cases_of
-from recommender.model import Whitening, fit_whitening
 from recommender.models import MODELS, chosen
 from recommender.sessions import Windows, pack
+from recommender.whitening import Whitening, fit_whitening
 
 SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels", "layers", "neighbours")  # of two manifests: equal content, equal vectors
 
@@ -25,7 +25,7 @@ class Inputs:
 
     catalog: Catalog
     split: Split
-    content: np.ndarray | None  # (N, 2D) whitened, or (N, D) where the embeddings have one half
+    content: np.ndarray | None  # (N, 2K) whitened, or (N, K) where the embeddings have one half
     whitening: dict[str, Whitening]  # of each half
     counts: np.ndarray  # (N,) events in the training sessions
     embeddings: Version | None  # None, as `content`, where no model reads them
@@ -56,7 +56,8 @@ def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
         catalog, split = without_skipped(catalog, split, set(made_of["skipped"]))
     counts = np.bincount(split.train.rows, minlength=len(catalog))
     vectors = embeddings.vectors if embeddings is not None else {}
-    whitening = {half: fit_whitening(vectors[half], counts > 0, config.sbr.parts.whitening) for half in vectors}
+    settings = config.sbr
+    whitening = {half: fit_whitening(vectors[half], counts > 0, settings.components, settings.parts.whitening) for half in vectors}
     content = whitened(embeddings, whitening) if embeddings is not None else None
     version = embeddings.version if embeddings is not None else None
     return Inputs(catalog, split, content, whitening, counts, version, data_fingerprint(catalog, split, config.data.max_prefix))
@@ -70,7 +71,7 @@ def check_catalogue(embeddings: Embeddings, catalog: Catalog, run: Path) -> None
 
 
 def whitened(embeddings: Embeddings, whitening: dict[str, Whitening]) -> np.ndarray:
-    """(N, 2D), or (N, D) of embeddings with one half"""
+    """(N, 2K), or (N, K) of embeddings with one half"""
     return np.concatenate([whitening[half](vectors) for half, vectors in embeddings.vectors.items()], axis=1)
 
 

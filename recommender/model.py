@@ -421,22 +421,3 @@ def dropout(values: Tensor, rate: float, generator: torch.Generator | None) -> T
         return values
     kept = torch.rand(values.shape, generator=generator) >= rate
     return values * kept.to(values.device) / (1 - rate)
-
-
-class Whitening(NamedTuple):
-    mean: np.ndarray  # (D,)
-    axes: np.ndarray  # (D, D)
-
-    def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, D) -> (N, D) float32"""
-        return np.asarray((vectors - self.mean) @ self.axes, np.float32)
-
-
-def fit_whitening(vectors: np.ndarray, fitted_on: np.ndarray, whiten: bool = True) -> Whitening:
-    """PCA-whitening of (N, D), with mean and covariance of the rows `fitted_on` (N,) bool only; directions that carry
-    next to nothing there are left small and not blown up. Without `whiten`: centred, and scaled as a whole."""
-    mean = vectors[fitted_on].mean(0, dtype=np.float64)
-    values, axes = np.linalg.eigh(np.atleast_2d(np.cov((vectors - mean)[fitted_on], rowvar=False)))
-    values = np.maximum(values, 0)
-    least = max(values.mean(), 1e-12)
-    return Whitening(mean, axes / np.sqrt(values + 0.01 * least) if whiten else np.eye(len(axes)) / np.sqrt(least))

@@ -24,9 +24,10 @@ from pipeline.artifact import HALVES, Version, canonical_json, open_verified
 from pipeline.catalog import Catalog
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.index import ItemIndex, build_indexes, describe, load_indexes, save_indexes
-from recommender.model import ModelConfig, Parts, SessionModel, Whitening
+from recommender.model import ModelConfig, Parts, SessionModel
 from recommender.ranker import Ranker, Read
 from recommender.sessions import pad_prefixes
+from recommender.whitening import Whitening
 
 DENSE_ITEMS = 20_000
 POOL = 5  # times k: what `diversify` chooses from

@@ -19,8 +19,8 @@ from pipeline.artifact import OWN_KEYS, Version, canonical_json, open_verified, 
 from pipeline.catalog import load_catalog
 from pipeline.errors import ARTIFACT, UserError
 from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
-from recommender.model import Whitening
 from recommender.recommend import load_model, write_model
+from recommender.whitening import Whitening
 
 
 @dataclass(frozen=True)

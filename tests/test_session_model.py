@@ -11,10 +11,11 @@ import torch
 from recommender.candidates import drawn_evenly, everything, gbce, log_partition, sampled, share_drawn
 from recommender.evaluate import model_ranks
 from recommender.index import ItemIndex, build_indexes
-from recommender.model import LEAST_MASS, ModelConfig, Parts, SessionModel, fit_whitening
+from recommender.model import LEAST_MASS, ModelConfig, Parts, SessionModel
 from recommender.pairs import Pairs
 from recommender.ranker import PairCounts, Ranker
 from recommender.sessions import PAD, pack, pad_prefixes
+from recommender.whitening import fit_whitening
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
 
@@ -305,6 +306,18 @@ def test_whitening_is_fitted_on_training_items_alone() -> None:
     moved = vectors.copy()
     moved[~fitted] += 100
     assert np.allclose(fit_whitening(moved, fitted)(moved)[fitted], white[fitted])
+
+
+def test_of_many_numbers_the_main_directions_are_kept() -> None:
+    """Three directions among forty with a little noise: three components hold them, whatever they are turned to."""
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(300, 3))
+    vectors = (true @ rng.normal(size=(3, 40)) + 0.05 * rng.normal(size=(300, 40))).astype(np.float32)
+    kept = fit_whitening(vectors, np.ones(300, bool), components=3)(vectors)
+    assert kept.shape == (300, 3)
+    found = kept @ np.linalg.lstsq(kept, true, rcond=None)[0]
+    assert np.corrcoef(found.ravel(), true.ravel())[0, 1] > 0.99
+    assert fit_whitening(vectors, np.ones(300, bool), components=64)(vectors).shape == (300, 40)
 
 
 def test_ranks_of_a_window_are_those_of_its_prefixes() -> None:
