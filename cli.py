@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.run_folder import find_pictures, open_run, remember, say
 
 if TYPE_CHECKING:
-    from pipeline.catalog import SessionLog
     from pipeline.config import Config, VariantName
+    from pipeline.session_log import SessionLog
     from recommender.recommend import Item, Recommender
     from recommender.teacher import Teacher
 
@@ -27,7 +28,6 @@ RUN = Path("artifacts/shop")
 ABLATION = Path("artifacts/ablation")
 WIDTH = 140  # of a table that goes to a file or a pipe
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings its own copy of click, or uses the other, by version
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the one that talks, under `accelerate launch`
 
 app = typer.Typer(
     help="Next-item recommendation from what items are and what people move on to. "
@@ -52,11 +52,6 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resu
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def say(line: str) -> None:
-    if MAIN_PROCESS:
-        typer.echo(line, err=True)
-
-
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
     """Turns a `UserError` into its line and exit code; any other exception is a bug of ours and ends in its traceback, and 1."""
@@ -67,119 +62,6 @@ def errors(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(error.code) from None
-
-
-@contextmanager
-def open_run(
-    config: Path | None, data: Path | None, run: Path, overrides: list[str] | None, begin: bool = False
-) -> Iterator[tuple["Config", Path]]:
-    """The settings and the data folder of a run, as given or as remembered; with `begin`, a new run gets the sample shop.
-
-    What is given is remembered from then on, unless the data is faulty, or the run has a memory already and the command fails.
-    """
-    from pipeline.artifact import environment_error, replacing
-    from pipeline.config import load_config
-
-    record, remembered = run / "run.json", run / "config.yaml"
-    try:
-        settings = load_config(config or (remembered if remembered.exists() else None), overrides)
-        folder = find_data(data, run, settings if begin else None)
-        if data is not None or not record.exists():
-            check_data(folder)  # here, before anything is written, and before the imports that take seconds
-        before = [(path, path.read_bytes()) for path in (record, remembered) if path.exists()]
-        if MAIN_PROCESS:
-            remember(run, folder, settings)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        other = UserError(f"no run can be kept here: {reason} ({error.filename or run}); use another --run", ENVIRONMENT)
-        raise environment_error(error, run) or other from None
-    try:
-        yield settings, folder
-    except UserError:
-        for path, content in before if MAIN_PROCESS else []:
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-        raise
-
-
-def remember(run: Path, data: Path, settings: "Config") -> None:
-    """What a run is made of, beside it: for the commands that come later."""
-    from pipeline.artifact import replacing, write_json
-    from pipeline.config import save_config
-
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "run.json", {"data": os.path.relpath(data, run)})
-    with replacing(run / "config.yaml") as temporary:
-        save_config(settings, temporary)
-
-
-def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Path:
-    """The data folder that was given, else the one the run remembers, else, to begin a run, the sample shop of these settings."""
-    if data is not None:
-        if not data.is_dir():
-            raise UserError(f"no such data folder ({data}); give --data a folder made by `tpad prepare`", DATA)
-        return data
-    record = run / "run.json"
-    if record.exists():
-        try:
-            data = Path(os.path.normpath(run / json.loads(record.read_text(encoding="utf-8"))["data"]))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"not the record of a run ({record}); delete it and give --data", USAGE) from None
-        if not data.is_dir():
-            raise UserError(f"the data folder of this run is gone ({data}, by {record}); put it back, or give --data", DATA)
-    elif begin is None:
-        raise UserError(f"no run here ({run}); run `tpad distill` first, or give another --run", ARTIFACT)
-    else:
-        data = run / "data"
-        if not data.exists():
-            draw_sample(data, begin)
-    if begin is not None and data == run / "data" and drawn_otherwise(data, begin):
-        raise UserError(f"the sample shop of this run was drawn with other settings of `shop` ({data}); use another --run", USAGE)
-    return data
-
-
-def drawn_otherwise(data: Path, settings: "Config") -> bool:
-    """Whether this is a sample shop, but not that of the settings."""
-    try:
-        shop = json.loads((data / "ceiling.json").read_bytes())["shop"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(shop != settings.shop.model_dump())
-
-
-def find_pictures(data: Path | None, run: Path) -> Path | None:
-    """The data folder, for pictures: a run that is trained can do without the one it remembers."""
-    try:
-        return find_data(data, run) if data or (run / "run.json").exists() else None
-    except UserError as error:
-        if data is not None:
-            raise
-        say(f"no pictures: {error}")
-        return None
-
-
-def draw_sample(data: Path, settings: "Config") -> None:
-    """The sample shop in `data`, whole or not at all, also where several processes begin a run together."""
-    from pipeline.artifact import remove
-    from pipeline.shop import draw_shop
-
-    data.parent.mkdir(parents=True, exist_ok=True)
-    say(f"drawing the sample shop: {data}")
-    temporary = data.with_name(f".{data.name}-{os.getpid()}.tmp")
-    try:
-        draw_shop(temporary, settings.shop, settings.data)
-        temporary.rename(data)
-    except OSError:
-        if not data.is_dir():  # else another process was first, with the same shop
-            raise
-    finally:
-        remove(temporary)
-
-
-def check_data(data: Path) -> None:
-    from pipeline.catalog import load_catalog, load_sessions
-
-    load_sessions(data, load_catalog(data))
 
 
 def following(command: str, run: Path) -> None:
@@ -233,7 +115,7 @@ def export_embeddings(
     overrides = [*(set_ or []), *(f"export.{key}={value}" for key, value in flags.items() if value is not None)]
     with errors(debug), open_run(config, data, run, overrides) as (settings, folder):
         share = parse_shard(shard)
-        from pipeline.artifact import halves_of
+        from pipeline.embeddings import halves_of
         from pipeline.export import export
 
         found = export(settings, run, folder, update, share)

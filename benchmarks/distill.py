@@ -19,13 +19,15 @@ from accelerate import Accelerator
 from memory import SHAPES, memory
 
 from pipeline.backbone import build_backbone
-from pipeline.catalog import load_catalog, load_sessions
+from pipeline.catalog import load_catalog
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.distill import Metrics, train_phase
-from pipeline.mllm import Encoder, Mllm
+from pipeline.encoder import Encoder
+from pipeline.mllm import Mllm
 from pipeline.phases import PHASES, Group
 from pipeline.prompts import Prompts
+from pipeline.session_log import load_sessions
 from pipeline.shop import draw_shop
 from pipeline.split import split_sessions
 from pipeline.vision import pack_attention

@@ -31,13 +31,15 @@ import torch
 from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
-from pipeline.artifact import open_verified, read_embeddings
+from pipeline.artifact import open_verified
 from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config, save_config
 from pipeline.distill import publish
+from pipeline.embeddings import read_embeddings
+from pipeline.encoder import Encoder
 from pipeline.export import export
-from pipeline.mllm import Encoder, Mllm, load_mllm
+from pipeline.mllm import Mllm, load_mllm
 from pipeline.parts import own_device
 from pipeline.prompts import Prompts
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.artifact import HALVES, open_verified
+from pipeline.artifact import open_verified
 from pipeline.catalog import load_catalog
 from pipeline.config import BackboneConfig, DataConfig, ExportConfig
+from pipeline.embeddings import HALVES
+from pipeline.encoder import Encoder
 from pipeline.layers import measure, sample
-from pipeline.mllm import Encoder, embed, load_mllm
+from pipeline.mllm import embed, load_mllm
 from pipeline.prompts import Prompts
 from pipeline.templates import Templates
 

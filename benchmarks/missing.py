@@ -19,9 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.artifact import open_verified, write_json
-from pipeline.catalog import load_catalog, load_sessions
+from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config
 from pipeline.export import export
+from pipeline.session_log import load_sessions
 from pipeline.shop import build_law, ceiling
 from pipeline.split import split_sessions
 from recommender.evaluate import cases_of, model_ranks

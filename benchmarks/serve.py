@@ -32,10 +32,11 @@ import pyarrow.parquet as pq
 from index import DIM, draw_model
 from threadpoolctl import threadpool_limits
 
-from pipeline.artifact import HALVES, OWN_KEYS, open_verified, stage
+from pipeline.artifact import OWN_KEYS, open_verified, stage
 from pipeline.catalog import load_catalog
-from recommender.model import Whitening
+from pipeline.embeddings import HALVES
 from recommender.recommend import Recommender, write_model
+from recommender.whitening import Whitening
 
 LENGTHS, RATE = (1, 5, 50), 50
 

@@ -25,11 +25,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from pipeline.artifact import embeddings_schema, stage, vector_columns, write_json, write_part
-from pipeline.catalog import load_catalog, load_sessions
+from pipeline.artifact import stage, write_json
+from pipeline.catalog import load_catalog
 from pipeline.config import load_config, save_config
+from pipeline.embeddings import embeddings_schema, vector_columns, write_part
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts
+from pipeline.session_log import load_sessions
 from pipeline.split import split_sessions
 
 BATCH = 64

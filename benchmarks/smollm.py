@@ -30,7 +30,8 @@ from transformers import (
 from pipeline.backbone import Backbone
 from pipeline.catalog import load_catalog
 from pipeline.config import Config
-from pipeline.mllm import Encoder, Mllm
+from pipeline.encoder import Encoder
+from pipeline.mllm import Mllm
 from pipeline.prompts import Prompts, View
 
 IMAGE_TOKENS = ["<image>", "<fake_token_around_image>", "<global-img>"]

@@ -23,14 +23,16 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.backbone import build_backbone
-from pipeline.catalog import load_catalog, load_sessions
+from pipeline.catalog import load_catalog
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config, load_config
 from pipeline.distill import Metrics, distill, keep_pictures, train_phase
+from pipeline.encoder import Encoder
 from pipeline.export import export
-from pipeline.mllm import Encoder, Mllm
+from pipeline.mllm import Mllm
 from pipeline.phases import Group, Transfer
 from pipeline.prompts import Prompts
+from pipeline.session_log import load_sessions
 from pipeline.shop import draw_shop
 from pipeline.split import split_sessions
 

@@ -16,15 +16,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
@@ -32,11 +29,6 @@ from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
-ROW_GROUP = 1024  # rows: fixed, so that the same rows always give the same bytes
-HALVES = ("knowledge", "transition")
-Dtype = Literal["float32", "float16", "int8"]
-VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
-
 CURRENT, MANIFEST, LOCK, STAGING = "current", "manifest.json", ".lock", ".staging"
 VERSION_NAME = re.compile(r"v\d{4,}")
 NAMES = {"mllm": "unified MLLM", "sbr": "session model"}  # of the kinds, for people
@@ -268,7 +260,7 @@ def open_verified(root: Path, kind: str, hint: str) -> Version:
 
     `hint` says what makes the artifact, e.g. "run `tpad train-sbr` first". Raises `UserError` (4).
     """
-    return _following(root, kind, hint, lambda version: version)
+    return following(root, kind, hint, lambda version: version)
 
 
 def published(root: Path, kind: str) -> Version | None:
@@ -279,7 +271,7 @@ def published(root: Path, kind: str) -> Version | None:
         return None
 
 
-def _following(root: Path, kind: str, hint: str, read: Callable[[Version], T]) -> T:
+def following(root: Path, kind: str, hint: str, read: Callable[[Version], T]) -> T:
     """`read(version)` of the current version; again when a newer one was published in the meantime."""
     for _ in range(READ_ATTEMPTS):
         pointer = _read_pointer(root, kind, hint)
@@ -291,7 +283,7 @@ def _following(root: Path, kind: str, hint: str, read: Callable[[Version], T]) -
             break
     if isinstance(failure, UserError):
         raise failure
-    raise environment_error(failure, root) or _damaged("cannot be read", Path(failure.filename or root), hint) from failure
+    raise environment_error(failure, root) or damaged("cannot be read", Path(failure.filename or root), hint) from failure
 
 
 def _read_pointer(root: Path, kind: str, hint: str) -> bytes:
@@ -300,7 +292,7 @@ def _read_pointer(root: Path, kind: str, hint: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{NAMES.get(kind, kind)} not found ({root}); {hint}", ARTIFACT) from None
     except OSError as error:
-        raise environment_error(error, root) or _damaged("cannot be read", root / CURRENT, hint) from None
+        raise environment_error(error, root) or damaged("cannot be read", root / CURRENT, hint) from None
 
 
 def _pointer(data: bytes) -> tuple[str, str]:
@@ -318,16 +310,16 @@ def _verify(root: Path, pointer: bytes, kind: str, hint: str) -> Version:
     try:
         name, digest = _pointer(pointer)
     except (ValueError, RecursionError):
-        raise _damaged("damaged pointer", root / CURRENT, hint) from None
+        raise damaged("damaged pointer", root / CURRENT, hint) from None
     folder = root / name
     if folder.is_symlink() or not folder.is_dir():
-        raise _damaged("published version is missing", folder, hint)
+        raise damaged("published version is missing", folder, hint)
     try:
         data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
-        raise _damaged("file is missing", folder / MANIFEST, hint) from None
+        raise damaged("file is missing", folder / MANIFEST, hint) from None
     if hashlib.sha256(data).hexdigest() != digest:
-        raise _damaged("file differs from what was published", folder / MANIFEST, hint)
+        raise damaged("file differs from what was published", folder / MANIFEST, hint)
     manifest = _manifest(data, folder / MANIFEST, kind, hint)
     _verify_files(folder, manifest["files"], hint)
     return Version(folder, manifest, name, digest)
@@ -339,13 +331,13 @@ def _manifest(data: bytes, path: Path, kind: str, hint: str) -> dict[str, Any]:
         version, made, files = manifest["format_version"], manifest["kind"], manifest["files"]
         well_formed = all(set(f) == {"name", "bytes", "sha256"} and _is_inside(f["name"]) for f in files)
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise _damaged("damaged manifest", path, hint) from None
+        raise damaged("damaged manifest", path, hint) from None
     if version != FORMAT_VERSION:
         raise UserError(f"format {version}, but this tpad reads format {FORMAT_VERSION} ({path}); {_again(hint)}", ARTIFACT)
     if made != kind:
         raise UserError(f"holds {made!r}, not {kind!r} ({path}); {_again(hint)}", ARTIFACT)
     if not well_formed:
-        raise _damaged("manifest names a file outside its folder", path, hint)
+        raise damaged("manifest names a file outside its folder", path, hint)
     return dict(manifest)
 
 
@@ -358,153 +350,18 @@ def _verify_files(folder: Path, files: list[dict[str, Any]], hint: str) -> None:
     found, _ = _walk(folder)
     listed = [f["name"] for f in files]
     for name in sorted(set(listed) - set(found)):
-        raise _damaged("file is missing", folder / name, hint)
+        raise damaged("file is missing", folder / name, hint)
     for name in sorted(set(found) - set(listed) - {MANIFEST}):
         raise UserError(f"unknown file in a published version ({folder / name}); remove it", ARTIFACT)
     for file in files:
         path = folder / file["name"]
         if path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
-            raise _damaged("file differs from what was published", path, hint)
+            raise damaged("file differs from what was published", path, hint)
 
 
-def _damaged(what: str, path: Path, hint: str) -> UserError:
+def damaged(what: str, path: Path, hint: str) -> UserError:
     return UserError(f"{what} ({path}); restore it, or {_again(hint)}", ARTIFACT)
 
 
 def _again(hint: str) -> str:
     return f"{hint.removesuffix(' first')} again"
-
-
-# ---------------------------------------------------------------- item embeddings
-
-
-def embeddings_schema(dim: int, dtype: Dtype, halves: Sequence[str] = HALVES) -> pa.Schema:
-    """Columns of an embeddings part, in this order; D = `dim` is the length of each half. An int8 half times its row's scale.
-
-    An ablation may have one half only; its manifest lists it as `halves`."""
-    vector = pa.list_(pa.field("element", VECTOR_TYPES[dtype], nullable=False), dim)
-    scales = {f"{half}_scale": pa.float32() for half in halves if dtype == "int8"}
-    columns = {
-        "item_id": pa.string(),
-        **dict.fromkeys(halves, vector),
-        **scales,
-        "has_image": pa.bool_(),
-        "has_text": pa.bool_(),
-        "n_tokens": pa.int32(),
-        "content_sha256": pa.binary(32),  # of what the model was shown: equal content needs no second look
-    }
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
-
-
-def vector_columns(half: str, values: np.ndarray, schema: pa.Schema) -> dict[str, pa.Array]:
-    """The columns of `schema` that hold `values` (N, D) float32 of a half."""
-    columns = {}
-    kind = schema.field(half).type
-    if kind.value_type == pa.int8():
-        scale = np.maximum(np.abs(values).max(1), np.finfo(np.float32).tiny) / np.float32(127)
-        values = np.rint(values / scale[:, None])
-        columns[f"{half}_scale"] = pa.array(scale, pa.float32())
-    flat = pa.array(values.astype(kind.value_type.to_pandas_dtype()).reshape(-1))
-    return columns | {half: pa.FixedSizeListArray.from_arrays(flat, type=kind)}
-
-
-def vectors_of(table: pa.Table, half: str) -> np.ndarray:
-    """(N, D) of a half, in the type of the file; int8 times its scale, as float32."""
-    dim = table.schema.field(half).type.list_size
-    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[half].chunks]
-    vectors = np.concatenate(values).reshape(-1, dim) if values else np.empty((0, dim), np.float32)
-    return vectors * table[f"{half}_scale"].to_numpy()[:, None] if vectors.dtype == np.int8 else vectors
-
-
-def write_part(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file whose bytes depend on nothing but the rows (and the version of pyarrow); whole or absent."""
-    plain = table.replace_schema_metadata(None).combine_chunks()
-    with replacing(path) as temporary:
-        pq.write_table(
-            plain,
-            temporary,
-            row_group_size=ROW_GROUP,
-            compression="zstd",
-            use_dictionary=False,  # ids are unique and vectors do not repeat
-            write_statistics=False,
-            write_page_checksum=True,
-        )
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    item_ids: list[str]
-    vectors: dict[str, np.ndarray]  # of each half, (N, D) float32, whatever the files hold
-    has_image: np.ndarray  # (N,) bool
-    has_text: np.ndarray  # (N,) bool
-    version: Version
-
-    @property
-    def knowledge(self) -> np.ndarray:
-        return self.vectors["knowledge"]
-
-    @property
-    def transition(self) -> np.ndarray:
-        return self.vectors["transition"]
-
-
-def halves_of(manifest: dict[str, Any]) -> tuple[str, ...]:
-    """Those that an embeddings version has: both, unless it says otherwise."""
-    halves = tuple(manifest.get("halves", HALVES))
-    if not halves or halves != tuple(half for half in HALVES if half in halves):
-        raise ValueError(f"halves: {halves}")
-    return halves
-
-
-def read_embeddings(root: Path) -> Embeddings:
-    """The current embeddings, in catalogue order. Their manifest has `dim`, `dtype`, `rows` (N) and `parts`: [{name, rows}].
-
-    `halves` stands there too, where it is one only."""
-    hint = "run `tpad export-embeddings` first"
-    return _following(root, "embeddings", hint, lambda version: _embeddings(version, hint))
-
-
-def _embeddings(version: Version, hint: str) -> Embeddings:
-    try:
-        dim, dtype, rows = (version.manifest[k] for k in ("dim", "dtype", "rows"))
-        parts = [(p["name"], p["rows"]) for p in version.manifest["parts"]]
-        halves = halves_of(version.manifest)
-        schema = embeddings_schema(dim, dtype, halves)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(f"manifest lacks or has a wrong {error}", version.path / MANIFEST, hint) from None
-    if not parts or rows != sum(n for _, n in parts):
-        raise _damaged(f"{rows} rows promised, {sum(n for _, n in parts)} in the parts", version.path / MANIFEST, hint)
-    vectors = {half: np.empty((rows, dim), np.float32) for half in halves}
-    flags = {flag: np.empty(rows, bool) for flag in ("has_image", "has_text")}
-    item_ids: list[str] = []
-    for name, count in parts:
-        table = read_part(version.path / name, schema, count, hint)
-        span = slice(len(item_ids), len(item_ids) + count)
-        for half, filled in vectors.items():
-            filled[span] = vectors_of(table, half)
-            if not np.isfinite(filled[span]).all():
-                raise _damaged(f"{half} vectors that are not finite", version.path / name, hint)
-        for flag, values in flags.items():
-            values[span] = table[flag].to_numpy()
-        item_ids += table["item_id"].to_pylist()
-    if len(set(item_ids)) != rows:
-        raise _damaged("an item_id stands twice", version.path, hint)
-    return Embeddings(item_ids, vectors, flags["has_image"], flags["has_text"], version)
-
-
-def read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:
-    """A part, every page against its checksum, of exactly these columns and rows. Raises `UserError` (4)."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-    except FileNotFoundError:
-        raise _damaged("file is missing", path, hint) from None
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(f"not a readable Parquet file: {error}", path, hint) from None
-    if not table.schema.equals(schema):
-        raise _damaged("columns are not those of the manifest", path, hint)
-    if table.num_rows != rows:
-        raise _damaged(f"{rows} rows promised, {table.num_rows} found", path, hint)
-    if any(column.null_count for column in table.columns):
-        raise _damaged("empty values", path, hint)
-    return table

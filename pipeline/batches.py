@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from pipeline.catalog import Catalog
+from pipeline.encoder import Encoded, Encoder
 from pipeline.errors import DATA, ENVIRONMENT, UserError
-from pipeline.mllm import Encoded, Encoder
 from pipeline.prompts import Prompts, View
 
 K = TypeVar("K")

@@ -9,105 +9,29 @@ memory (row groups of gigabytes will be felt, though).
 import hashlib
 import io
 import math
-import os
-import sys
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.artifact import sha256_file
 from pipeline.errors import DATA, UserError
+from pipeline.images import FORMATS, decode_image, read_image_file
 
 ITEMS, SESSIONS = "items.parquet", "sessions.parquet"
-FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_ID_BYTES = 512
-MAX_IMAGE_BYTES = 20 * 1024 * 1024
-MAX_IMAGE_PIXELS = 40_000_000
-MAX_SIDE = 4096  # pixels; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which costs nothing
+PREPARE = "`tpad prepare` writes such a file"
 CACHE_BYTES = 256 * 1024 * 1024  # of image row groups ...
 STREAM_BYTES = 16 * 1024 * 1024  # ... and of the columns of a catalogue that is gone through once, in order
-MILLISECONDS = 10**11  # a timestamp above is not in seconds (that would be the year 5138) ...
-MICROSECONDS = 10**14  # ... and one above this is not in milliseconds either
 CONTROL = "[\\x00-\\x1f\\x7f\\x{80}-\\x{9f}\\x{2028}\\x{2029}]"  # in the syntax of RE2, which Arrow uses
-PREPARE = "`tpad prepare` writes such a file"
-
-
-# --- images
-
-
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """A JPEG, PNG or WebP as RGB: first frame, upright, transparency on white. Anything odd is a `UserError` (3) at `where`."""
-    if len(data) > MAX_IMAGE_BYTES:
-        raise _bad_image(f"{len(data) / 1e6:.0f} MB, more than {MAX_IMAGE_BYTES // 2**20} MB are not read", where)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks about odd metadata, which is not used
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise _bad_image(f"{image.width} x {image.height} pixels, too large to decode safely", where)
-                shrink = 2 ** max(0, (max(image.size) - 1).bit_length() - MAX_SIDE.bit_length() + 1)
-                if shrink > 1:
-                    image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
-                image.load()
-                return _rgb(_upright(image))
-    except UserError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _bad_image("too many pixels to decode safely", where) from None
-    except UnidentifiedImageError:
-        raise _bad_image("not a JPEG, PNG or WebP", where) from None
-    except Exception as error:  # hostile bytes make the decoders raise almost anything
-        raise _bad_image(f"damaged: {error or type(error).__name__}", where) from None
-
-
-def _bad_image(what: str, where: str) -> UserError:
-    way_out = "replace it, or set data.on_bad_image (of `tpad prepare`: --on-bad-image) to text_only"
-    return UserError(f"image cannot be used: {what} ({where}); {way_out}", DATA)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # the picture itself is sound; only its orientation tag cannot be read
-        return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to white
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        page = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(page, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def read_image_file(folder: Path, path: str, where: str) -> bytes:
-    """The bytes of an image named relative to `folder`, which the path and its links may not leave."""
-    parts = PurePosixPath(path)
-    if "://" in path or "\\" in path or "\0" in path or parts.is_absolute() or ".." in parts.parts:
-        raise _bad_image(f"path {path[:100]!r} is not relative and inside the folder of the items", where)
-    try:
-        root = folder.resolve(strict=True)
-        target = (root / parts).resolve(strict=True)
-        if not target.is_relative_to(root) or not target.is_file():
-            raise _bad_image(f"path {path[:100]!r} leads out of the folder of the items, or to no plain file", where)
-        with target.open("rb") as file:
-            return file.read(MAX_IMAGE_BYTES + 1)
-    except (OSError, RuntimeError) as error:
-        raise _bad_image(f"{getattr(error, 'strerror', None) or error}: {path[:100]!r}", where) from None
 
 
 class _Column:
@@ -382,147 +306,3 @@ def check_ids(ids: pa.ChunkedArray, name: str, where: Callable[[int], str]) -> N
         row = pc.index(bad, True).as_py()
         if row >= 0:
             raise UserError(f"{name} {fault} ({where(row)}); every row needs a short, printable {name}", DATA)
-
-
-# --- sessions
-
-
-@dataclass(frozen=True)
-class SessionLog:
-    """Sessions of two events or more, by (start, session_id); inside a session by (timestamp, row of the file)."""
-
-    session_ids: list[str]
-    rows: np.ndarray  # (E,) int32, the items' rows, session after session
-    offsets: np.ndarray  # (S + 1,) int64, where each session begins
-    start: np.ndarray  # (S,) int64 seconds
-    dropped: int = 0  # sessions of one event, left out: nothing follows in them
-    users: list[str] = field(default_factory=list)  # (S,) whose each is, where the file says so; else empty
-    last_out: bool = False  # a part of the protocol last-out: held out is the last item of each session, not the session
-
-    def __len__(self) -> int:
-        return len(self.session_ids)
-
-    def session(self, i: int) -> np.ndarray:
-        rows: np.ndarray = self.rows[self.offsets[i] : self.offsets[i + 1]]
-        return rows
-
-    def select(self, which: np.ndarray) -> "SessionLog":
-        """The sessions at the positions `which`, in that order."""
-        which = np.asarray(which, dtype=np.int64)
-        lengths = np.diff(self.offsets)[which]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        events = np.arange(offsets[-1]) + np.repeat(self.offsets[which] - offsets[:-1], lengths)
-        return replace(self._named(which), rows=self.rows[events], offsets=offsets, dropped=0)
-
-    def keep(self, events: np.ndarray) -> "SessionLog":
-        """With these events (E,) bool alone; a session that keeps fewer than two goes. ValueError where none is left."""
-        lengths = np.diff(self.offsets)
-        count = np.bincount(np.repeat(np.arange(len(self)), lengths)[events], minlength=len(self))
-        which = np.flatnonzero(count >= 2)
-        if not len(which):
-            raise ValueError("no session of two events")
-        offsets = np.concatenate([[0], np.cumsum(count[which])]).astype(np.int64)
-        return replace(self._named(which), rows=self.rows[events & np.repeat(count >= 2, lengths)], offsets=offsets)
-
-    def moved(self, place: np.ndarray, training: bool = False) -> "SessionLog":
-        """With the items' new rows `place` (N,), without the events of those at -1; whether this is the part for training. ValueError
-        where no session is left."""
-        rows = place[self.rows].astype(np.int32)
-        kept = rows >= 0
-        if self.last_out and not training:  # another last item in its place would be one that was trained on
-            kept &= np.repeat(kept[self.offsets[1:] - 1], np.diff(self.offsets))
-        return replace(self, rows=rows).keep(kept)
-
-    def _named(self, which: np.ndarray) -> "SessionLog":
-        """What is known of the sessions `which`, beside their events."""
-        names, users = ([of[i] for i in which] if of else [] for of in (self.session_ids, self.users))
-        return replace(self, session_ids=names, users=users, start=self.start[which])
-
-    def ids_sha256(self) -> str:
-        digest = hashlib.sha256(b"last-out" if self.last_out else b"")  # there the ids do not tell what of a session was seen
-        for session_id in sorted(self.session_ids):
-            text = session_id.encode()
-            digest.update(len(text).to_bytes(8, "little") + text)
-        return digest.hexdigest()
-
-
-def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
-    path = data / SESSIONS
-    schema = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`").schema_arrow
-    need_columns(path, schema, {"session_id": is_text, "item_id": is_text, "timestamp": is_clock})
-    users = "user_id" in schema.names
-    if users:
-        need_columns(path, schema, {"user_id": is_text})
-    columns = ["session_id", "item_id", "timestamp", *(["user_id"] if users else [])]
-    try:
-        file = pq.ParquetFile(path, read_dictionary=[name for name in columns if name != "timestamp"], page_checksum_verification=True)
-        table = file.read(columns=columns, use_threads=False)
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(path, error) from None
-    if not len(table):
-        raise UserError(f"no events ({path}); a session log needs sessions of two events or more", DATA)
-    session, session_ids = _codes(path, table["session_id"], "session_id")
-    item, item_ids = _codes(path, table["item_id"], "item_id")
-    rows = np.array([catalog.row.get(item_id, -1) for item_id in item_ids], dtype=np.int32)[item]
-    unknown = np.flatnonzero(rows < 0)
-    if len(unknown):
-        raise UserError(
-            f"item_id {item_ids[item[unknown[0]]]!r} is not in {ITEMS} ({path} row {unknown[0]}, {len(unknown)} such rows in all); "
-            "add the item or drop the events, as `tpad prepare` does",
-            DATA,
-        )
-    clock, unit = event_clock(path, table["timestamp"])
-    return _sessions(path, session, session_ids, rows, clock, unit, table["user_id"] if users else None)
-
-
-def _codes(path: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[str]]:
-    """(E,) position of each value in the list of the distinct ones."""
-    check_ids(column, name, lambda row: f"{path} row {row}")
-    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    whole = encoded.unify_dictionaries().combine_chunks()
-    whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
-    return whole.indices.to_numpy().astype(np.int64), whole.dictionary.to_pylist()
-
-
-def event_clock(path: Path, column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
-    """(E,) int64 times, and how many of their units make a second."""
-    row = pc.index(pc.is_null(column), True).as_py()
-    if row >= 0:
-        raise UserError(f"timestamp is empty ({path} row {row}); every event needs one", DATA)
-    if pa.types.is_timestamp(column.type):
-        unit = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
-        return column.cast(pa.int64()).to_numpy().astype(np.int64), unit
-    clock = column.cast(pa.int64()).to_numpy().astype(np.int64)
-    if clock.max() >= MICROSECONDS:
-        raise UserError(f"timestamp is neither in seconds nor in milliseconds ({path} row {clock.argmax()}); {PREPARE}", DATA)
-    if clock.max() < MILLISECONDS:
-        return clock, 1
-    if clock.min() < MILLISECONDS // 10:  # 1970-04 in milliseconds: rather a time in seconds
-        raise UserError(f"timestamps are partly in seconds, partly in milliseconds ({path} row {clock.argmin()}); use one unit", DATA)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"note: timestamps of {path} are read as milliseconds", file=sys.stderr)
-    return clock, 1000
-
-
-def _sessions(
-    path: Path, session: np.ndarray, ids: list[str], rows: np.ndarray, clock: np.ndarray, unit: int, user: pa.ChunkedArray | None
-) -> SessionLog:
-    count = np.bincount(session, minlength=len(ids))
-    start = np.full(len(ids), np.iinfo(np.int64).max)
-    np.minimum.at(start, session, clock)
-    kept = np.flatnonzero(count >= 2)
-    if not len(kept):
-        raise UserError(f"no session has two events ({path}, {len(ids)} sessions); check that session_id groups events", DATA)
-    order = pa.table({"start": start[kept], "id": [ids[i] for i in kept], "session": kept})
-    order = order.sort_by([("start", "ascending"), ("id", "ascending")])
-    sessions = order["session"].to_numpy()
-    rank = np.full(len(ids), -1)
-    rank[sessions] = np.arange(len(sessions))
-    events = np.flatnonzero(rank[session] >= 0)
-    events = events[np.lexsort((clock[events], rank[session[events]]))]  # stable: equal times stay in file order
-    offsets = np.concatenate([[0], np.cumsum(count[sessions])]).astype(np.int64)
-    names = order["id"].to_pylist()
-    users = [] if user is None else user.take(events[offsets[:-1]]).to_pylist()  # of the first event
-    users = [whose or name for whose, name in zip(users, names, strict=False)]
-    return SessionLog(names, rows[events], offsets, start[sessions] // unit, int(len(ids) - len(kept)), users)

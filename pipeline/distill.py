@@ -5,11 +5,10 @@ times the number of processes undoes the averaging of distributed data parallel.
 """
 
 import hashlib
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,22 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import fsdp, layers, prompts
 from pipeline.artifact import canonical_json, locked, published, stage
 from pipeline.backbone import Backbone, build_backbone, weights_sha256
-from pipeline.catalog import SessionLog, load_catalog, load_sessions
+from pipeline.catalog import load_catalog
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.chunks import backward, features, look_once
 from pipeline.config import Config, PhaseConfig
+from pipeline.encoder import Encoder
 from pipeline.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.loading import loaded_ahead
 from pipeline.memory import keep_freed_memory
-from pipeline.mllm import Encoder, Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
+from pipeline.mllm import Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
 from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts
+from pipeline.session_log import SessionLog, load_sessions
 from pipeline.split import split_sessions
+from pipeline.steplog import Metrics, flat
 from pipeline.summaries import write_summaries
 from pipeline.templates import load_templates
 from pipeline.variants import VARIANTS, merged, side_by_side, varied
@@ -57,7 +59,7 @@ def learning_rate(settings: PhaseConfig, step: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
 
 
-def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: "Metrics") -> None:
+def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: Metrics) -> None:
     """Trains `mllm` in place, from the newest checkpoint if there is one, to the phase's last step."""
     settings, every, group = phase.settings, phase.config.distill.checkpoint_every, phase.group
     groups = parameter_groups(mllm, settings)
@@ -201,40 +203,6 @@ def _to(tensors: Any, device: torch.device) -> Any:
     return {name: _to(t, device) if isinstance(t, dict) else t.to(device, non_blocking=True) for name, t in tensors.items()}
 
 
-class Metrics:
-    """`metrics.jsonl`, one line a step, and any accelerate tracker. Written by the main process.
-
-    Losses with their weights; bounds without, in nats, but CLUB bounds in nats a dimension; held_out_... is of the probe.
-    """
-
-    def __init__(self, path: Path, accelerator: Accelerator) -> None:
-        self.path, self.accelerator = path, accelerator
-
-    def resume(self, phase: str, start: int) -> None:
-        """Forgets the steps of `phase` from `start` on: they are about to be done again."""
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if not ((entry := _entry(line)) is None or (entry["phase"] == phase and entry["step"] >= start))]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
-        plain = {name: round(float(value), 6) for name, value in values.items()}
-        if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"phase": phase, "step": step} | plain) + "\n")
-        self.accelerator.log({f"{phase}/{name}": value for name, value in plain.items()}, step=step)
-
-
-def _entry(line: str) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(line))
-    except ValueError:
-        return None  # the line a kill cut short
-
-
-# --- the stages
-
-
 def distill(
     config: Config, run: Path, data: Path, fresh: bool = False, siblings: Sequence[Path] = (), open_teacher: OpenTeacher | None = None
 ) -> bool:
@@ -323,17 +291,6 @@ def distill(
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return True
-
-
-def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, int | float | str | bool]:
-    """`distill.dim`: 64, ...: trackers know no sections."""
-    found: dict[str, int | float | str | bool] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{key}.")
-        else:
-            found[above + key] = value if isinstance(value, int | float | str) else str(value)
-    return found
 
 
 def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts, encoder: Encoder, group: Group) -> None:

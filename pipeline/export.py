@@ -15,13 +15,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline import layers, prompts
-from pipeline.artifact import HALVES, Version, canonical_json, environment, halves_of, open_verified, published, vectors_of
+from pipeline.artifact import Version, canonical_json, environment, open_verified, published
 from pipeline.batches import Source
 from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import BackboneConfig, Config, DataConfig
+from pipeline.embeddings import HALVES, halves_of, vectors_of
+from pipeline.encoder import Encoder
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.memory import keep_freed_memory
-from pipeline.mllm import Encoder, load_mllm
+from pipeline.mllm import load_mllm
 from pipeline.neighbours import load_neighbours
 from pipeline.parts import Base, Exporter, Work, is_part
 from pipeline.prompts import Prompts

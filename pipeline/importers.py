@@ -19,20 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import fsync_path
-from pipeline.catalog import (
-    ITEMS,
-    SESSIONS,
-    check_ids,
-    decode_image,
-    has_binary,
-    is_binary,
-    is_image,
-    is_text,
-    plain_text,
-    raise_duplicate,
-    read_image_file,
-)
+from pipeline.catalog import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, plain_text, raise_duplicate
 from pipeline.errors import DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.images import decode_image, read_image_file
 from pipeline.progress import Steps
 from pipeline.sessionizer import SessionRules, build_sessions
 from pipeline.tables import Source, open_source

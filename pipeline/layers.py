@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.artifact import HALVES
 from pipeline.batches import cut
-from pipeline.mllm import Encoded, Encoder, Mllm
+from pipeline.embeddings import HALVES
+from pipeline.encoder import Encoded, Encoder
+from pipeline.mllm import Mllm
 
 SAMPLE = 256  # items, at most
 

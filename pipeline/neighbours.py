@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifact import read_embeddings
 from pipeline.catalog import Catalog
 from pipeline.config import NeighboursConfig
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, UserError
 
 

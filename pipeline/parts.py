@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.artifact import HALVES, Version, embeddings_schema, read_part, vector_columns
+from pipeline.artifact import Version
 from pipeline.batches import Batch, Source, ahead, cut, load, loader, measure
 from pipeline.catalog import Catalog
 from pipeline.config import ExportConfig
+from pipeline.embeddings import HALVES, embeddings_schema, read_part, vector_columns
 from pipeline.errors import ARTIFACT, UserError
 from pipeline.mllm import Mllm, SideBySide
 from pipeline.progress import Steps

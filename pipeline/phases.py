@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.catalog import SessionLog
 from pipeline.chunks import Chunk, split
 from pipeline.config import Config, PhaseConfig
 from pipeline.critic import Critic, club, club_bound, smile
-from pipeline.mllm import Encoded, Encoder
+from pipeline.encoder import Encoded, Encoder
 from pipeline.mutual_information import info_nce
 from pipeline.prompts import Prompts, View
+from pipeline.session_log import SessionLog
 
 Tensors = dict[str, Tensor]
 Critics = dict[str, Critic]

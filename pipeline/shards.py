@@ -34,8 +34,8 @@ from pipeline.artifact import (
     open_verified,
     remove,
     take_back_unpublished,
-    write_part,
 )
+from pipeline.embeddings import write_part
 from pipeline.errors import ARTIFACT, UserError
 
 STALE_SECONDS = 60.0

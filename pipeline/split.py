@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.catalog import SessionLog
 from pipeline.config import DataConfig
 from pipeline.errors import DATA, UserError
+from pipeline.session_log import SessionLog
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from accelerate.utils import gather_object
 
 from pipeline.artifact import canonical_json, replacing
 from pipeline.batches import cut
-from pipeline.catalog import SessionLog
 from pipeline.checkpoint import Interrupt
 from pipeline.mllm import Mllm, trainable_state
 from pipeline.phases import Phase, starts, summary_key
 from pipeline.progress import Steps
+from pipeline.session_log import SessionLog
 
 
 def folds(train: SessionLog, items: int, blocks: int) -> list[dict[str, np.ndarray]]:

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 from peft.tuners.lora import LoraModel
 from torch import Tensor
 
-from pipeline.artifact import HALVES
 from pipeline.backbone import Backbone
 from pipeline.config import Config, VariantName
+from pipeline.embeddings import HALVES
 from pipeline.mllm import Mllm, SideBySide, load_trainable, trainable_state
 
 Weights = Mapping[str, dict[str, Tensor]]  # by phase, what `trainable_state` gave at its end

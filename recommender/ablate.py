@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.artifact import locked, read_embeddings, write_json
+from pipeline.artifact import locked, write_json
 from pipeline.checkpoint import seconds_of
 from pipeline.config import Config, VariantName
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import ENVIRONMENT, UserError
 from recommender.comparison import PROBES, report
 from recommender.inputs import load_inputs, model_fingerprint

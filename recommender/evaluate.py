@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pipeline.catalog import SessionLog
 from pipeline.config import DataConfig
+from pipeline.session_log import SessionLog
 from pipeline.split import Split
 from recommender.baselines import BASELINES, Scorer
 from recommender.metrics import summarise_buckets, target_ranks

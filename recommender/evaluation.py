@@ -20,10 +20,10 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.artifact import Version, canonical_json, published, remove, stage, write_json
-from pipeline.catalog import SessionLog
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config
 from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.session_log import SessionLog
 from recommender.baselines import BASELINES, Scorer
 from recommender.comparison import Figure, Row, table, told
 from recommender.evaluate import (

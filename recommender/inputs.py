@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifact import Embeddings, Version, canonical_json, read_embeddings
-from pipeline.catalog import Catalog, load_catalog, load_sessions
+from pipeline.artifact import Version, canonical_json
+from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import Config
+from pipeline.embeddings import Embeddings, read_embeddings
 from pipeline.errors import ARTIFACT, DATA, UserError
+from pipeline.session_log import load_sessions
 from pipeline.split import Split, split_sessions
 from recommender.evaluate import cases_of
 from recommender.models import MODELS, chosen

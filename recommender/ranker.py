@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from recommender.model import LEAST_MASS, MAX_SCALE, Channel, SessionModel, Tables
+from recommender.channels import MAX_SCALE, Channel
+from recommender.model import LEAST_MASS, SessionModel, Tables
 from recommender.pairs import NEVER, Pairs
 
 LEAST = -80.0  # of an item's logit: exp of what is less is no normal float32, and takes twenty times as long

@@ -20,11 +20,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifact import HALVES, Version, canonical_json, open_verified
+from pipeline.artifact import Version, canonical_json, open_verified
 from pipeline.catalog import Catalog
+from pipeline.embeddings import HALVES
 from pipeline.errors import ARTIFACT, USAGE, UserError
+from recommender.channels import Parts
 from recommender.index import ItemIndex, build_indexes, describe, load_indexes, save_indexes
-from recommender.model import ModelConfig, Parts, SessionModel
+from recommender.model import ModelConfig, SessionModel
 from recommender.ranker import Ranker, Read
 from recommender.sessions import pad_prefixes
 from recommender.whitening import Whitening

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file
 
-from pipeline.artifact import OWN_KEYS, Version, canonical_json, open_verified, read_embeddings, stage
+from pipeline.artifact import OWN_KEYS, Version, canonical_json, open_verified, stage
 from pipeline.catalog import load_catalog
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, UserError
 from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
 from recommender.recommend import load_model, write_model

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact import open_verified
-from pipeline.catalog import SessionLog
 from pipeline.errors import ARTIFACT, UserError
+from pipeline.session_log import SessionLog
 from recommender.recommend import load_model
 from recommender.sessions import pad_prefixes
 

@@ -17,17 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import artifact
-from pipeline.artifact import (
-    Version,
-    embeddings_schema,
-    open_verified,
-    published,
-    read_embeddings,
-    sha256_file,
-    stage,
-    write_json,
-    write_part,
-)
+from pipeline.artifact import Version, open_verified, published, sha256_file, stage, write_json
+from pipeline.embeddings import HALVES, Dtype, embeddings_schema, read_embeddings, vector_columns, write_part
 from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
 
 HINT = "run `tpad export-embeddings` first"
@@ -42,7 +33,7 @@ def publish(root: Path, text: str = "content", keep: int = 2, kind: str = "mllm"
         return staging.publish({"backbone": "tiny", "text": text}, keep=keep)
 
 
-def table(rows: int = 2500, dim: int = 8, dtype: artifact.Dtype = "float32", first: int = 0) -> pa.Table:
+def table(rows: int = 2500, dim: int = 8, dtype: Dtype = "float32", first: int = 0) -> pa.Table:
     schema = embeddings_schema(dim, dtype)
     draw = np.random.default_rng(first)
     columns: dict[str, Any] = {
@@ -52,12 +43,12 @@ def table(rows: int = 2500, dim: int = 8, dtype: artifact.Dtype = "float32", fir
         "n_tokens": [7] * rows,
         "content_sha256": [draw.bytes(32) for _ in range(rows)],
     }
-    for half in artifact.HALVES:
-        columns |= artifact.vector_columns(half, draw.normal(size=(rows, dim)).astype(np.float32), schema)
+    for half in HALVES:
+        columns |= vector_columns(half, draw.normal(size=(rows, dim)).astype(np.float32), schema)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
-def publish_embeddings(root: Path, tables: list[pa.Table], dim: int = 8, dtype: artifact.Dtype = "float32", **changes: Any) -> Version:
+def publish_embeddings(root: Path, tables: list[pa.Table], dim: int = 8, dtype: Dtype = "float32", **changes: Any) -> Version:
     with stage(root, "embeddings") as staging:
         parts = []
         for number, part in enumerate(tables):
@@ -293,7 +284,8 @@ def test_a_reader_sees_whole_versions_only_while_writers_are_killed(tmp_path: Pa
 WRITER = """
     import sys, os
     from pathlib import Path
-    from pipeline.artifact import stage, write_part
+    from pipeline.artifact import stage
+    from pipeline.embeddings import write_part
     from pipeline.errors import UserError
     import numpy, pyarrow
     {setup}
@@ -366,7 +358,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_embeddings_come_back_bit_for_bit(tmp_path: Path, dtype: artifact.Dtype) -> None:
+def test_embeddings_come_back_bit_for_bit(tmp_path: Path, dtype: Dtype) -> None:
     tables = [table(1500, 8, dtype), table(3, 8, dtype, first=1500)]
     publish_embeddings(tmp_path, tables, dtype=dtype)
     back = read_embeddings(tmp_path)
@@ -384,9 +376,9 @@ def test_int8_halves_come_back_within_half_a_step_of_their_scale(tmp_path: Path)
     values = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
     values[5] = 0
     schema = embeddings_schema(8, "int8")
-    columns = {name: rows for name, rows in zip(table(300).column_names, table(300).columns, strict=True) if name not in artifact.HALVES}
-    for half in artifact.HALVES:
-        columns |= artifact.vector_columns(half, values, schema)
+    columns = {name: rows for name, rows in zip(table(300).column_names, table(300).columns, strict=True) if name not in HALVES}
+    for half in HALVES:
+        columns |= vector_columns(half, values, schema)
     publish_embeddings(tmp_path, [pa.table({name: columns[name] for name in schema.names}, schema=schema)], dtype="int8")
     back = read_embeddings(tmp_path)
     assert back.knowledge.dtype == np.float32

@@ -18,12 +18,13 @@ from transformers import AutoModelForImageTextToText, Gemma3Processor, Idefics3P
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks import memory
-from pipeline.artifact import read_embeddings
 from pipeline.backbone import UNQUANTIZED, build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.config import load_config
+from pipeline.embeddings import read_embeddings
+from pipeline.encoder import Encoded
 from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
-from pipeline.mllm import Encoded, trainable_state
+from pipeline.mllm import trainable_state
 from pipeline.prompts import Part, Prompts
 from pipeline.vision import pack_attention
 

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.catalog import Catalog, decode_image, load_catalog, load_sessions
+from pipeline.catalog import Catalog, load_catalog
 from pipeline.errors import DATA, UserError
+from pipeline.images import decode_image
+from pipeline.session_log import load_sessions
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

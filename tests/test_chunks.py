@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.chunks import backward, features, look_once, split
-from pipeline.mllm import Encoder, Mllm
+from pipeline.encoder import Encoder
+from pipeline.mllm import Mllm
 from pipeline.mutual_information import info_nce
 from pipeline.prompts import FULL, Prompts
 

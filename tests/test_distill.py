@@ -32,12 +32,14 @@ from tiny_run import (
 from typer.testing import CliRunner
 
 import cli
-from pipeline.artifact import locked, read_embeddings
-from pipeline.catalog import load_catalog, load_sessions
+from pipeline.artifact import locked
+from pipeline.catalog import load_catalog
 from pipeline.config import Config
 from pipeline.distill import _check_batches
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
 from pipeline.phases import Align, drawn, first_of_each
+from pipeline.session_log import load_sessions
 from pipeline.split import split_sessions
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ from PIL import Image
 from tiny import ENVIRONMENT, contents
 from tiny_run import PHASES, distill_run, export_run, kill_when, published_folder, settings, start
 
-from pipeline.artifact import read_embeddings
 from pipeline.catalog import load_catalog
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, UserError
 from pipeline.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.export import export

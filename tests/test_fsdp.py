@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from tiny_run import PHASES, distill_run, export_run, kill_when, launched, losses, pair, save_backbone, settings, two_processes, weights
 
 from pipeline import fsdp
-from pipeline.artifact import read_embeddings
 from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
+from pipeline.embeddings import read_embeddings
+from pipeline.encoder import Encoder
 from pipeline.errors import USAGE, UserError
-from pipeline.mllm import Encoder, Mllm, embed
+from pipeline.mllm import Mllm, embed
 from pipeline.prompts import Prompts
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what the launcher sets

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import PHASES, distill_run, export_run, published_folder, save_backbone, settings
 
-from pipeline.artifact import read_embeddings
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import USAGE, UserError
 from pipeline.export import export
 from pipeline.layers import apart

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "cli.py", *sorted((ROOT / "pipeline").glob("*.py")), *sorted((ROOT / "recommender").rglob("*.py"))]
 BASE = {
     f"pipeline.{name}"
-    for name in ("errors", "config", "artifact", "checkpoint", "catalog", "split", "progress", "memory", "mutual_information")
+    for name in (
+        *("errors", "config", "artifact", "embeddings", "checkpoint", "images", "catalog", "session_log", "split"),
+        *("progress", "memory", "mutual_information"),
+    )
 }  # what recommender may use
 HEAVY = {"transformers", "accelerate", "peft", "datasets", "tokenizers"}
 

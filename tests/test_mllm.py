@@ -10,8 +10,9 @@ import torch
 from tiny_items import ITEMS, LONG, ROW, Made, make
 from tiny_run import FAMILIES, same
 
+from pipeline.encoder import Encoded, Encoder
 from pipeline.errors import ARTIFACT, UserError
-from pipeline.mllm import MODEL_INPUTS, Encoded, Encoder, embed, load_mllm, load_trainable, save_mllm, trainable_state
+from pipeline.mllm import MODEL_INPUTS, embed, load_mllm, load_trainable, save_mllm, trainable_state
 from pipeline.prompts import Part, View
 
 

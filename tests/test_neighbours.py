@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_run import PHASES, distill_run, export_run, kill_when, published_folder, same, settings, start, weights
 
-from pipeline.artifact import read_embeddings
 from pipeline.catalog import load_catalog
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.export import export
 from pipeline.neighbours import load_neighbours

@@ -12,8 +12,8 @@ import pytest
 import torch
 from standin_run import GROUPS, publish_embeddings, write_data
 
-from pipeline.artifact import read_embeddings
 from pipeline.config import load_config
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
 from recommender import batch, recommend
 from recommender.batch import recommend_file

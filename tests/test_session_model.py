@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from recommender.candidates import drawn_evenly, everything, gbce, log_partition, sampled, share_drawn
+from recommender.channels import Parts
 from recommender.evaluate import model_ranks
 from recommender.index import ItemIndex, build_indexes
-from recommender.model import LEAST_MASS, ModelConfig, Parts, SessionModel
+from recommender.model import LEAST_MASS, ModelConfig, SessionModel
 from recommender.pairs import Pairs
 from recommender.ranker import PairCounts, Ranker
 from recommender.sessions import PAD, pack, pad_prefixes

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from standin_run import publish_embeddings, write_data
 
-from pipeline.catalog import SessionLog, load_catalog, load_sessions
+from pipeline.catalog import load_catalog
 from pipeline.config import Config, DataConfig, load_config
 from pipeline.errors import ARTIFACT, DATA, UserError
+from pipeline.session_log import SessionLog, load_sessions
 from pipeline.split import split_by_time, split_sessions
 from recommender.evaluate import cases_of, positions_of, prefixes_of
 from recommender.inputs import load_inputs

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny_run import STEPS, distill_run, kill_when, launched, losses, same, settings, start, weights
 
-from pipeline.catalog import load_catalog, load_sessions
+from pipeline.catalog import load_catalog
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.phases import soft_loss, starts, summary_key
 from pipeline.prompts import Part, Prompts
+from pipeline.session_log import load_sessions
 from pipeline.split import split_by_time
 from pipeline.summaries import folds
 from recommender.teacher import Teacher

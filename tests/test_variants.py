@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_run import PHASES, STEPS, export_run, losses, same, settings, weights
 
-from pipeline.artifact import read_embeddings
 from pipeline.config import VariantName, load_config
 from pipeline.distill import distill
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import USAGE, UserError
 from pipeline.variants import VARIANTS, varied
 from recommender.recommend import Recommender

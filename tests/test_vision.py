@@ -12,11 +12,12 @@ import torch
 from PIL import Image, ImageOps
 from tiny_run import PHASES, distill_run, kill_when, same, save_backbone, settings, start, weights
 
-from pipeline.artifact import read_embeddings
 from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
+from pipeline.embeddings import read_embeddings
+from pipeline.encoder import Encoder
 from pipeline.export import export
-from pipeline.mllm import Encoder, Mllm
+from pipeline.mllm import Mllm
 from pipeline.prompts import Prompts
 from pipeline.vision import Cache, tower
 

@@ -13,7 +13,8 @@ from tiny_run import TINY
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config
-from pipeline.mllm import Encoded, Encoder, Mllm, embed
+from pipeline.encoder import Encoded, Encoder
+from pipeline.mllm import Mllm, embed
 from pipeline.prompts import Prompts
 
 LONG = "a very large mug of clay with a handle, a lid, a saucer and a spoon"

@@ -9,7 +9,7 @@ which the paper has none of.
 import torch
 from torch import Tensor, nn
 
-from recommender.model import share
+from recommender.channels import share
 from recommender.pairs import causal
 from recommender.sessions import PAD
 

@@ -1,0 +1,159 @@
+"""`sessions.parquet`: events grouped to sessions, in order, each of an item of the catalogue."""
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.catalog import ITEMS, PREPARE, SESSIONS, Catalog, check_ids, is_clock, is_text, need_columns, open_parquet, unreadable
+from pipeline.errors import DATA, UserError
+
+MILLISECONDS = 10**11  # a timestamp above is not in seconds (that would be the year 5138) ...
+MICROSECONDS = 10**14  # ... and one above this is not in milliseconds either
+
+
+@dataclass(frozen=True)
+class SessionLog:
+    """Sessions of two events or more, by (start, session_id); inside a session by (timestamp, row of the file)."""
+
+    session_ids: list[str]
+    rows: np.ndarray  # (E,) int32, the items' rows, session after session
+    offsets: np.ndarray  # (S + 1,) int64, where each session begins
+    start: np.ndarray  # (S,) int64 seconds
+    dropped: int = 0  # sessions of one event, left out: nothing follows in them
+    users: list[str] = field(default_factory=list)  # (S,) whose each is, where the file says so; else empty
+    last_out: bool = False  # a part of the protocol last-out: held out is the last item of each session, not the session
+
+    def __len__(self) -> int:
+        return len(self.session_ids)
+
+    def session(self, i: int) -> np.ndarray:
+        rows: np.ndarray = self.rows[self.offsets[i] : self.offsets[i + 1]]
+        return rows
+
+    def select(self, which: np.ndarray) -> "SessionLog":
+        """The sessions at the positions `which`, in that order."""
+        which = np.asarray(which, dtype=np.int64)
+        lengths = np.diff(self.offsets)[which]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        events = np.arange(offsets[-1]) + np.repeat(self.offsets[which] - offsets[:-1], lengths)
+        return replace(self._named(which), rows=self.rows[events], offsets=offsets, dropped=0)
+
+    def keep(self, events: np.ndarray) -> "SessionLog":
+        """With these events (E,) bool alone; a session that keeps fewer than two goes. ValueError where none is left."""
+        lengths = np.diff(self.offsets)
+        count = np.bincount(np.repeat(np.arange(len(self)), lengths)[events], minlength=len(self))
+        which = np.flatnonzero(count >= 2)
+        if not len(which):
+            raise ValueError("no session of two events")
+        offsets = np.concatenate([[0], np.cumsum(count[which])]).astype(np.int64)
+        return replace(self._named(which), rows=self.rows[events & np.repeat(count >= 2, lengths)], offsets=offsets)
+
+    def moved(self, place: np.ndarray, training: bool = False) -> "SessionLog":
+        """With the items' new rows `place` (N,), without the events of those at -1; whether this is the part for training. ValueError
+        where no session is left."""
+        rows = place[self.rows].astype(np.int32)
+        kept = rows >= 0
+        if self.last_out and not training:  # another last item in its place would be one that was trained on
+            kept &= np.repeat(kept[self.offsets[1:] - 1], np.diff(self.offsets))
+        return replace(self, rows=rows).keep(kept)
+
+    def _named(self, which: np.ndarray) -> "SessionLog":
+        """What is known of the sessions `which`, beside their events."""
+        names, users = ([of[i] for i in which] if of else [] for of in (self.session_ids, self.users))
+        return replace(self, session_ids=names, users=users, start=self.start[which])
+
+    def ids_sha256(self) -> str:
+        digest = hashlib.sha256(b"last-out" if self.last_out else b"")  # there the ids do not tell what of a session was seen
+        for session_id in sorted(self.session_ids):
+            text = session_id.encode()
+            digest.update(len(text).to_bytes(8, "little") + text)
+        return digest.hexdigest()
+
+
+def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
+    path = data / SESSIONS
+    schema = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`").schema_arrow
+    need_columns(path, schema, {"session_id": is_text, "item_id": is_text, "timestamp": is_clock})
+    users = "user_id" in schema.names
+    if users:
+        need_columns(path, schema, {"user_id": is_text})
+    columns = ["session_id", "item_id", "timestamp", *(["user_id"] if users else [])]
+    try:
+        file = pq.ParquetFile(path, read_dictionary=[name for name in columns if name != "timestamp"], page_checksum_verification=True)
+        table = file.read(columns=columns, use_threads=False)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(path, error) from None
+    if not len(table):
+        raise UserError(f"no events ({path}); a session log needs sessions of two events or more", DATA)
+    session, session_ids = _codes(path, table["session_id"], "session_id")
+    item, item_ids = _codes(path, table["item_id"], "item_id")
+    rows = np.array([catalog.row.get(item_id, -1) for item_id in item_ids], dtype=np.int32)[item]
+    unknown = np.flatnonzero(rows < 0)
+    if len(unknown):
+        raise UserError(
+            f"item_id {item_ids[item[unknown[0]]]!r} is not in {ITEMS} ({path} row {unknown[0]}, {len(unknown)} such rows in all); "
+            "add the item or drop the events, as `tpad prepare` does",
+            DATA,
+        )
+    clock, unit = event_clock(path, table["timestamp"])
+    return _sessions(path, session, session_ids, rows, clock, unit, table["user_id"] if users else None)
+
+
+def _codes(path: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[str]]:
+    """(E,) position of each value in the list of the distinct ones."""
+    check_ids(column, name, lambda row: f"{path} row {row}")
+    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    whole = encoded.unify_dictionaries().combine_chunks()
+    whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
+    return whole.indices.to_numpy().astype(np.int64), whole.dictionary.to_pylist()
+
+
+def event_clock(path: Path, column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+    """(E,) int64 times, and how many of their units make a second."""
+    row = pc.index(pc.is_null(column), True).as_py()
+    if row >= 0:
+        raise UserError(f"timestamp is empty ({path} row {row}); every event needs one", DATA)
+    if pa.types.is_timestamp(column.type):
+        unit = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+        return column.cast(pa.int64()).to_numpy().astype(np.int64), unit
+    clock = column.cast(pa.int64()).to_numpy().astype(np.int64)
+    if clock.max() >= MICROSECONDS:
+        raise UserError(f"timestamp is neither in seconds nor in milliseconds ({path} row {clock.argmax()}); {PREPARE}", DATA)
+    if clock.max() < MILLISECONDS:
+        return clock, 1
+    if clock.min() < MILLISECONDS // 10:  # 1970-04 in milliseconds: rather a time in seconds
+        raise UserError(f"timestamps are partly in seconds, partly in milliseconds ({path} row {clock.argmin()}); use one unit", DATA)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"note: timestamps of {path} are read as milliseconds", file=sys.stderr)
+    return clock, 1000
+
+
+def _sessions(
+    path: Path, session: np.ndarray, ids: list[str], rows: np.ndarray, clock: np.ndarray, unit: int, user: pa.ChunkedArray | None
+) -> SessionLog:
+    count = np.bincount(session, minlength=len(ids))
+    start = np.full(len(ids), np.iinfo(np.int64).max)
+    np.minimum.at(start, session, clock)
+    kept = np.flatnonzero(count >= 2)
+    if not len(kept):
+        raise UserError(f"no session has two events ({path}, {len(ids)} sessions); check that session_id groups events", DATA)
+    order = pa.table({"start": start[kept], "id": [ids[i] for i in kept], "session": kept})
+    order = order.sort_by([("start", "ascending"), ("id", "ascending")])
+    sessions = order["session"].to_numpy()
+    rank = np.full(len(ids), -1)
+    rank[sessions] = np.arange(len(sessions))
+    events = np.flatnonzero(rank[session] >= 0)
+    events = events[np.lexsort((clock[events], rank[session[events]]))]  # stable: equal times stay in file order
+    offsets = np.concatenate([[0], np.cumsum(count[sessions])]).astype(np.int64)
+    names = order["id"].to_pylist()
+    users = [] if user is None else user.take(events[offsets[:-1]]).to_pylist()  # of the first event
+    users = [whose or name for whose, name in zip(users, names, strict=False)]
+    return SessionLog(names, rows[events], offsets, start[sessions] // unit, int(len(ids) - len(kept)), users)
