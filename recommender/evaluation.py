@@ -45,7 +45,7 @@ from recommender.metrics import NotANumber, case_values, gini, paired_bootstraps
 from recommender.models import MODELS, Model
 from recommender.search import settings_for, with_settings
 from recommender.sessions import PAD, Windows
-from recommender.train import train_model
+from recommender.train import alone, train_model
 
 PAPER_MAX = "paper-max"
 PROTOCOLS = ("time", "user-hash", "last-out", PAPER_MAX)
@@ -141,20 +141,21 @@ def evaluate(
     test = Test(inputs, config.data.max_prefix)
     ranks: dict[str, list[Found]] = {}
     results: dict[str, list[Metrics]] = {}
-    for name in plain:
-        scorer = BASELINES[name](inputs.split.train.rows, inputs.split.train.offsets, len(inputs.counts))
-        found = found_baseline(scorer, test, Checkpoints(work / "found" / name, inputs.fingerprint, keep=1))
-        ranks[name], results[name] = [found], [summarise_buckets(found.ranks, test.buckets)]
-    for name in neural:
-        for seed in seeds:
-            try:
-                if protocol == PAPER_MAX:
-                    results.setdefault(name, []).append(best_on_test(name, seed, own[name], inputs, test, accelerator, work))
-                else:
-                    ranks.setdefault(name, []).append(found_model(name, seed, own[name], inputs, test, accelerator, work))
-                    results.setdefault(name, []).append(summarise_buckets(ranks[name][-1].ranks, test.buckets))
-            except NotANumber:
-                raise UserError(f"scores hold NaN ({name}, seed {seed}); lower sbr.lr and evaluate again with --fresh", USAGE) from None
+    with alone(work, accelerator):
+        for name in plain:
+            scorer = BASELINES[name](inputs.split.train.rows, inputs.split.train.offsets, len(inputs.counts))
+            found = found_baseline(scorer, test, Checkpoints(work / "found" / name, inputs.fingerprint, keep=1))
+            ranks[name], results[name] = [found], [summarise_buckets(found.ranks, test.buckets)]
+        for name in neural:
+            for seed in seeds:
+                try:
+                    if protocol == PAPER_MAX:
+                        results.setdefault(name, []).append(best_on_test(name, seed, own[name], inputs, test, accelerator, work))
+                    else:
+                        ranks.setdefault(name, []).append(found_model(name, seed, own[name], inputs, test, accelerator, work))
+                        results.setdefault(name, []).append(summarise_buckets(ranks[name][-1].ranks, test.buckets))
+                except NotANumber:
+                    raise UserError(f"scores hold NaN ({name}, seed {seed}); lower sbr.lr and evaluate again with --fresh", USAGE) from None
     rows = {name: row_of(runs) for name, runs in sorted(results.items(), key=lambda entry: ROWS.index(entry[0]))}
     if reference is not None:
         compare(rows, ranks, reference, test.cluster)

@@ -8,12 +8,14 @@ optimiser, logsumexp and losses stay in float32.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
-from pipeline.artifact import Version, canonical_json, published, remove, stage
+from pipeline.artifact import Version, canonical_json, locked, published, remove, stage
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
@@ -73,8 +75,10 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         forget(run)
     accelerator.wait_for_everyone()
     windows = inputs.windows(config.data.max_prefix)
+    folder = run / "sbr-train"
     if trials:
-        search(config, inputs, windows[:2], accelerator, run, trials)
+        with alone(folder, accelerator):
+            search(config, inputs, windows[:2], accelerator, run, trials)
     names, seeds = chosen(config.sbr.models), range(config.seed, config.seed + config.sbr.seeds)
     own = settings_for(names, config, inputs, run)
     prints = [model_fingerprint(name, seed, own[name], inputs) for name in names for seed in seeds]
@@ -88,14 +92,13 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
                 print(f"note: its index is still {built}; run `tpad index` for sbr.index {config.sbr.index}", file=sys.stderr)
         return SbrSummary(current, False, metrics)
     buckets = buckets_of(windows[2], inputs.counts)
-    folder = run / "sbr-train"
     runs: dict[str, list[Metrics]] = {}
     ranks: dict[str, np.ndarray] = {}  # of the first seed
     best: SessionModel | None = None
     to_publish = "full" if "full" in names else "ID-only"
     empty_index(config.sbr.index, len(inputs.catalog), own[to_publish].sbr.dim + 1)
-    for name in names:
-        for seed in seeds:
+    with alone(folder, accelerator):
+        for name, seed in itertools.product(names, seeds):
             model = train_model(name, seed, own[name], inputs, windows[:2], accelerator, folder, fresh)
             found = gather_ranks(model, windows[2], accelerator)
             ranks.setdefault(name, found)
@@ -123,6 +126,11 @@ def _missing(run: Path) -> Version:
 
 
 # --- training
+
+
+def alone(folder: Path, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Refuses a second command that would train in the same folder."""
+    return locked(folder) if accelerator.is_main_process else nullcontext()
 
 
 def make_accelerator() -> Accelerator:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from standin_run import publish_embeddings, write_data
 
+from pipeline.artifact import locked
 from pipeline.config import Config, load_config
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.models import ENCODERS
@@ -206,6 +207,13 @@ def test_sigterm_in_the_middle_of_an_epoch_loses_no_step(trained: Path, tmp_path
     one, two = weights(whole), weights(stopped)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert log.read_text() == (whole / "sbr-train" / "metrics.jsonl").read_text()
+
+
+def test_two_trainings_at_once_in_one_run_are_refused(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    with locked(run / "sbr-train"), pytest.raises(UserError, match="another tpad is writing here") as error:
+        train_sbr(settings("sbr.dim=24"), run, run / "data")
+    assert error.value.code == ARTIFACT
 
 
 def test_gbce_is_a_loss_to_learn_by(trained: Path, tmp_path: Path) -> None:
