@@ -1,5 +1,5 @@
-"""The session model's speed and memory, beside SR-GNN as its authors built it (benchmarks/srgnn_reference.py) and, where it is
-installed, RecBole's SASRec (benchmarks/recbole_sasrec.py).
+"""The session model's speed and memory, beside SR-GNN as its authors built it (benchmarks/srgnn_reference.py) and, with --recbole,
+RecBole's SASRec (benchmarks/recbole_sasrec.py), whose large batches slow down what is trained in the same process: --models "" then.
 
     python benchmarks/sbr.py train       cases a second of training, interleaved rounds, medians of ratios
     python benchmarks/sbr.py accuracy    HR@20 and MRR@20 of the test after as many epochs each
@@ -11,7 +11,6 @@ comes any item, by a Zipf law. Vectors of `full` are random: they cost what real
 """
 
 import argparse
-import importlib.util
 import itertools
 import resource
 import statistics
@@ -126,14 +125,14 @@ class Peer:
         return np.concatenate(found)
 
 
-def peers(inputs: Any, dim: int, device: torch.device, epochs: int = 1000) -> dict[str, Peer]:
-    """The SR-GNN reference, and RecBole's SASRec where it is installed; each with its own batch and learning rate."""
+def peers(chosen: argparse.Namespace, inputs: Any, device: torch.device, epochs: int = 1000) -> dict[str, Peer]:
+    """The SR-GNN reference, and RecBole's SASRec where it is asked for; each with its own batch and learning rate."""
     torch.manual_seed(0)
-    items = len(inputs.catalog)
+    items, dim = len(inputs.catalog), chosen.dim
     found = {
         "SR-GNN reference": Peer(SRGNN(items, dim).to(device), 0, SRGNN_BATCH, lambda epoch: 1e-3 * 0.1 ** (epoch // 3), inputs, epochs)
     }
-    if importlib.util.find_spec("recbole") is not None:
+    if chosen.recbole:
         from recbole_sasrec import RecBoleSASRec
 
         model = RecBoleSASRec(items, dim, PREFIX, device).to(device)
@@ -150,15 +149,19 @@ def rate(work: Iterator[int], seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
+def names(chosen: argparse.Namespace) -> list[str]:
+    return [name for name in chosen.models.split(",") if name]
+
+
 def settings(chosen: argparse.Namespace, *more: str) -> Config:
     return load_config(None, [f"sbr.dim={chosen.dim}", f"sbr.loss={chosen.loss}", *more])
 
 
 def train(chosen: argparse.Namespace) -> None:
     inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
-    others = peers(inputs, chosen.dim, accelerator.device)
+    others = peers(chosen, inputs, accelerator.device)
     work = {f"{name}, batch {peer.batch} samples": peer.work for name, peer in others.items()}
-    for name in chosen.models.split(","):
+    for name in names(chosen):
         for batch in (128, 100, 25):
             work[f"{name}, batch {batch} sessions"] = Ours(name, settings(chosen, f"sbr.batch={batch}"), inputs, accelerator).work
     for each in work.values():
@@ -176,12 +179,12 @@ def accuracy(chosen: argparse.Namespace) -> None:
     rows, offsets = draw_log(chosen.items, 2000, seed=3)
     seconds, found = {}, {}
     prefixes, targets = samples_of(rows, offsets, PREFIX)
-    for name, peer in peers(inputs, chosen.dim, accelerator.device, chosen.epochs).items():
+    for name, peer in peers(chosen, inputs, accelerator.device, chosen.epochs).items():
         began = time.perf_counter()
         cases = sum(peer.work)
         seconds[name] = time.perf_counter() - began
         found[name] = summarise(peer.ranks(prefixes, targets))
-    for name in chosen.models.split(","):
+    for name in names(chosen):
         ours = Ours(name, settings(chosen), inputs, accelerator, chosen.epochs)
         began = time.perf_counter()
         assert sum(ours.work) == cases
@@ -199,9 +202,9 @@ def evaluate(chosen: argparse.Namespace) -> None:
     windows = pack(rows, offsets, PREFIX)
     prefixes, targets = samples_of(rows, offsets, PREFIX)
     work: dict[str, Callable[[], Any]] = {}
-    for name in chosen.models.split(","):
+    for name in names(chosen):
         work[name] = partial(model_ranks, build_model(name, 0, settings(chosen), inputs), windows)
-    for name, peer in peers(inputs, chosen.dim, torch.device("cpu")).items():
+    for name, peer in peers(chosen, inputs, torch.device("cpu")).items():
         work[name] = partial(peer.ranks, prefixes, targets)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _, (name, ranks) in itertools.product(range(chosen.rounds), work.items()):
@@ -250,6 +253,7 @@ def main() -> None:
             part.add_argument(f"--{option}", type=int, default=value)
         part.add_argument("--seconds", type=float, default=3.0, help="of a round")
         part.add_argument("--models", default=models)
+        part.add_argument("--recbole", action="store_true")
         part.add_argument("--loss", default="auto", help="as sbr.loss")
         part.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()

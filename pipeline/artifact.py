@@ -174,10 +174,12 @@ def locked(root: Path, wait: bool = False, patience: float = 0.0) -> Iterator[No
     """Holds the artifact's lock, made with its folder where there is none; refused while another process holds it, for longer than
     `patience` seconds, unless told to wait."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        with environment(root):
+            root.mkdir(parents=True, exist_ok=True)
+            lock = open(root / LOCK, "ab")  # noqa: SIM115 (closed below)
     except FileExistsError:
         raise UserError(f"a file stands where a folder is needed ({root}); move it, or use another --run", ENVIRONMENT) from None
-    with open(root / LOCK, "ab") as lock:
+    with lock:
         until = time.monotonic() + patience
         while True:
             try:
@@ -187,6 +189,8 @@ def locked(root: Path, wait: bool = False, patience: float = 0.0) -> Iterator[No
                 if time.monotonic() >= until:
                     raise UserError(f"another tpad is writing here ({root}); wait until it ends, or use another --run", ARTIFACT) from None
                 time.sleep(0.2)
+            except OSError as error:  # a file system without locks
+                raise environment_error(error, root) or error from None
         try:
             yield
         finally:

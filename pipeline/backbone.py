@@ -101,7 +101,7 @@ def published_backbone(config: BackboneConfig) -> Backbone:
         # the PIL variant wherever it runs, so that the same picture gives the same pixels with and without torchvision
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
     except ImportError as error:
-        raise _lacking(error) from None
+        raise _lacking(error, config) from None
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -145,11 +145,12 @@ def from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
     try:
         return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
     except ImportError as error:
-        raise _lacking(error) from None
+        raise _lacking(error, config) from None
 
 
-def _lacking(error: ImportError) -> UserError:
-    return UserError(f"a package is missing: {str(error).splitlines()[0]} (backbone.attention); install it, or take sdpa", ENVIRONMENT)
+def _lacking(error: ImportError, config: BackboneConfig) -> UserError:
+    way_out = ", or take sdpa (backbone.attention)" if config.attention == "flash_attention_2" else f" (backbone.name = {config.name})"
+    return UserError(f"a package is missing: {str(error).splitlines()[0]}; install it{way_out}", ENVIRONMENT)
 
 
 def train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:

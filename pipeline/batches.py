@@ -158,7 +158,7 @@ def loader(source: Source, workers: int) -> Executor:
     if workers == 0:
         return ThreadPoolExecutor(1, initializer=_begin, initargs=(source, None))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (source, os.getpid()))
-    pool.submit(int).result()  # forks them now, before there are threads, locks or a busy device
+    pool.submit(int).result()  # forks them now, before there is a busy device
     return pool
 
 

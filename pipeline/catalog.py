@@ -1,7 +1,7 @@
-"""Items and sessions of a data folder: read, check, decode images safely.
+"""The items of a data folder: read and checked.
 
-`items.parquet` and `sessions.parquet` are what users and `tpad prepare` hand over, so everything about them is checked
-here, once, and a fault is one line with file and row. Texts are held in memory, unless the catalogue is loaded to be
+`items.parquet` is what users and `tpad prepare` hand over, so everything about it is checked here, once, and a fault is one line
+with file and row (as `session_log` does for the sessions). Texts are held in memory, unless the catalogue is loaded to be
 streamed; images are not: they are read by row group through a cache of limited size, so a catalogue may be larger than
 memory (row groups of gigabytes will be felt, though).
 """

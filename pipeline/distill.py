@@ -36,7 +36,7 @@ from pipeline.mllm import Mllm, SideBySide, embed, load_trainable, save_mllm, tr
 from pipeline.neighbours import load_neighbours
 from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
 from pipeline.progress import Steps
-from pipeline.prompts import Prompts
+from pipeline.prompts import Prompts, check_columns
 from pipeline.session_log import SessionLog, load_sessions
 from pipeline.split import split_sessions
 from pipeline.steplog import Metrics, flat
@@ -203,6 +203,9 @@ def _to(tensors: Any, device: torch.device) -> Any:
     return {name: _to(t, device) if isinstance(t, dict) else t.to(device, non_blocking=True) for name, t in tensors.items()}
 
 
+# --- the stages
+
+
 def distill(
     config: Config, run: Path, data: Path, fresh: bool = False, siblings: Sequence[Path] = (), open_teacher: OpenTeacher | None = None
 ) -> bool:
@@ -215,6 +218,7 @@ def distill(
     catalog = load_catalog(data)
     split = split_sessions(load_sessions(data, catalog), config.data)
     neighbours = load_neighbours(config.data.neighbours, catalog, split.train.ids_sha256())
+    check_columns(catalog, config.data)
     views = Prompts(catalog, config.data, load_templates(config.data.prompts), neighbours)
     teacher = None
     if (named := config.distill.transfer.teacher) is not None:
@@ -227,7 +231,7 @@ def distill(
     if config.distill.transfer.intent and not views.attributes:
         raise UserError("distill.transfer.intent needs item columns beside those of data.text (data.attributes); set it to 0", USAGE)
     for name in config.distill.log_with:
-        if name not in (known := [tracker.value for tracker in get_available_trackers()]):
+        if name not in (known := [tracker.value for tracker in get_available_trackers()] + ["all"]):
             raise UserError(f"no tracker `{name}` (distill.log_with); installed: {', '.join(known) or 'none'}", ENVIRONMENT)
     in_pieces = fsdp.wanted(config)
     keep_freed_memory()

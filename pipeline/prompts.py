@@ -39,6 +39,14 @@ TURN, READ = Part("turn"), Part("read")
 FULL = View(True, True)
 
 
+def check_columns(catalog: Catalog, config: DataConfig) -> None:
+    """Refuses names of columns that the catalogue of a training lacks. One that is exported later is shown as far as it has them."""
+    for key, names in (("text", config.text), ("attributes", config.attributes or [])):
+        unknown = [c for c in names if c not in catalog.columns and (key, c) != ("text", "description")]  # which a catalogue may lack
+        if unknown:
+            raise UserError(f"no column `{unknown[0]}` in items.parquet (data.{key}); columns: {', '.join(catalog.columns)}", USAGE)
+
+
 class Prompts:
     """The prompts over one catalogue's items. `templates` (None: those the settings name) word them."""
 
@@ -47,12 +55,8 @@ class Prompts:
     ) -> None:
         self.catalog, self.on_bad_image, self.neighbours = catalog, config.on_bad_image, neighbours
         self.templates = templates or load_templates(config.prompts)
-        for key, names in (("text", config.text), ("attributes", config.attributes or [])):
-            unknown = [c for c in names if c not in catalog.columns and (key, c) != ("text", "description")]  # which a catalogue may lack
-            if unknown:
-                raise UserError(f"no column `{unknown[0]}` in items.parquet (data.{key}); columns: {', '.join(catalog.columns)}", USAGE)
         self.shown = [c for c in config.text if c in catalog.columns]
-        written = catalog.columns if config.attributes is None else config.attributes
+        written = catalog.columns if config.attributes is None else [c for c in config.attributes if c in catalog.columns]
         self.columns = list(dict.fromkeys([*self.shown, *written]))
         self.attributes = [c for c in self.columns if c not in self.shown]
         self._decodes: dict[int, bool] = {}

@@ -81,7 +81,7 @@ def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
     path = data / SESSIONS
     schema = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`").schema_arrow
     need_columns(path, schema, {"session_id": is_text, "item_id": is_text, "timestamp": is_clock})
-    users = "user_id" in schema.names
+    users = "user_id" in schema.names and not pa.types.is_null(schema.field("user_id").type)
     if users:
         need_columns(path, schema, {"user_id": is_text})
     columns = ["session_id", "item_id", "timestamp", *(["user_id"] if users else [])]

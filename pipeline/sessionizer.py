@@ -74,7 +74,10 @@ def build_sessions(
         raise UserError(f"no event has both {groups} and a time or position ({source.path}); check --column {groups}=NAME", DATA)
     users: list[str] = []
     if groups == "session_id" and "user_id" in columns:
-        users = _users(group, names, source.ids(columns["user_id"]))
+        try:
+            users = _users(group, names, source.ids(columns["user_id"]))
+        except UserError as error:  # sessions have their own names, and need no users
+            note(f"users left out: {error}")
     if groups == "user_id":
         events, names, users = _cut(events, names, rules.gap * unit)
         note(f"{source.path}: sessions are cut where a user pauses for more than {rules.gap / 60:g} minutes")
@@ -168,6 +171,9 @@ def _whole_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Cal
 
 
 def _float_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+    endless = known & ~np.isfinite(clock)
+    if endless.any():
+        raise UserError(f"a time is not finite ({source.where(int(np.argmax(endless)))}); mend it, or leave the cell empty", DATA)
     if (clock == np.floor(clock)).all():
         return _whole_times(source, clock.astype(np.int64), known, note)
     unit = _unit(source, clock, known, note)

@@ -39,9 +39,6 @@ def _entry(line: str) -> dict[str, Any] | None:
         return None  # the line a kill cut short
 
 
-# --- the stages
-
-
 def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, int | float | str | bool]:
     """`distill.dim`: 64, ...: trackers know no sections."""
     found: dict[str, int | float | str | bool] = {}

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 
-from pipeline.artifact import Version, canonical_json, published, remove, stage, write_json
+from pipeline.artifact import LOCK, Version, canonical_json, published, remove, stage, write_json
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config
 from pipeline.errors import ARTIFACT, USAGE, UserError
@@ -136,12 +136,13 @@ def evaluate(
     if accelerator.num_processes > 1:
         raise UserError("tpad evaluate runs in one process (accelerate launch); start it alone", USAGE)
     work = run / "evaluation-train" / protocol
-    if fresh:
-        remove(work)
     test = Test(inputs, config.data.max_prefix)
     ranks: dict[str, list[Found]] = {}
     results: dict[str, list[Metrics]] = {}
     with alone(work, accelerator):
+        for path in work.iterdir() if fresh else ():
+            if path.name != LOCK:
+                remove(path)
         for name in plain:
             scorer = BASELINES[name](inputs.split.train.rows, inputs.split.train.offsets, len(inputs.counts))
             found = found_baseline(scorer, test, Checkpoints(work / "found" / name, inputs.fingerprint, keep=1))

@@ -98,7 +98,8 @@ def data_fingerprint(catalog: Catalog, split: Split, max_prefix: int) -> str:
 def model_fingerprint(name: str, seed: int, config: Config, inputs: Inputs) -> str:
     """All that a trained model depends on, and so what is kept of it: not which others there are, nor how many seeds, nor, of a
     model that knows items by their ids alone, the embeddings."""
-    settings = config.sbr.model_dump(exclude={"index", "models", "seeds"})
-    embeddings = inputs.embeddings if MODELS[name].content else None
+    content = MODELS[name].content
+    settings = config.sbr.model_dump(exclude={"index", "models", "seeds", *(() if content else ("components",))})
+    embeddings = inputs.embeddings if content else None
     made_of = [name, seed, settings, inputs.fingerprint, embeddings and embeddings.manifest_sha256]
     return hashlib.sha256(canonical_json(made_of)).hexdigest()

@@ -183,7 +183,7 @@ class Ranker:
 
 
 def transitions(rows: np.ndarray, open_: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`recommender.model.transitions` of one session: rows (L,), open_ (L, L) bool -> (L, L) twice."""
+    """`recommender.channels.transitions` of one session: rows (L,), open_ (L, L) bool -> (L, L) twice."""
     same = (rows[:, None] == rows) & open_
     before, after = np.zeros(same.shape, np.float32), np.zeros(same.shape, np.float32)
     before[:, :-1] = same[:, 1:]

@@ -7,6 +7,7 @@ once and shown wherever it is needed.
 
 import base64
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -91,7 +92,12 @@ def write_report(run: Path, data: Path | None, config: str) -> Path:
     """`run/report.html`; `config` is the YAML of the settings. Without a data folder there are no pictures."""
     recommender = Recommender.load(run)
     metrics = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))
-    pictures = Pictures(None if data is None else load_catalog(data), recommender)
+    catalog = None
+    try:
+        catalog = None if data is None else load_catalog(data)
+    except UserError as error:  # a report needs no pictures
+        print(f"no pictures: {error}", file=sys.stderr)
+    pictures = Pictures(catalog, recommender)
     made_of = recommender.version.manifest
     facts = metrics["facts"]
     counts = ", ".join(f"{facts[f'{name}_sessions']:,} {name} sessions" for name in ("train", "valid", "test"))

@@ -71,33 +71,32 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     inputs = load_inputs(config, run, data)
     empty_index(config.sbr.index, len(inputs.catalog), config.sbr.dim + 1)  # now, and not after the training
     accelerator = make_accelerator()
-    if fresh and accelerator.is_main_process:
-        forget(run)
-    accelerator.wait_for_everyone()
-    windows = inputs.windows(config.data.max_prefix)
     folder = run / "sbr-train"
-    if trials:
-        with alone(folder, accelerator):
-            search(config, inputs, windows[:2], accelerator, run, trials)
-    names, seeds = chosen(config.sbr.models), range(config.seed, config.seed + config.sbr.seeds)
-    own = settings_for(names, config, inputs, run)
-    prints = [model_fingerprint(name, seed, own[name], inputs) for name in names for seed in seeds]
-    whole = hashlib.sha256(canonical_json(prints)).hexdigest()
-    current = published(run / "sbr", "sbr")
-    if current is not None and current.manifest["fingerprint"] == whole and not fresh:
-        metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
-        if accelerator.is_main_process:
-            print_results(metrics)
-            if (built := current.manifest["index"]["setting"]) != config.sbr.index:
-                print(f"note: its index is still {built}; run `tpad index` for sbr.index {config.sbr.index}", file=sys.stderr)
-        return SbrSummary(current, False, metrics)
-    buckets = buckets_of(windows[2], inputs.counts)
-    runs: dict[str, list[Metrics]] = {}
-    ranks: dict[str, np.ndarray] = {}  # of the first seed
-    best: SessionModel | None = None
-    to_publish = "full" if "full" in names else "ID-only"
-    empty_index(config.sbr.index, len(inputs.catalog), own[to_publish].sbr.dim + 1)
     with alone(folder, accelerator):
+        if fresh and accelerator.is_main_process:
+            forget(run)
+        accelerator.wait_for_everyone()
+        windows = inputs.windows(config.data.max_prefix)
+        if trials:
+            search(config, inputs, windows[:2], accelerator, run, trials)
+        names, seeds = chosen(config.sbr.models), range(config.seed, config.seed + config.sbr.seeds)
+        own = settings_for(names, config, inputs, run)
+        prints = [model_fingerprint(name, seed, own[name], inputs) for name in names for seed in seeds]
+        whole = hashlib.sha256(canonical_json(prints)).hexdigest()
+        current = published(run / "sbr", "sbr")
+        if current is not None and current.manifest["fingerprint"] == whole and not fresh:
+            metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
+            if accelerator.is_main_process:
+                print_results(metrics)
+                if (built := current.manifest["index"]["setting"]) != config.sbr.index:
+                    print(f"note: its index is still {built}; run `tpad index` for sbr.index {config.sbr.index}", file=sys.stderr)
+            return SbrSummary(current, False, metrics)
+        buckets = buckets_of(windows[2], inputs.counts)
+        runs: dict[str, list[Metrics]] = {}
+        ranks: dict[str, np.ndarray] = {}  # of the first seed
+        best: SessionModel | None = None
+        to_publish = "full" if "full" in names else "ID-only"
+        empty_index(config.sbr.index, len(inputs.catalog), own[to_publish].sbr.dim + 1)
         for name, seed in itertools.product(names, seeds):
             model = train_model(name, seed, own[name], inputs, windows[:2], accelerator, folder, fresh)
             found = gather_ranks(model, windows[2], accelerator)
@@ -106,19 +105,19 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             if name == to_publish and best is None:
                 assert isinstance(model, SessionModel)
                 best = model
-    assert best is not None
-    if accelerator.is_main_process:
-        ceiling = read_ceiling(data, config.data)
-        metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling)
-        cases = cases_table(windows[2], inputs.split.test, inputs.catalog.item_ids, ranks)
-        version = publish(run, own[to_publish], inputs, best, metrics, cases, whole)
-        remove(folder / "checkpoints")
-        print_results(metrics)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        version = published(run / "sbr", "sbr") or _missing(run)
-        metrics = json.loads((version.path / "metrics.json").read_text(encoding="utf-8"))
-    return SbrSummary(version, True, metrics)
+        assert best is not None
+        if accelerator.is_main_process:
+            ceiling = read_ceiling(data, config.data)
+            metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling)
+            cases = cases_table(windows[2], inputs.split.test, inputs.catalog.item_ids, ranks)
+            version = publish(run, own[to_publish], inputs, best, metrics, cases, whole)
+            remove(folder / "checkpoints")
+            print_results(metrics)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            version = published(run / "sbr", "sbr") or _missing(run)
+            metrics = json.loads((version.path / "metrics.json").read_text(encoding="utf-8"))
+        return SbrSummary(version, True, metrics)
 
 
 def _missing(run: Path) -> Version:

@@ -23,4 +23,5 @@ def fit_whitening(vectors: np.ndarray, fitted_on: np.ndarray, components: int | 
     values = np.maximum(values, 0)
     least = max(values.mean(), 1e-12)
     scales = np.sqrt(values + 0.01 * least) if whiten else np.full(len(values), np.sqrt(least))
-    return Whitening(mean, (axes / scales)[:, -min(components or len(values), len(values)) :])
+    kept = (axes / scales)[:, -min(components or len(values), len(values)) :]
+    return Whitening(mean, np.ascontiguousarray(kept))  # as safetensors writes an array, whatever its strides

@@ -194,6 +194,9 @@ def test_the_users_of_named_sessions_are_kept(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "out" / "sessions.parquet")
     owners = dict(zip(table["session_id"].to_pylist(), table["user_id"].to_pylist(), strict=True))
     assert owners == {"s1": "u", "s2": "s2"}  # one without is a user of its own
+    summary = run(tmp_path, ITEMS, [event | {"user_id": 1.5} for event in EVENTS])  # not needed, so no reason to stop
+    assert "user_id" not in pq.read_table(tmp_path / "out" / "sessions.parquet").column_names
+    assert any("users left out" in note for note in summary.notes)
 
 
 def test_losses_are_counted_by_reason(tmp_path: Path) -> None:
@@ -274,6 +277,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         (lambda: run(tmp_path, ITEMS, [event | {"timestamp": True} for event in EVENTS]), ["`timestamp`", "wrong type"]),
         (lambda: run(tmp_path, [{"item_id": 1.5, "title": "t"}], EVENTS), ["1.5", "line 1"]),
         (lambda: run(tmp_path, ITEMS, EVENTS, images=tmp_path / "none"), ["image folder not found"]),
+        (lambda: run(tmp_path, ITEMS, [EVENTS[0] | {"timestamp": float("inf")}, *EVENTS[1:]], "parquet"), ["not finite", "row 0"]),
         (lambda: run(tmp_path, [{"item_id": 1e20, "title": "t"}], EVENTS), ["1e+20", "line 1", "strings"]),
     ]
     for call, words in cases:

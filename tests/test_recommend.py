@@ -113,6 +113,17 @@ def test_another_index_comes_to_the_trained_model(run: Path, recommender: Recomm
     assert f"(when it was built: {facts['recall@20']:.4f})" in said[1]
 
 
+def test_vectors_cut_to_their_main_directions_are_the_same_under_another_index(run: Path, tmp_path: Path) -> None:
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    train_sbr(load_config(None, ["sbr.dim=16", "sbr.epochs=1", "sbr.components=3", "sbr.models=[full]"]), later, later / "data")
+    before = Recommender.load(later).halves
+    assert {half: vectors.shape for half, vectors in before.items()} == dict.fromkeys(before, (60, 3))
+    assert refresh(later, later / "data", rebuild=True).made
+    after = Recommender.load(later).halves
+    for half, vectors in before.items():
+        np.testing.assert_allclose(after[half], vectors, atol=1e-6)
+
+
 def test_an_index_that_cannot_be_built_is_refused_before_the_training(run: Path) -> None:
     for index in ("fast", "PQ7"):
         with pytest.raises(UserError, match="FAISS cannot build") as error:
