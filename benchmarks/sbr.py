@@ -25,9 +25,9 @@ import torch
 from srgnn_reference import SRGNN, samples_of
 
 from pipeline.config import Config, load_config
-from recommender.evaluate import model_ranks
+from recommender.evaluate import cases_of, model_ranks, prefixes_of
 from recommender.metrics import summarise, target_ranks
-from recommender.sessions import DeviceWindows, batches, pack
+from recommender.sessions import PAD, DeviceWindows, batches, pack
 from recommender.train import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
 
 PREFIX, CONTENT = 20, 128
@@ -199,8 +199,9 @@ def accuracy(chosen: argparse.Namespace) -> None:
 def evaluate(chosen: argparse.Namespace) -> None:
     inputs = stand_in(chosen.items, chosen.sessions)
     rows, offsets = draw_log(chosen.items, chosen.test, seed=3)
-    windows = pack(rows, offsets, PREFIX)
-    prefixes, targets = samples_of(rows, offsets, PREFIX)
+    windows = cases_of(SimpleNamespace(rows=rows, offsets=offsets, last_out=chosen.last), PREFIX)
+    padded, found = prefixes_of(windows)
+    prefixes, targets = [(line[line != PAD] + 1).tolist() for line in padded], found + 1
     work: dict[str, Callable[[], Any]] = {}
     for name in names(chosen):
         work[name] = partial(model_ranks, build_model(name, 0, settings(chosen), inputs), windows)
@@ -254,6 +255,7 @@ def main() -> None:
         part.add_argument("--seconds", type=float, default=3.0, help="of a round")
         part.add_argument("--models", default=models)
         part.add_argument("--recbole", action="store_true")
+        part.add_argument("--last", action="store_true", help="ranking: after the last event of each session alone, as last-out asks")
         part.add_argument("--loss", default="auto", help="as sbr.loss")
         part.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()
