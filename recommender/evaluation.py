@@ -140,7 +140,7 @@ def evaluate(
     ranks: dict[str, list[Found]] = {}
     results: dict[str, list[Metrics]] = {}
     with alone(work, accelerator):
-        for path in work.iterdir() if fresh else ():
+        for path in list(work.iterdir()) if fresh else []:
             if path.name != LOCK:
                 remove(path)
         for name in plain:
