@@ -32,7 +32,7 @@ from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
 from pipeline.artifact import open_verified
-from pipeline.backbone import build_backbone
+from pipeline.backbone import build_backbone, weights_sha256
 from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config, save_config
 from pipeline.distill import publish
@@ -97,7 +97,7 @@ def write_model(run: Path, data: Path, config: Config) -> None:
     views = Prompts(catalog, config.data)
     backbone = build_backbone(config.backbone, views, 0)
     mllm = Mllm(backbone.model, ("knowledge", "transition"), config.distill.dim)
-    publish(run, config, views, mllm, backbone, [], "", "benchmark")
+    publish(run, config, views, mllm, backbone, weights_sha256(config.backbone), [], "", "benchmark")
 
 
 # --- the ways to export it

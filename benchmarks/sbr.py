@@ -92,11 +92,11 @@ class Peer:
     """A model in training that makes a sample of each prefix, as that of its authors does; `first` is the row of item 0 in its scores."""
 
     def __init__(
-        self, model: torch.nn.Module, first: int, batch: int, rate: Callable[[int], float], inputs: Any, epochs: int = 1000
+        self, model: torch.nn.Module, first: int, batch: int, rate: Callable[[int], float], decay: float, inputs: Any, epochs: int
     ) -> None:
         self.device = next(model.parameters()).device
         self.model, self.first, self.batch, self.rate = model, first, batch, rate
-        self.optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-5 if first == 0 else 0)
+        self.optimizer = torch.optim.Adam(model.parameters(), weight_decay=decay)
         self.prefixes, self.targets = samples_of(inputs.split.train.rows, inputs.split.train.offsets, PREFIX)
         self.epochs = epochs
         self.work = self.steps()
@@ -129,14 +129,13 @@ def peers(chosen: argparse.Namespace, inputs: Any, device: torch.device, epochs:
     """The SR-GNN reference, and RecBole's SASRec where it is asked for; each with its own batch and learning rate."""
     torch.manual_seed(0)
     items, dim = len(inputs.catalog), chosen.dim
-    found = {
-        "SR-GNN reference": Peer(SRGNN(items, dim).to(device), 0, SRGNN_BATCH, lambda epoch: 1e-3 * 0.1 ** (epoch // 3), inputs, epochs)
-    }
+    reference = SRGNN(items, dim).to(device)
+    found = {"SR-GNN reference": Peer(reference, 0, SRGNN_BATCH, lambda epoch: 1e-3 * 0.1 ** (epoch // 3), 1e-5, inputs, epochs)}
     if chosen.recbole:
         from recbole_sasrec import RecBoleSASRec
 
         model = RecBoleSASRec(items, dim, PREFIX, device).to(device)
-        found["RecBole's SASRec"] = Peer(model, 1, RECBOLE_BATCH, lambda _: 1e-3, inputs, epochs)
+        found["RecBole's SASRec"] = Peer(model, 1, RECBOLE_BATCH, lambda _: 1e-3, 0.0, inputs, epochs)
     return found
 
 

@@ -224,7 +224,8 @@ def distill(
     if (named := config.distill.transfer.teacher) is not None:
         assert open_teacher is not None, "a teacher is named, and who opens it is not"
         teacher = open_teacher(Path(named), catalog.item_ids, split.train)
-    prints = _fingerprints(config, views, teacher, catalog.sha256, _log_sha256(split.train))
+    made_from = weights_sha256(config.backbone)  # gigabytes to read: once
+    prints = _fingerprints(config, views, teacher, catalog.sha256, _log_sha256(split.train), made_from)
     version = published(run / "mllm", "mllm")
     if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
         return False
@@ -291,7 +292,7 @@ def distill(
             unified = side_by_side(backbone, weights, config.distill.dim)
         measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
         if accelerator.is_main_process:
-            publish(run, config, views, unified, backbone, measured, split.train.ids_sha256(), prints[-1])
+            publish(run, config, views, unified, backbone, made_from, measured, split.train.ids_sha256(), prints[-1])
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return True
@@ -332,7 +333,9 @@ def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tenso
     load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, kind.name)
 
 
-def _fingerprints(config: Config, views: Prompts, teacher: Teacher | None, catalogue: str, sessions: str) -> list[str]:
+def _fingerprints(
+    config: Config, views: Prompts, teacher: Teacher | None, catalogue: str, sessions: str, made_from: str | None
+) -> list[str]:
     """Of each phase, and last of what is published: everything the weights depend on.
 
     How often it is saved, by how many processes it is made and in what chunks, and what is kept of the vision tower, is not part of it.
@@ -343,7 +346,7 @@ def _fingerprints(config: Config, views: Prompts, teacher: Teacher | None, catal
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
         "backbone": config.backbone.model_dump(),
-        "weights": weights_sha256(config.backbone),
+        "weights": made_from,
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),
         "catalogue": catalogue,
@@ -419,15 +422,16 @@ def publish(
     views: Prompts,
     mllm: Mllm | SideBySide,
     backbone: Backbone,
+    made_from: str | None,
     measured: list[dict[str, float]],
     sessions: str,
     fingerprint: str,
 ) -> None:
-    """The unified MLLM as a version of `run/mllm`, with what was measured of its layers."""
+    """The unified MLLM as a version of `run/mllm`, with the `weights_sha256` it was made from and what was measured of its layers."""
     commit = getattr(backbone.model.config, "_commit_hash", None)  # of a name on the hub, which may hold other weights tomorrow
     settings = {
         "backbone": config.backbone.model_dump() | {"revision": config.backbone.revision or commit},
-        "weights_sha256": weights_sha256(config.backbone),
+        "weights_sha256": made_from,
         "data": config.data.model_dump(exclude={"neighbours": {"run"}, "prompts": True}),
         "neighbours": views.neighbours and views.neighbours.sha256,
         "dim": config.distill.dim,

@@ -177,7 +177,7 @@ def _float_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Cal
     if (clock == np.floor(clock)).all():
         return _whole_times(source, clock.astype(np.int64), known, note)
     unit = _unit(source, clock, known, note)
-    if unit == 1 and (clock != np.floor(clock)).any():
+    if unit == 1:
         return np.round(clock * 1000).astype(np.int64), 1000, known  # the fraction of a second orders events too
     return np.floor(clock).astype(np.int64), unit, known
 

@@ -17,6 +17,7 @@ from tiny_run import (
     PHASES,
     SETTINGS,
     STEPS,
+    change_items,
     distill_run,
     export_run,
     kill_when,
@@ -318,11 +319,7 @@ def test_two_processes_export_what_one_does(tiny_run: Path, tiny_data: Path, tmp
 
 
 def test_a_bad_picture_is_one_clear_line_from_a_worker_too(tiny_data: Path, tmp_path: Path) -> None:
-    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    items = pq.read_table(data / "items.parquet")
-    images = [{"bytes": b"no picture", "path": None} for _ in range(len(items))]
-    at = items.column_names.index("image")
-    pq.write_table(items.set_column(at, "image", pa.array(images, items.schema.field(at).type)), data / "items.parquet")
+    data = change_items(tiny_data, tmp_path / "data", dict.fromkeys(range(40), b"no picture"), {})
     with pytest.raises(UserError, match="image cannot be used") as error:
         distill_run(tmp_path / "run", data, "distill.workers=1")
     assert error.value.code == DATA

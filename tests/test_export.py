@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ENVIRONMENT, contents
-from tiny_run import PHASES, distill_run, export_run, kill_when, published_folder, settings, start
+from tiny_run import PHASES, change_items, distill_run, export_run, kill_when, published_folder, settings, start
 
 from pipeline.catalog import load_catalog
 from pipeline.embeddings import read_embeddings
@@ -359,19 +359,6 @@ def png(colour: str) -> bytes:
     return buffer.getvalue()
 
 
-def change_items(data: Path, to: Path, images: dict[int, bytes | None], titles: dict[int, str]) -> Path:
-    """The data folder with other pictures and titles in some rows."""
-    shutil.copytree(data, to)
-    table = pq.read_table(to / "items.parquet")
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-    for row, image in images.items():
-        columns["image"][row] = None if image is None else {"bytes": image, "path": None}
-    for row, title in titles.items():
-        columns["title"][row] = title
-    pq.write_table(pa.table(columns, schema=table.schema), to / "items.parquet")
-    return to
-
-
 def test_items_without_picture_or_text_are_exported(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Also items the model never saw: a new catalogue needs no new model."""
     data = change_items(tiny_data, tmp_path / "data", {3: None, 5: None}, {4: "", 5: ""})
@@ -416,12 +403,7 @@ def test_or_the_item_is_shown_as_text_only(tiny_data: Path, tmp_path: Path, capf
 
 
 def test_a_picture_file_that_is_not_there_is_no_picture_either(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data)
-    items = pq.read_table(data / "items.parquet")
-    images = [image if row != 7 else {"bytes": None, "path": "gone.png"} for row, image in enumerate(items["image"].to_pylist())]
-    at = items.column_names.index("image")
-    pq.write_table(items.set_column(at, "image", pa.array(images, items.schema.field(at).type)), data / "items.parquet")
+    data = change_items(tiny_data, tmp_path / "data", {7: "gone.png"}, {})
     run = model_only(tiny_run, tmp_path / "run")
     with pytest.raises(UserError, match="row 7") as error:
         export_run(run, data)

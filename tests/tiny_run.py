@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -67,6 +70,20 @@ def distill_run(run: Path, data: Path, *more: str, fresh: bool = False) -> bool:
 def export_run(run: Path, data: Path, *more: str) -> None:
     torch.set_num_threads(1)
     export(settings(*more), run, data)
+
+
+def change_items(data: Path, to: Path, images: dict[int, bytes | str | None], titles: dict[int, str]) -> Path:
+    """The data folder with other pictures (bytes, or the path of a file) and titles in some rows."""
+    shutil.copytree(data, to)
+    table = pq.read_table(to / "items.parquet")
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    for row, image in images.items():
+        kind = "path" if isinstance(image, str) else "bytes"
+        columns["image"][row] = None if image is None else {"bytes": None, "path": None} | {kind: image}
+    for row, title in titles.items():
+        columns["title"][row] = title
+    pq.write_table(pa.table(columns, schema=table.schema), to / "items.parquet")
+    return to
 
 
 def published_folder(run: Path, kind: str) -> Path:
