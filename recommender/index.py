@@ -6,8 +6,9 @@ best M of every query, the items counted beside those of the session, these them
 
 With a flat index the answer is exact: it stops when the k-th best of the candidates beats all that an item outside every
 list could score, else it takes a larger M. Any other index (HNSW, IVF, ...) finds most of the candidates in a fraction of
-the time; the recall of the answer against the exact one is measured when it is built. A GPU builds what faiss-gpu can (not
-HNSW), and the index goes to the disk in its CPU form; no test of this project has had one.
+the time: when it is built, the recall of the answer against the exact one is measured, and the least effort that reaches
+`WANTED` is what a search spends from then on. A GPU builds what faiss-gpu can (not HNSW), and the index goes to the disk in
+its CPU form; no test of this project has had one.
 
 This is where faiss is imported and its threads are set.
 """
@@ -29,7 +30,9 @@ from recommender.ranker import Ranker, Read
 
 FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
 HNSW_ITEMS = 2_000_000  # ... up to here HNSW, and above IVF, which is built faster and finds less
-EFFORT = {"efSearch": 64, "nprobe": 16}  # what HNSW and IVF spend on a query
+EFFORT = {"efSearch": 64, "nprobe": 16}  # what HNSW and IVF spend on a query at an effort of 1
+EFFORTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # one of these is chosen when the index is built
+WANTED = 0.99  # recall; where no effort reaches it, the greatest is taken
 ASKED = 0.95  # of the weight of a session's queries, unless the index is exact
 FIRST_LIST = 64  # entries taken of every query at first ...
 LISTED = 448  # ... and of all queries of a session, unless the index is exact: the more there are, the less of the answer is from one
@@ -100,17 +103,17 @@ def load_indexes(folder: Path) -> dict[str, faiss.Index]:
 class ItemIndex:
     """The indexes of a model's channels beside the model. Several threads may ask at once."""
 
-    def __init__(self, indexes: dict[str, faiss.Index], ranker: Ranker) -> None:
+    def __init__(self, indexes: dict[str, faiss.Index], ranker: Ranker, effort: float = 1.0) -> None:
         self.ranker, self.indexes = ranker, indexes
         self.rows = {name: offered(ranker.priors[name]) for name in indexes}
         kinds = {type(faiss.downcast_index(index)) for index in indexes.values()}
         self.exact = all(issubclass(kind, faiss.IndexFlat) for kind in kinds)
         self.graph = all(issubclass(kind, faiss.IndexHNSW) for kind in kinds)
-        self.spend(1.0)
+        self.spend(effort)
 
     def spend(self, effort: float) -> None:
-        """How much a search may cost, in multiples of the usual; nothing to a flat index, which is always exact."""
-        self.first, self.listed = math.ceil(FIRST_LIST * effort), math.ceil(LISTED * effort)
+        """How much a search may cost; nothing to a flat index, which is always exact."""
+        self.effort, self.first, self.listed = effort, math.ceil(FIRST_LIST * max(1, effort)), math.ceil(LISTED * effort)
         for index in [] if self.exact else self.indexes.values():
             for name, value in EFFORT.items():
                 try:
@@ -124,13 +127,12 @@ class ItemIndex:
         faiss.omp_set_num_threads(torch.get_num_threads() if self.exact else 1)
         ranker, count = self.ranker, len(self.ranker.known)
         queries = self.queries(read)
-        size = self.first
-        if allowed is None and not self.exact:
-            size = min(size, max(k, self.listed // max(1, sum(len(query) for query, _ in queries.values()))))
-        search = faiss.SearchParametersHNSW(efSearch=size) if self.graph else None  # type: ignore[attr-defined]
-        size = max(size, 2 * k)
+        size = max(self.first, 2 * k)
         if allowed is not None:
             size = math.ceil(size * count / max(1, int(allowed.sum())))
+        elif not self.exact:
+            size = max(k, min(self.first, self.listed // max(1, sum(len(query) for query, _ in queries.values()))))
+        search = faiss.SearchParametersHNSW(efSearch=size) if self.graph else None  # type: ignore[attr-defined]
         while True:
             size = min(size, count)
             popular = ranker.by_popularity[:size]
@@ -212,12 +214,16 @@ def asked(ranker: Ranker, sessions: Sequence[Sequence[int]]) -> list[Read]:
 
 
 def describe(index: ItemIndex, setting: str, sessions: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What the manifest says of it."""
+    """What the manifest says of it: how exact it is, and, where it is not, by which effort of a search. That is chosen here."""
     facts: dict[str, Any] = {"setting": setting, "factory": factory_of(setting, len(index.ranker.known)), "exact": index.exact}
     if not index.exact:
         read = asked(index.ranker, sessions)
-        facts[f"recall@{CHECK_K}"] = measure(index, read, exact_worst(index.ranker, read))[0]
-        facts["sessions"] = len(read)
+        worst = exact_worst(index.ranker, read)
+        for effort in EFFORTS:
+            index.spend(effort)
+            facts |= {f"recall@{CHECK_K}": measure(index, read, worst)[0], "sessions": len(read), "effort": effort}
+            if facts[f"recall@{CHECK_K}"] >= WANTED:
+                break
     return facts
 
 

@@ -99,7 +99,7 @@ class Recommender:
         with torch.inference_mode():
             self.tables = model.tables()
         self.ranker = Ranker(model, self.tables)
-        self.index = ItemIndex(indexes, self.ranker)
+        self.index = ItemIndex(indexes, self.ranker, version.manifest["index"].get("effort", 1.0))
 
     @classmethod
     def load(cls, run: Path | str) -> "Recommender":

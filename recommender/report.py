@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.progress import Steps
 from recommender.charts import Curve, chart, plane
 from recommender.evaluate import COLUMNS, ROWS
-from recommender.index import CHECK_K, FLAT_ITEMS, ItemIndex, asked, build_indexes, exact_worst, factory_of, first, measure
+from recommender.index import CHECK_K, EFFORTS, FLAT_ITEMS, ItemIndex, asked, build_indexes, exact_worst, factory_of, first, measure
 from recommender.metrics import case_values, paired_bootstrap
 from recommender.pictures import small
 from recommender.recommend import Recommender
@@ -32,7 +32,6 @@ PICTURES = 300  # on a map
 DOTS = 3000
 COMPARED_ITEMS = 1000  # of fewer, any index will do
 SIDE, QUALITY = 56, 80  # pixels of a picture; of its JPEG
-EFFORTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of a search, in multiples of the usual
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;background:#fff;margin:0 auto;max-width:1120px;padding:20px 16px 60px}
 h1{font-size:26px;margin:8px 0 0}h2{font-size:19px;margin:40px 0 8px;border-bottom:1px solid #d8dee6;padding-bottom:4px}
@@ -238,12 +237,12 @@ def index(recommender: Recommender) -> Iterator[str]:
     with Steps("index", 1 + len(others)) as shown:
         for name in [published["factory"], *others]:
             each = own if name == published["factory"] else ItemIndex(build_indexes(own.ranker, name), own.ranker)
-            found = []
+            usual, found = each.effort, []
             for effort in (1.0,) if each.exact else EFFORTS:
                 each.spend(effort)
                 recall, times = measure(each, prefixes, worst)
                 found.append((float(np.median(times)), recall))
-            each.spend(1.0)
+            each.spend(usual)
             curves[factory_of(name, items)] = found
             shown.advance()
     yield f"<p>The published index is {escape(published['factory'])}. Recall@{CHECK_K} against scoring every item, by the median "

@@ -17,7 +17,7 @@ from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
 from recommender import batch, recommend
 from recommender.batch import recommend_file
-from recommender.index import check
+from recommender.index import WANTED, check
 from recommender.recommend import Recommender
 from recommender.refresh import refresh
 from recommender.train import train_sbr
@@ -106,11 +106,20 @@ def test_another_index_comes_to_the_trained_model(run: Path, recommender: Recomm
     assert facts["recall@20"] > 0.9
     other = Recommender.load(later)
     assert not other.index.exact
+    assert other.index.effort == facts["effort"]
     same = [set(ids(other.recommend(s, 8))) & set(ids(recommender.recommend(s, 8))) for s in recommender.samples]
     assert np.mean([len(found) for found in same]) > 7
     assert len(ids(other.recommend(recommender.samples[0], 60))) == 60
     said = list(check(other.index, other.sample_rows(), facts))
     assert f"(when it was built: {facts['recall@20']:.4f})" in said[1]
+
+
+def test_a_search_spends_no_more_than_its_recall_takes(run: Path, tmp_path: Path) -> None:
+    """Two of thirty lists hold too few of the first 20: more of them are looked into, until nearly all are found."""
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    easy, hard = (refresh(later, later / "data", index).version.manifest["index"] for index in ("hnsw", "IVF30,Flat"))
+    assert easy["effort"] < hard["effort"]
+    assert hard["recall@20"] >= WANTED
 
 
 def test_vectors_cut_to_their_main_directions_are_the_same_under_another_index(run: Path, tmp_path: Path) -> None:
