@@ -34,7 +34,7 @@ from pipeline.loading import loaded_ahead
 from pipeline.memory import keep_freed_memory
 from pipeline.mllm import Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
-from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
+from pipeline.phases import DROPOUT, PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts, check_columns
 from pipeline.session_log import SessionLog, load_sessions
@@ -97,7 +97,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
     with Interrupt() as interrupt, Steps(phase.name, settings.steps, start, accelerator.is_main_process) as progress:
         model.train()
         for step, (chunks, facts) in zip(range(start, settings.steps), loader, strict=True):
-            dropout = phase.rng(step, group.rank)
+            dropout = phase.rng(step, group.rank, use=DROPOUT)
             seeds = [int(dropout.integers(2**62)) for _ in chunks]
             for group_ in optimizer.param_groups:
                 group_["lr"] = learning_rate(settings, step) * group_["factor"]
@@ -130,6 +130,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
                 backward(model, chunks, phase.heads, seeds, loss * group.world, made, tie, accelerator)
             accelerator.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
+            mllm.keep_scale()
             values: dict[str, Any] = {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
             values |= {f"{name}_bound": critic.value for name, critic in critics.items()}
             probing = phase.config.distill.probe.every

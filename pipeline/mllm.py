@@ -46,6 +46,12 @@ class Mllm(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
         self.teacher: dict[str, Tensor] | None = None  # frozen, of the backbone
 
+    def keep_scale(self) -> None:
+        """To call after each step. Clamped where it stands, as CLIP's: clamped in `forward` it had no gradient to come back by."""
+        if hasattr(self, "log_scale"):
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(MAX_SCALE))
+
     def forward(self, batches: dict[str, dict[str, Tensor]], heads: dict[str, Sequence[str]]) -> dict[str, Tensor]:
         """Per batch b and head h: "b.h" (R, D), fp32, L2-normalised ("session": times the scale).
 
@@ -60,7 +66,7 @@ class Mllm(nn.Module):
             for head in heads[name]:
                 out[f"{name}.{head}"] = F.normalize(self.heads[head](read), dim=-1)
                 if head == "session":
-                    out[f"{name}.{head}"] = out[f"{name}.{head}"] * self.log_scale.exp().clamp(max=MAX_SCALE)
+                    out[f"{name}.{head}"] = out[f"{name}.{head}"] * self.log_scale.exp()
             if len(batch["answers"]):
                 logits = self._logits(states, batch)
                 out[f"{name}.nll"] = F.cross_entropy(logits, batch["answers"], reduction="sum")

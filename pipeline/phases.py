@@ -13,7 +13,7 @@ features. The loop that trains a phase is in `distill.py`.
 import hashlib
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -73,11 +73,19 @@ class Teacher(Protocol):
         """Log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
 
 
+ORDER, PROBE, DROPOUT, DRAW = range(1, 5)  # what randomness is for: numbers in its key, so that no two uses share a stream
+
+
+@lru_cache(maxsize=3)  # a step's epoch, the next one where a batch spans both, and the probe's
+def shuffled(count: int, *key: int) -> np.ndarray:
+    """(count,) the indices below `count` in an order of the key's own."""
+    return np.random.default_rng(key).permutation(count)
+
+
 def drawn(count: int, batch: int, step: int, *key: int) -> np.ndarray:
     """The indices below `count` of a step: shuffled epochs one after the other, cut into batches."""
     at = np.arange(step * batch, (step + 1) * batch)
-    orders = {int(e): np.random.default_rng([*key, int(e)]).permutation(count) for e in np.unique(at // count)}
-    return np.array([orders[int(place // count)][place % count] for place in at])
+    return np.array([shuffled(count, *key, ORDER, place // count)[place % count] for place in at.tolist()])
 
 
 def first_of_each(rows: np.ndarray) -> Tensor:
@@ -110,8 +118,9 @@ class Phase:
         settings: PhaseConfig = getattr(self.config.distill, self.name)
         return settings
 
-    def rng(self, step: int, *more: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, self.number, step, *more])
+    def rng(self, step: int, *more: int, use: int = DRAW) -> np.random.Generator:
+        # numpy fills a short key up with zeros, so its length is part of it
+        return np.random.default_rng([self.config.seed, self.number, use, len(more), step, *more])
 
     def drawn(self, count: int, step: int) -> np.ndarray:
         return drawn(count, self.settings.batch, step, self.config.seed, self.number)
@@ -143,7 +152,7 @@ class Phase:
         return {}
 
     def _others(self, rows: np.ndarray, seen: Tensor) -> np.ndarray:
-        order = np.random.default_rng([self.config.seed, self.number]).permutation(rows)
+        order = rows[shuffled(len(rows), self.config.seed, self.number, PROBE)]
         others: np.ndarray = order[~np.isin(order, seen.cpu().numpy())][: self.config.distill.probe.items]
         return others
 
@@ -197,12 +206,18 @@ class Transfer(Phase):
     new = ("session", "transition", "content")
 
     @cached_property
-    def target_share(self) -> np.ndarray:
-        """(N,) how often an item is the next one in the training sessions, as a share."""
-        follows = np.ones(len(self.train.rows), bool)
-        follows[self.train.offsets[:-1]] = False
-        counts = np.bincount(self.train.rows[follows], minlength=len(self.prompts))
-        share: np.ndarray = counts / counts.sum()
+    def asked(self) -> np.ndarray:
+        """(N,) how likely one session drawn, with its window drawn as `_window` does, asks for an item: for items that stand
+        twice in a window, how often it does, at most 1."""
+        cfg, lengths = self.config.distill.transfer, np.diff(self.train.offsets)
+        length, place = np.repeat(lengths, lengths), np.arange(len(self.train.rows)) - np.repeat(self.train.offsets[:-1], lengths)
+        if cfg.summary:
+            windows = np.maximum(1, -(-(length - 1) // cfg.items))  # as many as `starts`, each item but the first in one
+            asking = (place > 0) / windows
+        else:
+            windows = np.maximum(1, length - cfg.items)
+            asking = (np.minimum(place, windows) - np.maximum(0, place - cfg.items)) / windows
+        share: np.ndarray = np.minimum(1, np.bincount(self.train.rows, asking, len(self.prompts)) / len(self.train))
         return share
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
@@ -219,7 +234,7 @@ class Transfer(Phase):
             "sessions": [self._session(windows[b], self.rng(step, b, 1)) for b in self.group.share(np.arange(cfg.batch))],
             "items": [self._item(int(row), self.rng(step, int(row), 2)) for row in self.group.share(even)],
         }
-        came = 1 - (1 - self.target_share[candidates]) ** len(place)  # probability to be a candidate of this batch
+        came = 1 - (1 - self.asked[candidates]) ** cfg.batch  # probability to be a candidate of this batch
         facts = {
             "target": torch.from_numpy(target),
             "candidates": torch.from_numpy(candidates),
@@ -280,7 +295,7 @@ class Transfer(Phase):
         return losses
 
     def unseen(self, facts: Tensors) -> np.ndarray:
-        return self._others(np.flatnonzero(self.target_share), facts["candidates"])
+        return self._others(np.flatnonzero(self.asked), facts["candidates"])
 
     def probe(self, features: Tensors, rows: Tensor, critics: Critics) -> dict[str, float]:
         return {"club_bound": critics["club"].measure(features["transition"], features["content"])}

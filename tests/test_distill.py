@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,12 +36,13 @@ from typer.testing import CliRunner
 import cli
 from pipeline.artifact import locked
 from pipeline.catalog import load_catalog
-from pipeline.config import Config
+from pipeline.config import Config, load_config
 from pipeline.distill import _check_batches
 from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
-from pipeline.phases import Align, drawn, first_of_each
-from pipeline.session_log import load_sessions
+from pipeline.phases import Align, Transfer, drawn, first_of_each
+from pipeline.prompts import Prompts
+from pipeline.session_log import SessionLog, load_sessions
 from pipeline.split import split_sessions
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +114,21 @@ def test_an_epoch_takes_every_item_once() -> None:
     for epoch in range(4):
         assert sorted(taken[epoch * 50 : (epoch + 1) * 50]) == list(range(50))
     assert list(taken[:50]) != list(taken[50:100])
+
+
+@pytest.mark.parametrize("summary", [0, 1])
+def test_an_item_is_as_likely_a_candidate_as_the_loss_takes_it_to_be(tiny_data: Path, summary: int) -> None:
+    """The correction of the retrieval loss against drawing: a long session asks for few of its items at a time."""
+    config = load_config(None, ["distill.transfer.items=2", f"distill.transfer.summary={summary}"])
+    rows = np.array([0, 1, 2, *[3, 4, 5, 6, 7] * 4, 8, 9])
+    train = SessionLog(["a", "b", "c"], rows, np.array([0, 3, 23, 25]), np.arange(3))
+    catalog = load_catalog(tiny_data)
+    phase = Transfer(config, Prompts(catalog, config.data), None, train, None, {})  # type: ignore[arg-type]
+    phase.summaries = defaultdict(str)
+    came = np.zeros(len(catalog))
+    for n in range(6000):
+        came[np.unique(phase._window(n % 3, np.random.default_rng(n)).rows[1:])] += 1
+    np.testing.assert_allclose(phase.asked, came / 6000, atol=0.02)
 
 
 def test_batches_of_one_do(tiny_data: Path, tmp_path: Path) -> None:
