@@ -153,16 +153,18 @@ def names(chosen: argparse.Namespace) -> list[str]:
 
 
 def settings(chosen: argparse.Namespace, *more: str) -> Config:
-    return load_config(None, [f"sbr.dim={chosen.dim}", f"sbr.loss={chosen.loss}", *more])
+    return load_config(None, [f"sbr.dim={chosen.dim}", *more])
 
 
 def train(chosen: argparse.Namespace) -> None:
     inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
     others = peers(chosen, inputs, accelerator.device)
     work = {f"{name}, batch {peer.batch} samples": peer.work for name, peer in others.items()}
-    for name in names(chosen):
-        for batch in (128, 100, 25):
-            work[f"{name}, batch {batch} sessions"] = Ours(name, settings(chosen, f"sbr.batch={batch}"), inputs, accelerator).work
+    for name, (batch, loss) in itertools.product(
+        names(chosen), [(128, "auto"), (128, "softmax"), (100, "auto"), (100, "softmax"), (25, "auto")]
+    ):
+        ours = Ours(name, settings(chosen, f"sbr.batch={batch}", f"sbr.loss={loss}"), inputs, accelerator)
+        work[f"{name}, batch {batch} sessions, {'all' if ours.share is None else ours.settings.negatives} items"] = ours.work
     for each in work.values():
         next(each)
     rounds = [{name: rate(each, chosen.seconds) for name, each in work.items()} for _ in range(chosen.rounds)]
@@ -176,23 +178,26 @@ def train(chosen: argparse.Namespace) -> None:
 def accuracy(chosen: argparse.Namespace) -> None:
     inputs, accelerator = stand_in(chosen.items, chosen.sessions), make_accelerator()
     rows, offsets = draw_log(chosen.items, 2000, seed=3)
-    seconds, found = {}, {}
+    seconds, updates, found = {}, {}, {}
     prefixes, targets = samples_of(rows, offsets, PREFIX)
     for name, peer in peers(chosen, inputs, accelerator.device, chosen.epochs).items():
         began = time.perf_counter()
-        cases = sum(peer.work)
+        steps = list(peer.work)
+        cases, updates[name] = sum(steps), len(steps)
         seconds[name] = time.perf_counter() - began
         found[name] = summarise(peer.ranks(prefixes, targets))
     for name in names(chosen):
         ours = Ours(name, settings(chosen), inputs, accelerator, chosen.epochs)
         began = time.perf_counter()
-        assert sum(ours.work) == cases
+        steps = list(ours.work)
+        assert sum(steps) == cases
+        updates[name] = len(steps)
         seconds[name] = time.perf_counter() - began
         found[name] = summarise(model_ranks(ours.model, pack(rows, offsets, PREFIX)))
     print(f"{chosen.epochs} epochs of {cases // chosen.epochs:,} cases, {len(targets):,} test cases")
-    print("| model | HR@20 | MRR@20 | seconds |\n| --- | --- | --- | --- |")
+    print("| model | HR@20 | MRR@20 | updates | seconds |\n| --- | --- | --- | --- | --- |")
     for name, metrics in found.items():
-        print(f"| {name} | {metrics['HR@20']:.4f} | {metrics['MRR@20']:.4f} | {seconds[name]:.0f} |")
+        print(f"| {name} | {metrics['HR@20']:.4f} | {metrics['MRR@20']:.4f} | {updates[name]:,} | {seconds[name]:.0f} |")
 
 
 def evaluate(chosen: argparse.Namespace) -> None:
@@ -255,7 +260,6 @@ def main() -> None:
         part.add_argument("--models", default=models)
         part.add_argument("--recbole", action="store_true")
         part.add_argument("--last", action="store_true", help="ranking: after the last event of each session alone, as last-out asks")
-        part.add_argument("--loss", default="auto", help="as sbr.loss")
         part.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)

@@ -39,6 +39,7 @@ from recommender.recommend import Recommender, write_model
 from recommender.whitening import Whitening
 
 LENGTHS, RATE = (1, 5, 50), 50
+SESSIONS = 10  # different ones of each length, one after the other
 
 
 def write_run(run: Path, items: int) -> None:
@@ -105,10 +106,26 @@ def session(items: int, length: int, seed: int = 1) -> list[str]:
 
 
 def hey(url: str, items: int, length: int, seconds: float, *more: str) -> tuple[np.ndarray, Counter[str]]:
-    """Milliseconds of each request, and how often which status."""
-    body = json.dumps({"session": session(items, length), "k": 20})
-    words = ["hey", "-z", f"{seconds:.0f}s", "-m", "POST", "-T", "application/json", "-d", body, "-o", "csv", *more, f"{url}/recommend"]
-    lines = list(csv.DictReader(io.StringIO(subprocess.run(words, capture_output=True, text=True, check=True).stdout)))
+    """Milliseconds of each request, and how often which status. The tool repeats one request, so it is run for each session."""
+    lines = []
+    for seed in range(SESSIONS):
+        body = json.dumps({"session": session(items, length, seed), "k": 20})
+        words = [
+            "hey",
+            "-z",
+            f"{seconds / SESSIONS}s",
+            "-m",
+            "POST",
+            "-T",
+            "application/json",
+            "-d",
+            body,
+            "-o",
+            "csv",
+            *more,
+            f"{url}/recommend",
+        ]
+        lines += list(csv.DictReader(io.StringIO(subprocess.run(words, capture_output=True, text=True, check=True).stdout)))
     return np.array([float(line["response-time"]) * 1000 for line in lines]), Counter(line["status-code"] for line in lines)
 
 
