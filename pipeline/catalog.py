@@ -64,8 +64,12 @@ class _Column:
         return column
 
 
-def _file_state(path: Path) -> tuple[int, int, int]:
-    state = path.stat()
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    """By which it is known again; None where there is no such file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
@@ -167,7 +171,7 @@ class Catalog:
             return 0, 0
 
     def image(self, row: int) -> Image.Image | None:
-        """None without an image; `UserError` (3) for one that cannot be decoded."""
+        """None without an image; `ImageError` for one that cannot be decoded."""
         data = self.image_bytes(row)
         return None if data is None else decode_image(data, self._where(row))
 

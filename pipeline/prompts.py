@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.catalog import Catalog
 from pipeline.config import DataConfig
 from pipeline.errors import USAGE, UserError
+from pipeline.images import ImageError
 from pipeline.neighbours import Neighbours
 from pipeline.templates import Templates, load_templates
 
@@ -75,7 +76,7 @@ class Prompts:
             try:
                 self.catalog.image(row)
                 self._decodes[row] = True
-            except UserError as error:
+            except ImageError as error:
                 print(f"warning: {error}; shown as text only", file=sys.stderr)
                 self._decodes[row] = False
         return self._decodes[row]

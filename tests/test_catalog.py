@@ -169,6 +169,8 @@ def test_items_replaced_under_a_reader_are_noticed(tmp_path: Path) -> None:
     catalog = write_images(tmp_path, [encoded(noise())])
     write_images(tmp_path, [encoded(Image.new("RGB", (9, 9)))])
     refused(lambda: catalog.image(0), "changed")
+    (tmp_path / "items.parquet").unlink()
+    refused(lambda: catalog.image(0), "changed")
 
 
 @pytest.mark.parametrize(

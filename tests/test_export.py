@@ -19,13 +19,16 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ENVIRONMENT, contents
+from tiny_items import make
 from tiny_run import PHASES, change_items, distill_run, export_run, kill_when, published_folder, settings, start
 
+from pipeline.batches import Source
 from pipeline.catalog import load_catalog
 from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, UserError
 from pipeline.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.export import export
+from pipeline.prompts import Prompts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -420,3 +423,14 @@ def test_or_the_item_is_left_out_and_listed(tiny_run: Path, tiny_data: Path, tmp
     assert "row 7" in capfd.readouterr().err
     assert found.item_ids == [f"p{row:04d}" for row in range(40) if row != 7]
     assert found.version.manifest["skipped"] == ["p0007"]
+
+
+def test_items_that_change_while_in_use_are_no_bad_pictures(data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    made = make(folder, tmp_path, "tiny", "data.on_bad_image=text_only")
+    source = Source(made.encoder.catalog, Prompts(made.encoder.catalog, settings().data), made.encoder, 4096, "text_only")
+    (folder / "items.parquet").touch()
+    rows, known = np.arange(6), np.zeros((6, 32))
+    for work in (lambda: made.prompts.has_image(0), lambda: source.measure(rows, known), lambda: source.load(rows, rows)):
+        with pytest.raises(UserError, match="the items changed while in use"):
+            work()
