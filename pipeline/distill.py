@@ -238,6 +238,8 @@ def distill(
     keep_freed_memory()
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # by which Accelerate would cut what trains, too
         accelerator = Accelerator(log_with=config.distill.log_with or None, project_dir=run / "distill")
+        if (precision := accelerator.mixed_precision) != "no":
+            raise UserError(f"no training in {precision} (accelerate launch --mixed_precision); take no, and set backbone.dtype", USAGE)
         group = Group(accelerator)
         _check_batches(config, group.world)
         backbone = build_backbone(config.backbone, views, config.seed)
@@ -276,6 +278,7 @@ def distill(
             accelerator.wait_for_everyone()
             accelerator.free_memory()
             train_phase(phase, mllm, accelerator, checkpoints, metrics)
+            metrics.before += phase.settings.steps
             weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
             if kind is Knowledge and variant.last != kind.name and config.distill.transfer.summary:
                 summaries = write_summaries(mllm, phase, folder / "summaries.jsonl")
@@ -290,7 +293,7 @@ def distill(
             config, unified = merged(config, backbone, base, weights)
         elif variant.published == "side_by_side":
             unified = side_by_side(backbone, weights, config.distill.dim)
-        measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
+        measured = measure_layers(unified, phase, metrics.before) if isinstance(unified, Mllm) else []
         if accelerator.is_main_process:
             publish(run, config, views, unified, backbone, made_from, measured, split.train.ids_sha256(), prints[-1])
         accelerator.wait_for_everyone()
@@ -403,8 +406,8 @@ def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, 
     return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
 
 
-def measure_layers(mllm: Mllm, phase: Phase) -> list[dict[str, float]]:
-    """What each layer adds, on a fixed sample of items; said, and given to the trackers."""
+def measure_layers(mllm: Mllm, phase: Phase, before: int) -> list[dict[str, float]]:
+    """What each layer adds, on a fixed sample of items; said, and given to the trackers, a step each after the `before` of training."""
     config, accelerator = phase.config, phase.group.accelerator
     sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in layers.sample(len(phase.prompts), config.seed)]
     mllm.to(accelerator.device).eval()
@@ -412,7 +415,7 @@ def measure_layers(mllm: Mllm, phase: Phase) -> list[dict[str, float]]:
     if accelerator.is_main_process:
         layers.tell(measured)
     for n, layer in enumerate(measured, 1):
-        accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=n)
+        accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=before + n)
     return measured
 
 

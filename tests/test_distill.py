@@ -1,5 +1,6 @@
 """`distill` on a small shop: it learns, a kill costs nothing, only training sessions count, and processes share the work."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_run import (
     PHASES,
     SETTINGS,
@@ -127,6 +129,14 @@ def test_a_loss_that_leaves_the_numbers_is_one_clear_line(tiny_data: Path, tmp_p
         distill_run(tmp_path, tiny_data, "distill.knowledge.lr=1e30")
     assert error.value.code == USAGE
     assert not (tmp_path / "mllm" / "current").exists()
+
+
+def test_trackers_are_told_of_steps_that_go_on_over_the_phases(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int]] = []
+    monkeypatch.setattr(Accelerator, "log", lambda _, values, step: told.append((next(iter(values)).split("/")[0], step)))
+    distill_run(tmp_path, tiny_data, *(f"distill.{phase}.steps=2" for phase in PHASES))
+    assert told == [*((phase, 2 * n + step) for n, phase in enumerate(PHASES) for step in (0, 1)), ("layers", 7)]
+    assert list(losses(tmp_path)) == [(phase, step) for phase in PHASES for step in (0, 1)]
 
 
 # --- bounds
@@ -349,6 +359,18 @@ def test_what_is_not_there_is_named_before_the_training(tiny_data: Path, tmp_pat
     with pytest.raises(UserError) as error:
         distill_run(tmp_path, tiny_data, setting)
     assert says in str(error.value)
+
+
+def in_mixed_precision(run: Path, data: Path) -> None:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as `accelerate launch` hands it on
+    with pytest.raises(UserError, match=r"no training in bf16 .* backbone\.dtype"):
+        distill_run(run, data)
+
+
+def test_a_launcher_does_not_change_what_is_computed_in(tiny_data: Path, tmp_path: Path) -> None:
+    process = start(in_mixed_precision, tmp_path, tiny_data)
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_an_item_twice_in_a_batch_is_no_negative_of_itself(tiny_data: Path, tmp_path: Path) -> None:
