@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.errors import USAGE, UserError
 
@@ -113,7 +114,7 @@ class LoraSettings(Section):
 class BackboneConfig(Section):
     name: str = "tiny"  # "tiny", or a Hugging Face image-text-to-text model by name or local folder
     revision: str | None = None  # commit of the model, for a name on the hub
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 where they are frozen: with `lora`
     lora: LoraSettings | None = None  # null trains every weight, as the tiny model needs
     # nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; tried with random weights alone
     quantize: Literal["nf4"] | None = None
@@ -314,6 +315,13 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     sbr: SbrConfig = SbrConfig()
 
+    @model_validator(mode="after")
+    def _moves(self) -> "Config":
+        if self.backbone.dtype != "float32" and self.backbone.lora is None and self.distill.variant != "frozen":
+            what = "`backbone.dtype` = '{dtype}' with `backbone.lora` = None: every weight trains, and small steps are lost in it"
+            raise PydanticCustomError("sections", what, {"dtype": self.backbone.dtype})
+        return self
+
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
     """The settings of `path` (None: the defaults) with `a.b=value` overrides on top.
@@ -473,6 +481,8 @@ def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: st
             near = difflib.get_close_matches(loc[-1], _fields(model, loc[:-1]), n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(model, loc[:-1]))}"
             yield f"unknown key `{key}` ({spot}); {hint}"
+        elif not loc:  # what two sections say together
+            yield f"{problem['msg']} ({spot}); mend one of them"
         else:
             yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); mend the value"
 
