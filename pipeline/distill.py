@@ -30,7 +30,7 @@ from pipeline.chunks import backward, features, look_once
 from pipeline.config import Config, PhaseConfig
 from pipeline.encoder import Encoder
 from pipeline.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.loading import loaded_ahead
+from pipeline.loading import loaded_ahead, telling_of_dead_workers
 from pipeline.memory import keep_freed_memory
 from pipeline.mllm import Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
@@ -250,7 +250,7 @@ def distill(
             print(f"FSDP: each of {group.world} processes holds {held:.0%} of the backbone's weights", file=sys.stderr)
     folder = run / "distill"
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, patience=LOCK_SECONDS) if accelerator.is_main_process else nullcontext():
+    with locked(folder, patience=LOCK_SECONDS) if accelerator.is_main_process else nullcontext(), telling_of_dead_workers():
         accelerator.init_trackers("tpad", flat(config.model_dump(mode="json")))
         metrics = Metrics(folder / "metrics.jsonl", accelerator)
         encoder = Encoder(config.backbone, backbone, catalog)

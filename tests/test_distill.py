@@ -40,7 +40,8 @@ from pipeline.catalog import load_catalog
 from pipeline.config import Config
 from pipeline.distill import _check_batches
 from pipeline.embeddings import read_embeddings
-from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
+from pipeline.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.loading import loaded_ahead, telling_of_dead_workers
 from pipeline.phases import Align, drawn, first_of_each
 from pipeline.session_log import load_sessions
 from pipeline.split import split_sessions
@@ -334,6 +335,21 @@ def test_a_bad_picture_is_one_clear_line_from_a_worker_too(tiny_data: Path, tmp_
         distill_run(tmp_path / "run", data, "distill.workers=1")
     assert error.value.code == DATA
     assert str(error.value).count("\n") == 0
+
+
+def killed_at_one(number: int) -> int:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)  # as a system does that runs out of memory
+    return number
+
+
+@pytest.mark.parametrize("work", [0.0, 0.3])
+def test_a_worker_that_dies_is_one_clear_line(work: float) -> None:
+    """Whether the loop waits for it at that moment or has something else in hand."""
+    with pytest.raises(UserError, match=r"a worker process died.*distill\.workers") as error, telling_of_dead_workers():
+        for _ in loaded_ahead(killed_at_one, range(3), 1):
+            time.sleep(work)
+    assert error.value.code == ENVIRONMENT
 
 
 def test_workers_change_no_weight(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
