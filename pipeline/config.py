@@ -55,7 +55,7 @@ class DataConfig(Section):
     test: Share = 0.1  # share of the sessions held out for the test; by time: the last ones
     max_prefix: Positive = 20  # a session is cut to its last so many events before it is used as a prefix
     text: list[str] = ["title", "description"]  # item columns shown to the MLLM, in this order
-    attributes: list[str] | None = None  # item columns it learns to write; null: every other text column
+    attributes: list[str] | None = None  # item columns it learns to write; null: every other one of texts, or of lists of texts
     prompts: str | None = None  # file of prompt templates, as configs/prompts/default.yaml; null: those
     # an image that cannot be decoded stops the run, counts as none, or keeps its item out of the embeddings (and counts as none before)
     on_bad_image: Literal["error", "skip", "text_only"] = "error"

@@ -57,7 +57,7 @@ class Prompts:
         self.catalog, self.on_bad_image, self.neighbours = catalog, config.on_bad_image, neighbours
         self.templates = templates or load_templates(config.prompts)
         self.shown = [c for c in config.text if c in catalog.columns]
-        written = catalog.columns if config.attributes is None else [c for c in config.attributes if c in catalog.columns]
+        written = catalog.text_columns if config.attributes is None else [c for c in config.attributes if c in catalog.columns]
         self.columns = list(dict.fromkeys([*self.shown, *written]))
         self.attributes = [c for c in self.columns if c not in self.shown]
         self._decodes: dict[int, bool] = {}
