@@ -97,7 +97,13 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         "on_bad_image": config.data.on_bad_image,
         "neighbours": neighbours and neighbours.sha256,
     }
-    layout = {"shard_rows": config.export.shard_rows, "token_budget": config.export.token_budget, "format": config.export.format}
+    layout = {
+        "shard_rows": config.export.shard_rows,
+        "token_budget": config.export.token_budget,
+        "format": config.export.format,
+        "attention": backbone_config.attention,
+        "compile": config.export.compile,
+    }
     facts = recipe | layout | {"catalogue_sha256": catalog.sha256}
     pointer = current_pointer(root)
     before = published(root, "embeddings")
