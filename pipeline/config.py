@@ -151,7 +151,7 @@ class TransferConfig(PhaseConfig):
     batch: Positive = 32
     lr: Rate = 1.5e-3
     start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
-    items: Positive = 4  # the last so many items of a session are shown
+    items: Positive = 4  # a window of so many items, drawn anywhere in the session, is shown, and the next item asked for after each
     retrieval: Weight = 1.0  # weight of the next-item InfoNCE, whose temperature is learned
     generation: Weight = 0.2  # weight of writing the next item's text (data.text)
     disentangle: Weight = 0.05  # weight of vCLUB-S between t(v) and c(v), a dimension

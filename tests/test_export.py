@@ -425,6 +425,11 @@ def test_or_the_item_is_left_out_and_listed(tiny_run: Path, tiny_data: Path, tmp
     assert "row 7" in capfd.readouterr().err
     assert found.item_ids == [f"p{row:04d}" for row in range(40) if row != 7]
     assert found.version.manifest["skipped"] == ["p0007"]
+    none = change_items(tiny_data, tmp_path / "none", dict.fromkeys(range(40), png("red")[:60]), {})
+    with pytest.raises(UserError, match=r"every item would be left out for its picture .*items\.parquet") as error:
+        export_run(run, none, "data.on_bad_image=skip")
+    assert error.value.code == DATA
+    assert read_embeddings(run / "embeddings").version.name == "v0001"
 
 
 def test_items_that_change_while_in_use_are_no_bad_pictures(data: Path, tmp_path: Path) -> None:
