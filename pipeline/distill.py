@@ -24,15 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import fsdp, layers, prompts
 from pipeline.artifact import canonical_json, locked, published, stage
 from pipeline.backbone import Backbone, build_backbone, weights_sha256
+from pipeline.batches import cut
 from pipeline.catalog import load_catalog
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
-from pipeline.chunks import backward, features, look_once
+from pipeline.chunks import Chunk, backward, features, look_once
 from pipeline.config import Config, PhaseConfig
 from pipeline.encoder import Encoder
 from pipeline.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.loading import loaded_ahead, telling_of_dead_workers
 from pipeline.memory import keep_freed_memory
-from pipeline.mllm import Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
+from pipeline.mllm import Mllm, SideBySide, embed_batches, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
 from pipeline.phases import PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
 from pipeline.progress import Steps
@@ -392,17 +393,23 @@ def feature_table(mllm: Mllm, phase: Phase, head: str) -> Tensor:
     with Steps(f"{head} table", count, show=phase.group.rank == 0) as progress:
         for first in range(0, count, TABLE_ROWS):
             rows = np.arange(first, min(first + TABLE_ROWS, count))
-            parts.append(item_features(mllm, phase, rows, (head,))[head])
+            parts.append(item_features(mllm, phase, rows, (head,), phase.config.distill.workers)[head])
             progress.advance(by=len(rows))
     return torch.cat(parts)
 
 
-def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, ...]) -> Tensors:
+def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, ...], workers: int = 0) -> Tensors:
     """By head, the (n, D) features of items, each process embedding its share; the same tensors everywhere."""
-    group, device = phase.group, phase.group.accelerator.device
-    even = np.resize(rows, math.ceil(len(rows) / group.world) * group.world)
-    sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in group.share(even)]
-    found = embed(mllm, phase.encoder, sequences, heads, phase.config.export.token_budget, device, group.most)
+    group, encoder, device = phase.group, phase.encoder, phase.group.accelerator.device
+    own = group.share(np.resize(rows, math.ceil(len(rows) / group.world) * group.world))
+    lengths = np.array([encoder.length(phase.prompts.item(int(row))) for row in own])
+    places = cut(lengths, phase.config.export.token_budget)
+    passes = [min(n, len(places) - 1) for n in range(group.most(len(places)))]  # as many as all other processes (`fsdp.py`)
+
+    def load(number: int) -> Chunk:
+        return encoder.collate({"items": [encoder.encode(phase.prompts.item(int(row))) for row in own[places[number]]]})
+
+    found = embed_batches(mllm, places, loaded_ahead(load, passes, workers), heads, device)
     return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
 
 
