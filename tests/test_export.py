@@ -380,6 +380,18 @@ def test_items_without_picture_or_text_are_exported(tiny_run: Path, tiny_data: P
     assert manifest["catalogue_sha256"] != before["catalogue_sha256"] == manifest["distilled_on_catalogue_sha256"]
 
 
+def test_a_catalogue_without_any_picture_is_distilled_and_exported(tiny_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    pq.write_table(pq.read_table(data / "items.parquet").drop_columns("image"), data / "items.parquet")
+    few = [f"distill.{phase}.steps=2" for phase in PHASES]
+    distill_run(tmp_path / "run", data, *few)
+    export_run(tmp_path / "run", data, *few)
+    found = read_embeddings(tmp_path / "run" / "embeddings")
+    assert found.has_text.all() and not found.has_image.any()
+    np.testing.assert_allclose(np.linalg.norm(found.transition, axis=1), 1, atol=1e-5)
+    assert len(np.unique(found.knowledge.round(5), axis=0)) > 30
+
+
 def test_a_broken_picture_stops_the_chain_with_file_and_row(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
     run = model_only(tiny_run, tmp_path / "run")
