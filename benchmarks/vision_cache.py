@@ -3,10 +3,10 @@
     python benchmarks/vision_cache.py cache     a transfer step, and the export, with kept pictures and without
     python benchmarks/vision_cache.py chunks    peak memory and time of steps, whole and in chunks
 
-The model is an Idefics3 whose tower (twelve layers over 256 patches a picture) is larger than all else (16 image tokens a picture,
-eight layers of language model with LoRA): what kept pictures are for. The smaller the tower's share, the less they bring. Times are medians of interleaved rounds in one process, and
-their ratio is the figure; memory is that of a process of its own. Pictures once decoded are held in memory either way, as
-in training.
+The model is an Idefics3 whose tower (twelve layers over 256 patches a picture) is larger than all else (16 image tokens a
+picture, eight layers of language model with LoRA): what kept pictures are for. The smaller the tower's share, the less they
+bring. Times are medians of interleaved rounds in one process, and their ratio is the figure; memory is that of a process of its
+own. Pictures once decoded are held in memory either way, as in training.
 """
 
 import argparse

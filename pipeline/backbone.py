@@ -91,10 +91,17 @@ def _targets(model: Any, pattern: str) -> list[str]:
 
 def published_backbone(config: BackboneConfig) -> Backbone:
     name, revision = config.name, config.revision
+    if _weights(config, "*.bin") and not _weights(config, "*.safetensors"):
+        raise UserError(f"no weights in safetensors, and pickles are not read (backbone.name = {name}); save the model again", ENVIRONMENT)
     more = {"quantization_config": _nf4(config), "device_map": {"": PartialState().local_process_index}} if config.quantize else {}
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=getattr(torch, config.dtype), attn_implementation=config.attention, **more
+            name,
+            revision=revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            **more,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         tokenizer.chat_template = _processor_template(config) or tokenizer.chat_template
@@ -112,11 +119,15 @@ def published_backbone(config: BackboneConfig) -> Backbone:
 
 def weights_sha256(config: BackboneConfig) -> str | None:
     """Of the files of weights in a local folder: another model may be put there. None for the tiny one and for a name on the hub."""
-    folder = Path(config.name)
-    if config.name == "tiny" or not folder.is_dir():
+    if config.name == "tiny" or not Path(config.name).is_dir():
         return None
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return hashlib.sha256("".join(f"{path.name} {sha256_file(path)}\n" for path in files).encode()).hexdigest()
+    listed = "".join(f"{path.name} {sha256_file(path)}\n" for path in _weights(config, "*.safetensors"))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _weights(config: BackboneConfig, pattern: str) -> list[Path]:
+    """Such files of a local folder; none of a name on the hub."""
+    return sorted(Path(config.name).glob(pattern))
 
 
 def _processor_template(config: BackboneConfig) -> str | None:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pipeline.catalog import Catalog
 from pipeline.encoder import Encoded, Encoder
-from pipeline.errors import DATA, ENVIRONMENT, UserError
+from pipeline.errors import ENVIRONMENT, UserError
+from pipeline.images import ImageError
 from pipeline.prompts import Prompts, View
 
 K = TypeVar("K")
@@ -85,7 +86,7 @@ class Source:
         text = self.views.text(row).encode()
         try:
             image = self.catalog.image_bytes(row)
-        except UserError:  # a file that is not there: `load` says so, and does as it is told
+        except ImageError:  # a file that is not there: `load` says so, and does as it is told
             if self.on_bad_image == "error":
                 raise
             image = None
@@ -104,8 +105,8 @@ class Source:
             view, shown = View(image=self.catalog.has_image(row), text=True), None
             try:
                 shown = self.encoder.encode(self.views.item(row, view))
-            except UserError as error:
-                if error.code != DATA or self.on_bad_image == "error":
+            except ImageError as error:
+                if self.on_bad_image == "error":
                     raise
                 faults.append(str(error))
                 if self.on_bad_image == "text_only":

@@ -64,8 +64,12 @@ class _Column:
         return column
 
 
-def _file_state(path: Path) -> tuple[int, int, int]:
-    state = path.stat()
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    """By which it is known again; None where there is no such file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
@@ -108,7 +112,8 @@ class Catalog:
     path: Path
     sha256: str  # of the file, and of the sizes of pictures beside it
     item_ids: list[str]
-    columns: list[str]  # those with a text: every one but item_id, image and other binary ones
+    columns: list[str]  # those that can be read as text: every one but item_id, image and other binary ones
+    text_columns: list[str]  # of them, those that are texts, or lists of texts
     _texts: Mapping[str, pa.Array | _Column] = field(repr=False)
     _images: _Column | None = field(repr=False)
     _present: np.ndarray = field(repr=False)  # (N,) bool: who has an image
@@ -138,7 +143,7 @@ class Catalog:
         for name in self.columns:
             column = self._texts[name]
             if name not in ("title", "description") and isinstance(column, pa.Array):
-                if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                if inner(column.type) != column.type:
                     texts = [[text for text in map(plain_text, values or []) if text] for values in column.to_pylist()]
                     found[name] = pa.array(texts, pa.list_(pa.string()))
                 else:
@@ -167,7 +172,7 @@ class Catalog:
             return 0, 0
 
     def image(self, row: int) -> Image.Image | None:
-        """None without an image; `UserError` (3) for one that cannot be decoded."""
+        """None without an image; `ImageError` for one that cannot be decoded."""
         data = self.image_bytes(row)
         return None if data is None else decode_image(data, self._where(row))
 
@@ -221,7 +226,8 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
     texts = streamed or {name: table[name].combine_chunks() for name in columns}
     if linked:
         sha256 = hashlib.sha256(sha256.encode() + linked).hexdigest()
-    return Catalog(path, sha256, item_ids, columns, texts, image_column, present, bool(linked))
+    text_columns = [name for name in columns if is_text(inner(schema.field(name).type))]
+    return Catalog(path, sha256, item_ids, columns, text_columns, texts, image_column, present, bool(linked))
 
 
 def raise_duplicate(item_ids: list[str], where: Callable[[int], str]) -> None:
@@ -269,6 +275,11 @@ def is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def inner(kind: pa.DataType) -> pa.DataType:
+    """Of the values in a list; of anything else its own."""
+    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
 
 
 def is_binary(kind: pa.DataType) -> bool:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.errors import USAGE, UserError
 
@@ -54,7 +55,7 @@ class DataConfig(Section):
     test: Share = 0.1  # share of the sessions held out for the test; by time: the last ones
     max_prefix: Positive = 20  # a session is cut to its last so many events before it is used as a prefix
     text: list[str] = ["title", "description"]  # item columns shown to the MLLM, in this order
-    attributes: list[str] | None = None  # item columns it learns to write; null: every other text column
+    attributes: list[str] | None = None  # item columns it learns to write; null: every other one of texts, or of lists of texts
     prompts: str | None = None  # file of prompt templates, as configs/prompts/default.yaml; null: those
     # an image that cannot be decoded stops the run, counts as none, or keeps its item out of the embeddings (and counts as none before)
     on_bad_image: Literal["error", "skip", "text_only"] = "error"
@@ -113,7 +114,7 @@ class LoraSettings(Section):
 class BackboneConfig(Section):
     name: str = "tiny"  # "tiny", or a Hugging Face image-text-to-text model by name or local folder
     revision: str | None = None  # commit of the model, for a name on the hub
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 where they are frozen: with `lora`
     lora: LoraSettings | None = None  # null trains every weight, as the tiny model needs
     # nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; tried with random weights alone
     quantize: Literal["nf4"] | None = None
@@ -150,7 +151,7 @@ class TransferConfig(PhaseConfig):
     batch: Positive = 32
     lr: Rate = 1.5e-3
     start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
-    items: Positive = 4  # the last so many items of a session are shown
+    items: Positive = 4  # a window of so many items, drawn anywhere in the session, is shown, and the next item asked for after each
     retrieval: Weight = 1.0  # weight of the next-item InfoNCE, whose temperature is learned
     generation: Weight = 0.2  # weight of writing the next item's text (data.text)
     disentangle: Weight = 0.05  # weight of vCLUB-S between t(v) and c(v), a dimension
@@ -314,6 +315,13 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     sbr: SbrConfig = SbrConfig()
 
+    @model_validator(mode="after")
+    def _moves(self) -> "Config":
+        if self.backbone.dtype != "float32" and self.backbone.lora is None and self.distill.variant != "frozen":
+            what = "`backbone.dtype` = '{dtype}' with `backbone.lora` = None: every weight trains, and small steps are lost in it"
+            raise PydanticCustomError("sections", what, {"dtype": self.backbone.dtype})
+        return self
+
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
     """The settings of `path` (None: the defaults) with `a.b=value` overrides on top.
@@ -473,6 +481,8 @@ def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: st
             near = difflib.get_close_matches(loc[-1], _fields(model, loc[:-1]), n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(model, loc[:-1]))}"
             yield f"unknown key `{key}` ({spot}); {hint}"
+        elif not loc:  # what two sections say together
+            yield f"{problem['msg']} ({spot}); mend one of them"
         else:
             yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); mend the value"
 

@@ -24,15 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import fsdp, layers, prompts
 from pipeline.artifact import canonical_json, locked, published, stage
 from pipeline.backbone import Backbone, build_backbone, weights_sha256
+from pipeline.batches import cut
 from pipeline.catalog import load_catalog
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
-from pipeline.chunks import backward, features, look_once
+from pipeline.chunks import Chunk, backward, features, look_once
 from pipeline.config import Config, PhaseConfig
 from pipeline.encoder import Encoder
 from pipeline.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.loading import loaded_ahead
+from pipeline.loading import loaded_ahead, telling_of_dead_workers
 from pipeline.memory import keep_freed_memory
-from pipeline.mllm import Mllm, SideBySide, embed, load_trainable, save_mllm, trainable_state
+from pipeline.mllm import Mllm, SideBySide, embed_batches, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
 from pipeline.phases import DROPOUT, PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
 from pipeline.progress import Steps
@@ -239,6 +240,8 @@ def distill(
     keep_freed_memory()
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # by which Accelerate would cut what trains, too
         accelerator = Accelerator(log_with=config.distill.log_with or None, project_dir=run / "distill")
+        if (precision := accelerator.mixed_precision) != "no":
+            raise UserError(f"no training in {precision} (accelerate launch --mixed_precision); take no, and set backbone.dtype", USAGE)
         group = Group(accelerator)
         _check_batches(config, group.world)
         backbone = build_backbone(config.backbone, views, config.seed)
@@ -249,7 +252,7 @@ def distill(
             print(f"FSDP: each of {group.world} processes holds {held:.0%} of the backbone's weights", file=sys.stderr)
     folder = run / "distill"
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, patience=LOCK_SECONDS) if accelerator.is_main_process else nullcontext():
+    with locked(folder, patience=LOCK_SECONDS) if accelerator.is_main_process else nullcontext(), telling_of_dead_workers():
         accelerator.init_trackers("tpad", flat(config.model_dump(mode="json")))
         metrics = Metrics(folder / "metrics.jsonl", accelerator)
         encoder = Encoder(config.backbone, backbone, catalog)
@@ -277,6 +280,7 @@ def distill(
             accelerator.wait_for_everyone()
             accelerator.free_memory()
             train_phase(phase, mllm, accelerator, checkpoints, metrics)
+            metrics.before += phase.settings.steps
             weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
             if kind is Knowledge and variant.last != kind.name and config.distill.transfer.summary:
                 summaries = write_summaries(mllm, phase, folder / "summaries.jsonl")
@@ -291,7 +295,7 @@ def distill(
             config, unified = merged(config, backbone, base, weights)
         elif variant.published == "side_by_side":
             unified = side_by_side(backbone, weights, config.distill.dim)
-        measured = measure_layers(unified, phase) if isinstance(unified, Mllm) else []
+        measured = measure_layers(unified, phase, metrics.before) if isinstance(unified, Mllm) else []
         if accelerator.is_main_process:
             publish(run, config, views, unified, backbone, made_from, measured, split.train.ids_sha256(), prints[-1])
         accelerator.wait_for_everyone()
@@ -390,22 +394,28 @@ def feature_table(mllm: Mllm, phase: Phase, head: str) -> Tensor:
     with Steps(f"{head} table", count, show=phase.group.rank == 0) as progress:
         for first in range(0, count, TABLE_ROWS):
             rows = np.arange(first, min(first + TABLE_ROWS, count))
-            parts.append(item_features(mllm, phase, rows, (head,))[head])
+            parts.append(item_features(mllm, phase, rows, (head,), phase.config.distill.workers)[head])
             progress.advance(by=len(rows))
     return torch.cat(parts)
 
 
-def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, ...]) -> Tensors:
+def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, ...], workers: int = 0) -> Tensors:
     """By head, the (n, D) features of items, each process embedding its share; the same tensors everywhere."""
-    group, device = phase.group, phase.group.accelerator.device
-    even = np.resize(rows, math.ceil(len(rows) / group.world) * group.world)
-    sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in group.share(even)]
-    found = embed(mllm, phase.encoder, sequences, heads, phase.config.export.token_budget, device, group.most)
+    group, encoder, device = phase.group, phase.encoder, phase.group.accelerator.device
+    own = group.share(np.resize(rows, math.ceil(len(rows) / group.world) * group.world))
+    lengths = np.array([encoder.length(phase.prompts.item(int(row))) for row in own])
+    places = cut(lengths, phase.config.export.token_budget)
+    passes = [min(n, len(places) - 1) for n in range(group.most(len(places)))]  # as many as all other processes (`fsdp.py`)
+
+    def load(number: int) -> Chunk:
+        return encoder.collate({"items": [encoder.encode(phase.prompts.item(int(row))) for row in own[places[number]]]})
+
+    found = embed_batches(mllm, places, loaded_ahead(load, passes, workers), heads, device)
     return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
 
 
-def measure_layers(mllm: Mllm, phase: Phase) -> list[dict[str, float]]:
-    """What each layer adds, on a fixed sample of items; said, and given to the trackers."""
+def measure_layers(mllm: Mllm, phase: Phase, before: int) -> list[dict[str, float]]:
+    """What each layer adds, on a fixed sample of items; said, and given to the trackers, a step each after the `before` of training."""
     config, accelerator = phase.config, phase.group.accelerator
     sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in layers.sample(len(phase.prompts), config.seed)]
     mllm.to(accelerator.device).eval()
@@ -413,7 +423,7 @@ def measure_layers(mllm: Mllm, phase: Phase) -> list[dict[str, float]]:
     if accelerator.is_main_process:
         layers.tell(measured)
     for n, layer in enumerate(measured, 1):
-        accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=n)
+        accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=before + n)
     return measured
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -56,7 +57,8 @@ class Encoder:
                 USAGE,
             )
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        self._text: dict[str, list[int]] = {}
+        self._words: dict[str, list[int]] = {}
+        self._texts: dict[str, array[int]] = {}
         self._most_texts = 2**20 if cache_bytes else 2**12  # some parts of an export, whose texts are measured first and then encoded
         self._pictures: dict[int, Picture] = {}
         self._room = cache_bytes
@@ -76,13 +78,22 @@ class Encoder:
 
     def tokens(self, text: str, plain: bool = True) -> list[int]:
         """Of a text, in which `<image>` and the like are letters (`plain`), or of the frame, in which they are not."""
-        found = self._text.get(text)
-        if found is None or not plain:
-            found = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids)
-            if len(self._text) >= self._most_texts:
-                self._text.clear()
-            if plain:
-                self._text[text] = found
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids)
+
+    def words(self, text: str) -> list[int]:
+        """Of the words of a template, of which there are few."""
+        if text not in self._words:
+            self._words[text] = self.tokens(" " + text)
+        return self._words[text]
+
+    def text(self, text: str) -> "array[int]":
+        """Of an item's text, cut to `max_text_tokens`; compact, as there may be a million of them."""
+        found = self._texts.get(text)
+        if found is None:
+            found = array("i", self.tokens(" " + text)[: self.config.max_text_tokens])
+            if len(self._texts) >= self._most_texts:
+                self._texts.clear()
+            self._texts[text] = found
         return found
 
     def encode(self, parts: Iterable[Part]) -> Encoded:
@@ -90,9 +101,9 @@ class Encoder:
         out = Encoded(list(self.head))
         for part in parts:
             if part.kind == "words":
-                out.ids += self.tokens(" " + part.text)
+                out.ids += self.words(part.text)
             elif part.kind == "text":
-                out.ids += self.tokens(" " + part.text)[: self.config.max_text_tokens]
+                out.ids += self.text(part.text)
             elif part.kind == "image":
                 picture = self.picture(part.row)
                 out.ids += picture.ids
@@ -119,16 +130,16 @@ class Encoder:
         return GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=self.pad, eos_token_id=end, suppress_tokens=other)
 
     def answer(self, text: str) -> list[int]:
-        return [*self.tokens(" " + text)[: self.config.max_text_tokens], self.tokenizer.eos_token_id]
+        return [*self.text(text), self.tokenizer.eos_token_id]
 
     def length(self, parts: Iterable[Part]) -> int:
         """How long `encode` will make the sequence of an item's parts, known without decoding its image."""
         count = len(self.head)
         for part in parts:
             if part.kind == "words":
-                count += len(self.tokens(" " + part.text))
+                count += len(self.words(part.text))
             elif part.kind == "text":
-                count += min(len(self.tokens(" " + part.text)), self.config.max_text_tokens)
+                count += len(self.text(part.text))
             elif part.kind == "image":
                 count += self.family.tokens(self.processor, self.catalog.image_size(part.row))
             elif part.kind == "turn":

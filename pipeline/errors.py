@@ -20,4 +20,4 @@ class UserError(Exception):
         self.code = code
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, int]]:
-        return UserError, (str(self), self.code)  # as it comes back from a worker process
+        return type(self), (str(self), self.code)  # as it comes back from a worker process

@@ -21,7 +21,7 @@ from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import BackboneConfig, Config, DataConfig
 from pipeline.embeddings import HALVES, halves_of, vectors_of
 from pipeline.encoder import Encoder
-from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
 from pipeline.memory import keep_freed_memory
 from pipeline.mllm import load_mllm
 from pipeline.neighbours import load_neighbours
@@ -97,7 +97,13 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         "on_bad_image": config.data.on_bad_image,
         "neighbours": neighbours and neighbours.sha256,
     }
-    layout = {"shard_rows": config.export.shard_rows, "token_budget": config.export.token_budget, "format": config.export.format}
+    layout = {
+        "shard_rows": config.export.shard_rows,
+        "token_budget": config.export.token_budget,
+        "format": config.export.format,
+        "attention": backbone_config.attention,
+        "compile": config.export.compile,
+    }
     facts = recipe | layout | {"catalogue_sha256": catalog.sha256}
     pointer = current_pointer(root)
     before = published(root, "embeddings")
@@ -153,6 +159,10 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
     def finish() -> dict[str, Any]:
         folder = shards.staging.path
         manifest = _manifest(folder, list(parts), facts, settings, model, source.views.shown, catalog if skips else None)
+        if not manifest["rows"]:
+            raise UserError(
+                f"every item would be left out for its picture ({catalog.path}); replace them, or set data.on_bad_image to text_only", DATA
+            )
         (folder / "README.md").write_text(_card(manifest), encoding="utf-8")
         if config.export.format == "npy":
             _write_arrays(folder, manifest)

@@ -15,8 +15,12 @@ MAX_IMAGE_PIXELS = 40_000_000
 MAX_SIDE = 4096  # pixels; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which costs nothing
 
 
+class ImageError(UserError):
+    """Of one picture: what `data.on_bad_image` decides about. A file of items that cannot be read is none of these."""
+
+
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """A JPEG, PNG or WebP as RGB: first frame, upright, transparency on white. Anything odd is a `UserError` (3) at `where`."""
+    """A JPEG, PNG or WebP as RGB: first frame, upright, transparency on white. Anything odd is an `ImageError` at `where`."""
     if len(data) > MAX_IMAGE_BYTES:
         raise _bad_image(f"{len(data) / 1e6:.0f} MB, more than {MAX_IMAGE_BYTES // 2**20} MB are not read", where)
     try:
@@ -31,7 +35,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
                     image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
                 image.load()
                 return _rgb(_upright(image))
-    except UserError:
+    except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _bad_image("too many pixels to decode safely", where) from None
@@ -41,9 +45,9 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         raise _bad_image(f"damaged: {error or type(error).__name__}", where) from None
 
 
-def _bad_image(what: str, where: str) -> UserError:
+def _bad_image(what: str, where: str) -> ImageError:
     way_out = "replace it, or set data.on_bad_image (of `tpad prepare`: --on-bad-image) to text_only"
-    return UserError(f"image cannot be used: {what} ({where}); {way_out}", DATA)
+    return ImageError(f"image cannot be used: {what} ({where}); {way_out}", DATA)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.artifact import fsync_path
 from pipeline.catalog import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, plain_text, raise_duplicate
 from pipeline.errors import DATA, ENVIRONMENT, USAGE, UserError
-from pipeline.images import decode_image, read_image_file
+from pipeline.images import ImageError, decode_image, read_image_file
 from pipeline.progress import Steps
 from pipeline.sessionizer import SessionRules, build_sessions
 from pipeline.tables import Source, open_source
@@ -235,7 +235,7 @@ def _sound_image(
         if data is not None:
             decode_image(data, source.where(row))
         return data
-    except UserError:
+    except ImageError:
         if options.on_bad_image == "error":
             raise
         summary.drop("images that cannot be decoded", 1)

@@ -1,11 +1,12 @@
 """What a loop over the model needs, made ahead of it in worker processes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.errors import UserError
+from pipeline.errors import ENVIRONMENT, UserError
 
 T = TypeVar("T")
 
@@ -31,3 +32,15 @@ def loaded_ahead(work: Callable[[int], T], numbers: Sequence[int], workers: int)
         if isinstance(found, UserError):
             raise found
         yield found
+
+
+@contextmanager
+def telling_of_dead_workers() -> Iterator[None]:
+    """Around the whole loop: PyTorch raises it wherever the main process is when a worker dies."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = "a worker process died, perhaps for want of memory (distill.workers)"
+        raise UserError(f"{what}; lower it, or set it to 0", ENVIRONMENT) from None

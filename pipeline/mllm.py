@@ -6,7 +6,7 @@ step, each distinct picture goes through the vision tower once.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 
 from pipeline.artifact import write_json
 from pipeline.backbone import Backbone, adapted, from_config, published_backbone, weights_sha256
+from pipeline.batches import cut
 from pipeline.config import BackboneConfig
 from pipeline.encoder import Encoded, Encoder
 from pipeline.errors import ARTIFACT, UserError
@@ -154,34 +155,26 @@ class SideBySide(nn.Module):
 
 
 def embed(
-    mllm: Mllm,
-    encoder: Encoder,
-    sequences: Sequence[Encoded],
-    heads: Sequence[str],
-    token_budget: int,
-    device: Any,
-    passes: Callable[[int], int] = int,
+    mllm: Mllm, encoder: Encoder, sequences: Sequence[Encoded], heads: Sequence[str], token_budget: int, device: Any
 ) -> dict[str, np.ndarray]:
-    """By head, the (n, D) features of n sequences with one read each, in their order.
+    """By head, the (n, D) features of n sequences with one read each, in their order."""
+    places = cut(np.array([len(s) for s in sequences]), token_budget)
+    batches = (encoder.collate({"items": [sequences[n] for n in at]}) for at in places)
+    return embed_batches(mllm, places, batches, heads, device)
 
-    Batches are cut from the longest to the shortest, so that little is padding, and hold at most `token_budget` tokens.
-    `passes` says how many forward passes to make, given how many are needed: as many as all other processes (`fsdp.py`).
-    """
-    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
-    cut: list[list[int]] = []
-    first = 0
-    while first < len(order):
-        cut.append(order[first : first + max(1, token_budget // len(sequences[order[first]]))])
-        first += len(cut[-1])
+
+def embed_batches(
+    mllm: Mllm, places: Sequence[np.ndarray], batches: Iterable[dict[str, dict[str, Tensor]]], heads: Sequence[str], device: Any
+) -> dict[str, np.ndarray]:
+    """The same, of sequences that come in batches: those at `places`, as `cut` gives them, and then any number that do not count."""
     features: dict[str, list[Tensor]] = {head: [] for head in heads}
     with torch.no_grad():  # what `fsdp.py` first puts together in inference mode, no later step could use
-        for n in range(passes(len(cut))):
-            batches = encoder.collate({"items": [sequences[at] for at in cut[min(n, len(cut) - 1)]]})
-            out = mllm({of: {name: t.to(device) for name, t in batch.items()} for of, batch in batches.items()}, {"items": heads})
-            for head in heads if n < len(cut) else ():
+        for tensors in batches:
+            out = mllm({of: {name: t.to(device) for name, t in batch.items()} for of, batch in tensors.items()}, {"items": heads})
+            for head in heads:
                 features[head].append(out[f"items.{head}"].cpu())
-    place = np.argsort(order)
-    return {head: torch.cat(found).numpy()[place] for head, found in features.items()}
+    order = np.argsort(np.concatenate(places))
+    return {head: torch.cat(found).numpy()[order] for head, found in features.items()}
 
 
 def trainable_state(module: nn.Module) -> dict[str, nn.Parameter]:

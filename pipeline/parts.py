@@ -67,8 +67,8 @@ def is_part(path: Path, catalog: Catalog, rows: np.ndarray, skips: bool) -> bool
             found = file.read()["item_id"].to_pylist()
     except (OSError, pa.ArrowException):
         return False
-    wanted = [catalog.item_ids[row] for row in rows]
-    return bool(found == wanted or (skips and found == [item for item in wanted if item in set(found)]))
+    wanted, there = [catalog.item_ids[row] for row in rows], set(found)
+    return bool(found == wanted or (skips and found == [item for item in wanted if item in there]))
 
 
 class Base:

@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.catalog import Catalog
 from pipeline.config import DataConfig
 from pipeline.errors import USAGE, UserError
+from pipeline.images import ImageError
 from pipeline.neighbours import Neighbours
 from pipeline.templates import Templates, load_templates
 
@@ -56,7 +57,7 @@ class Prompts:
         self.catalog, self.on_bad_image, self.neighbours = catalog, config.on_bad_image, neighbours
         self.templates = templates or load_templates(config.prompts)
         self.shown = [c for c in config.text if c in catalog.columns]
-        written = catalog.columns if config.attributes is None else [c for c in config.attributes if c in catalog.columns]
+        written = catalog.text_columns if config.attributes is None else [c for c in config.attributes if c in catalog.columns]
         self.columns = list(dict.fromkeys([*self.shown, *written]))
         self.attributes = [c for c in self.columns if c not in self.shown]
         self._decodes: dict[int, bool] = {}
@@ -75,7 +76,7 @@ class Prompts:
             try:
                 self.catalog.image(row)
                 self._decodes[row] = True
-            except UserError as error:
+            except ImageError as error:
                 print(f"warning: {error}; shown as text only", file=sys.stderr)
                 self._decodes[row] = False
         return self._decodes[row]

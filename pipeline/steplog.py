@@ -7,29 +7,33 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from pipeline.artifact import replacing
+
 
 class Metrics:
     """`metrics.jsonl`, one line a step, and any accelerate tracker. Written by the main process.
 
     Losses with their weights; bounds without, in nats, but CLUB bounds in nats a dimension; held_out_... is of the probe.
+    Trackers are told of steps that never go back, or they would drop them: `before` are those of the phases that are over.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
-        self.path, self.accelerator = path, accelerator
+        self.path, self.accelerator, self.before = path, accelerator, 0
 
     def resume(self, phase: str, start: int) -> None:
         """Forgets the steps of `phase` from `start` on: they are about to be done again."""
         if self.accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if not ((entry := _entry(line)) is None or (entry["phase"] == phase and entry["step"] >= start))]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
         plain = {name: round(float(value), 6) for name, value in values.items()}
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"phase": phase, "step": step} | plain) + "\n")
-        self.accelerator.log({f"{phase}/{name}": value for name, value in plain.items()}, step=step)
+        self.accelerator.log({f"{phase}/{name}": value for name, value in plain.items()}, step=self.before + step)
 
 
 def _entry(line: str) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.config import Section, load_section
@@ -56,6 +56,15 @@ class Templates(Section):
     intent: Annotated[str, wording("intent")] = "In common: {intent} Next item:"  # follows them; the next title follows it
     earlier: Annotated[str, wording("summary")] = "Earlier: {summary}"  # before them, what a summary says of the items before
     summarise: Annotated[str, wording("items")] = "{items} In short:"  # asks for that summary
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Templates":
+        """A feature is read at the last token before it: there must be one, also of an item that lacks both image and text."""
+        for name in ("describe", "next"):
+            others = ("instruction", "item", "no_image", "no_text")
+            if not any(words.strip() for key in (name, *others) for words, *_ in Formatter().parse(getattr(self, key))):
+                raise _wrong(f"`{name}` has no words, nor have {', '.join(others)}: an item without image and text would be no prompt")
+        return self
 
 
 def load_templates(path: str | None) -> Templates:

@@ -31,7 +31,13 @@ class Variant(NamedTuple):
 WHOLE = {"withhold_text": 0.0, "withhold_image": 0.0}  # no modality withheld
 VARIANTS: dict[VariantName, Variant] = {
     "full": Variant(),
-    "no_generation": Variant({phase: {"generation": 0.0} for phase in ("knowledge", "transfer", "align")}),
+    "no_generation": Variant(
+        {
+            "knowledge": {"generation": 0.0},
+            "transfer": {"generation": 0.0, "intent": 0.0},
+            "align": {"generation": 0.0, "token_distill": 0.0},
+        }
+    ),
     "no_disentangle": Variant({phase: {"disentangle": 0.0} for phase in ("transfer", "align")}),
     "no_view": Variant({"knowledge": {"view": 0.0}, "transfer": WHOLE, "align": WHOLE}),
     "no_relation": Variant({"align": {"relation": 0.0}}),

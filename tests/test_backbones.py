@@ -150,10 +150,13 @@ def test_two_processes_distil_a_local_backbone_as_one(family: str, folders: Path
 
 
 def test_a_backbone_that_is_gone_is_one_clear_line(tiny_data: Path, tmp_path: Path) -> None:
-    text = (tmp_path / "nothing").as_posix()
-    with pytest.raises(UserError, match=r"backbone\.name") as error:
-        build_backbone(load_config(None, [f"backbone.name={text}"]).backbone, Prompts(load_catalog(tiny_data), load_config().data), 0)
-    assert error.value.code == ENVIRONMENT
+    prompts = Prompts(load_catalog(tiny_data), load_config().data)
+    pickled = save_backbone(tmp_path / "pickled", "smolvlm")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    for folder, says in ((tmp_path / "nothing", "cannot load the backbone"), (pickled, "pickles are not read")):
+        with pytest.raises(UserError, match=rf"{says}.*backbone\.name") as error:
+            build_backbone(load_config(None, [f"backbone.name={folder}"]).backbone, prompts, 0)
+        assert error.value.code == ENVIRONMENT
 
 
 def test_other_weights_under_the_name_of_the_backbone_are_noticed(tiny_data: Path, tmp_path: Path) -> None:

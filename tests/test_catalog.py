@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 from pipeline.catalog import Catalog, load_catalog
+from pipeline.config import DataConfig
 from pipeline.errors import DATA, UserError
 from pipeline.images import decode_image
+from pipeline.prompts import Prompts
 from pipeline.session_log import load_sessions
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -74,14 +76,18 @@ def test_texts_of_every_kind_read_as_text(tmp_path: Path) -> None:
         year=[1999, None],
         price=[2.5, float("nan")],
         tags=[["x", "y"], []],
+        sizes=[[1.5, 2.0], None],
         colour=pa.array(["red", None]).dictionary_encode(),
         new=[True, False],
         blob=[b"\x00", b"\x01"],
     )
     catalog = load_catalog(tmp_path)
-    assert catalog.columns == ["title", "year", "price", "tags", "colour", "new"]
-    assert [catalog.text(0, name) for name in catalog.columns] == ["Ümlaut", "1999", "2.5", "x, y", "red", "yes"]
-    assert [catalog.text(1, name) for name in catalog.columns] == ["", "", "", "", "", "no"]
+    assert catalog.columns == ["title", "year", "price", "tags", "sizes", "colour", "new"]
+    assert catalog.text_columns == ["title", "tags", "colour"]
+    assert Prompts(catalog, DataConfig()).columns == ["title", "tags", "colour"]
+    assert Prompts(catalog, DataConfig(attributes=["year"])).columns == ["title", "year"]
+    assert [catalog.text(0, name) for name in catalog.columns] == ["Ümlaut", "1999", "2.5", "x, y", "1.5, 2", "red", "yes"]
+    assert [catalog.text(1, name) for name in catalog.columns] == ["", "", "", "", "", "", "no"]
     assert (catalog.titles, catalog.row, len(catalog)) == (["Ümlaut", ""], {"a": 0, "b": 1}, 2)
     assert catalog.image(0) is None and not catalog.has_image(0)
 
@@ -168,6 +174,8 @@ def test_images_are_read_by_row_group_in_any_order(tmp_path: Path) -> None:
 def test_items_replaced_under_a_reader_are_noticed(tmp_path: Path) -> None:
     catalog = write_images(tmp_path, [encoded(noise())])
     write_images(tmp_path, [encoded(Image.new("RGB", (9, 9)))])
+    refused(lambda: catalog.image(0), "changed")
+    (tmp_path / "items.parquet").unlink()
     refused(lambda: catalog.image(0), "changed")
 
 

@@ -80,6 +80,10 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("shop: {items: 2}", "`shop.items` = 2: input should be greater than or equal to 20"),
         ("backbone: {tiny: {heads: 5}}", "dim = 128 does not divide by twice heads, 10"),
         ("backbone: {tiny: {merge: 3}}", "image_size = 48 does not divide by patch times merge, 36"),
+        (
+            "backbone: {dtype: bfloat16}",
+            "`backbone.dtype` = 'bfloat16' with `backbone.lora` = None: every weight trains, and small steps are lost in it (my.yaml)",
+        ),
         ("sbr: [" + "1, " * 10_000 + "1]", "`sbr` = [1, 1, 1,"),
     ],
 )
@@ -90,6 +94,12 @@ def test_a_value_of_the_wrong_type_or_range_is_named(tmp_path: Path, text: str, 
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", ".001", "0.001", "1.e-3", "+1e-3", "10e-4"])
 def test_numbers_are_read_as_people_write_them(tmp_path: Path, number: str) -> None:
     assert load(tmp_path, f"sbr: {{lr: {number}}}").sbr.lr == load(tmp_path, "", f"sbr.lr={number}").sbr.lr == 0.001
+
+
+def test_weights_may_be_of_half_the_bytes_where_they_are_frozen(tmp_path: Path) -> None:
+    half = "backbone: {dtype: bfloat16}"
+    for more in ("backbone.lora.rank=2", "distill.variant=frozen"):
+        assert load(tmp_path, half, more).backbone.dtype == "bfloat16"
 
 
 def test_words_stay_words(tmp_path: Path) -> None:

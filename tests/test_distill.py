@@ -1,5 +1,6 @@
 """`distill` on a small shop: it learns, a kill costs nothing, only training sessions count, and processes share the work."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_run import (
     PHASES,
     SETTINGS,
@@ -39,7 +41,8 @@ from pipeline.catalog import load_catalog
 from pipeline.config import Config, load_config
 from pipeline.distill import _check_batches
 from pipeline.embeddings import read_embeddings
-from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
+from pipeline.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.loading import loaded_ahead, telling_of_dead_workers
 from pipeline.phases import Align, Transfer, drawn, first_of_each
 from pipeline.prompts import Prompts
 from pipeline.session_log import SessionLog, load_sessions
@@ -144,6 +147,14 @@ def test_a_loss_that_leaves_the_numbers_is_one_clear_line(tiny_data: Path, tmp_p
         distill_run(tmp_path, tiny_data, "distill.knowledge.lr=1e30")
     assert error.value.code == USAGE
     assert not (tmp_path / "mllm" / "current").exists()
+
+
+def test_trackers_are_told_of_steps_that_go_on_over_the_phases(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int]] = []
+    monkeypatch.setattr(Accelerator, "log", lambda _, values, step: told.append((next(iter(values)).split("/")[0], step)))
+    distill_run(tmp_path, tiny_data, *(f"distill.{phase}.steps=2" for phase in PHASES))
+    assert told == [*((phase, 2 * n + step) for n, phase in enumerate(PHASES) for step in (0, 1)), ("layers", 7)]
+    assert list(losses(tmp_path)) == [(phase, step) for phase in PHASES for step in (0, 1)]
 
 
 # --- bounds
@@ -343,6 +354,21 @@ def test_a_bad_picture_is_one_clear_line_from_a_worker_too(tiny_data: Path, tmp_
     assert str(error.value).count("\n") == 0
 
 
+def killed_at_one(number: int) -> int:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)  # as a system does that runs out of memory
+    return number
+
+
+@pytest.mark.parametrize("work", [0.0, 0.3])
+def test_a_worker_that_dies_is_one_clear_line(work: float) -> None:
+    """Whether the loop waits for it at that moment or has something else in hand."""
+    with pytest.raises(UserError, match=r"a worker process died.*distill\.workers") as error, telling_of_dead_workers():
+        for _ in loaded_ahead(killed_at_one, range(3), 1):
+            time.sleep(work)
+    assert error.value.code == ENVIRONMENT
+
+
 def test_workers_change_no_weight(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     distill_run(tmp_path, tiny_data, "distill.workers=2")
     assert same(weights(tmp_path), weights(tiny_run))
@@ -366,6 +392,18 @@ def test_what_is_not_there_is_named_before_the_training(tiny_data: Path, tmp_pat
     with pytest.raises(UserError) as error:
         distill_run(tmp_path, tiny_data, setting)
     assert says in str(error.value)
+
+
+def in_mixed_precision(run: Path, data: Path) -> None:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as `accelerate launch` hands it on
+    with pytest.raises(UserError, match=r"no training in bf16 .* backbone\.dtype"):
+        distill_run(run, data)
+
+
+def test_a_launcher_does_not_change_what_is_computed_in(tiny_data: Path, tmp_path: Path) -> None:
+    process = start(in_mixed_precision, tmp_path, tiny_data)
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_an_item_twice_in_a_batch_is_no_negative_of_itself(tiny_data: Path, tmp_path: Path) -> None:

@@ -19,13 +19,16 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ENVIRONMENT, contents
+from tiny_items import make
 from tiny_run import PHASES, change_items, distill_run, export_run, kill_when, published_folder, settings, start
 
+from pipeline.batches import Source
 from pipeline.catalog import load_catalog
 from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, UserError
 from pipeline.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.export import export
+from pipeline.prompts import Prompts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,12 +111,14 @@ def test_a_second_export_is_up_to_date_and_another_layout_is_not(tiny_run: Path,
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     assert not export(settings(), run, tiny_data).made
     assert published_folder(run, "embeddings").name == "v0001"
-    again = export(settings("export.shard_rows=25"), run, tiny_data)
-    assert again.made
-    assert again.version.name == "v0002"
-    one, two = read_embeddings(tiny_run / "embeddings"), read_embeddings(run / "embeddings")
-    np.testing.assert_allclose(one.knowledge, two.knowledge, atol=1e-5)
-    np.testing.assert_allclose(one.transition, two.transition, atol=1e-5)
+    one = read_embeddings(tiny_run / "embeddings")
+    for name, changed in (("v0002", "export.shard_rows=25"), ("v0003", "export.attention=eager")):
+        again = export(settings(changed), run, tiny_data)
+        assert again.made
+        assert again.version.name == name
+        two = read_embeddings(run / "embeddings")
+        np.testing.assert_allclose(one.knowledge, two.knowledge, atol=1e-5)
+        np.testing.assert_allclose(one.transition, two.transition, atol=1e-5)
 
 
 def staged(run: Path) -> Path:
@@ -375,6 +380,18 @@ def test_items_without_picture_or_text_are_exported(tiny_run: Path, tiny_data: P
     assert manifest["catalogue_sha256"] != before["catalogue_sha256"] == manifest["distilled_on_catalogue_sha256"]
 
 
+def test_a_catalogue_without_any_picture_is_distilled_and_exported(tiny_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    pq.write_table(pq.read_table(data / "items.parquet").drop_columns("image"), data / "items.parquet")
+    few = [f"distill.{phase}.steps=2" for phase in PHASES]
+    distill_run(tmp_path / "run", data, *few)
+    export_run(tmp_path / "run", data, *few)
+    found = read_embeddings(tmp_path / "run" / "embeddings")
+    assert found.has_text.all() and not found.has_image.any()
+    np.testing.assert_allclose(np.linalg.norm(found.transition, axis=1), 1, atol=1e-5)
+    assert len(np.unique(found.knowledge.round(5), axis=0)) > 30
+
+
 def test_a_broken_picture_stops_the_chain_with_file_and_row(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
     run = model_only(tiny_run, tmp_path / "run")
@@ -420,3 +437,19 @@ def test_or_the_item_is_left_out_and_listed(tiny_run: Path, tiny_data: Path, tmp
     assert "row 7" in capfd.readouterr().err
     assert found.item_ids == [f"p{row:04d}" for row in range(40) if row != 7]
     assert found.version.manifest["skipped"] == ["p0007"]
+    none = change_items(tiny_data, tmp_path / "none", dict.fromkeys(range(40), png("red")[:60]), {})
+    with pytest.raises(UserError, match=r"every item would be left out for its picture .*items\.parquet") as error:
+        export_run(run, none, "data.on_bad_image=skip")
+    assert error.value.code == DATA
+    assert read_embeddings(run / "embeddings").version.name == "v0001"
+
+
+def test_items_that_change_while_in_use_are_no_bad_pictures(data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    made = make(folder, tmp_path, "tiny", "data.on_bad_image=text_only")
+    source = Source(made.encoder.catalog, Prompts(made.encoder.catalog, settings().data), made.encoder, 4096, "text_only")
+    (folder / "items.parquet").touch()
+    rows, known = np.arange(6), np.zeros((6, 32))
+    for work in (lambda: made.prompts.has_image(0), lambda: source.measure(rows, known), lambda: source.load(rows, rows)):
+        with pytest.raises(UserError, match="the items changed while in use"):
+            work()

@@ -69,6 +69,10 @@ def test_an_item_and_a_session_are_worded_as_the_file_says(own: Path, tiny_data:
         ('no_image: "none of {item}"', "unknown placeholder {item}, it takes none"),
         ('no_text: "a { brace"', "write {{ or }} for a brace (mine.yaml:1)"),
         ('itm: "Item: {image} {text}"', "unknown key `itm` (mine.yaml:1); did you mean `item`?"),
+        (
+            'item: "{image}{text}"\nno_image: " "\nno_text: ""\nnext: "{item}"',
+            "`next` has no words, nor have instruction, item, no_image, no_text: an item without image and text would be no prompt (mine",
+        ),
         ("item: 3", "`item` = 3: input should be a valid string (mine.yaml:1)"),
     ],
 )

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from standin_run import publish_embeddings, write_data
+from tiny_run import distill_run, export_run, same, weights
 
 from pipeline.catalog import load_catalog
 from pipeline.config import Config, DataConfig, load_config
+from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, UserError
 from pipeline.session_log import SessionLog, load_sessions
 from pipeline.split import split_by_time, split_sessions
@@ -101,6 +103,19 @@ def test_vectors_of_one_protocol_are_refused_under_another(tmp_path: Path, proto
     with pytest.raises(UserError, match=r"other training sessions.*data\.protocol") as error:
         train_sbr(settings(protocol), tmp_path, data)
     assert error.value.code == ARTIFACT
+
+
+def test_the_protocol_is_obeyed_from_the_distillation_on(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    protocol = "data.protocol=last-out"
+    distill_run(tmp_path, tiny_data, protocol)
+    export_run(tmp_path, tiny_data, protocol)
+    assert not same(weights(tmp_path), weights(tiny_run))
+    whole = load_sessions(tiny_data, load_catalog(tiny_data))
+    train = split_sessions(whole, settings("last-out").data).train
+    assert read_embeddings(tmp_path / "embeddings").version.manifest["sessions_sha256"] == train.ids_sha256()
+    for run, other in ((tmp_path, "time"), (tiny_run, "last-out")):
+        with pytest.raises(UserError, match=r"other training sessions.*data\.protocol"):
+            train_sbr(settings(other), run, tiny_data)
 
 
 def test_vectors_of_shortened_sessions_are_not_those_of_whole_ones(tmp_path: Path) -> None:

@@ -68,6 +68,12 @@ def test_an_objective_left_out_weighs_nothing_and_earlier_phases_are_those_of_th
     assert not same(weights(run(variant)), weights(tiny_run))
 
 
+def test_without_generation_nothing_is_written_at_all() -> None:
+    found = varied(settings("distill.variant=no_generation", "distill.transfer.intent=0.3", "distill.align.token_distill=0.5")).distill
+    assert found.knowledge.generation == found.transfer.generation == found.align.generation == 0
+    assert found.transfer.intent == found.align.token_distill == 0
+
+
 def test_without_views_nothing_is_withheld_either() -> None:
     found = varied(settings("distill.variant=no_view")).distill
     assert {of.withhold_text for of in (found.transfer, found.align)} == {of.withhold_image for of in (found.transfer, found.align)} == {0}
