@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad
+from tiny import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad, tpad_from_nothing
 
 from pipeline.artifact import OWN_KEYS, open_verified, stage
 from pipeline.config import load_config
@@ -35,7 +35,7 @@ SESSION = ["p0003", "p0011", "p0003", "p0020"]
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Done]]:
     """The four commands in order, without --data; settings only for the first."""
     run = tmp_path_factory.mktemp("cli") / "run"
-    return run, {name: tpad(name, "--run", run, *(SET if name == "distill" else [])) for name in CHAIN}
+    return run, {name: tpad_from_nothing(name, "--run", run, *(SET if name == "distill" else [])) for name in CHAIN}
 
 
 @pytest.fixture(scope="module")
@@ -470,7 +470,7 @@ def test_help_takes_under_half_a_second() -> None:
     took = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = tpad("--help")
+        done = tpad_from_nothing("--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         # processor time: what others do on the machine is not ours
         took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
