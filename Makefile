@@ -1,4 +1,5 @@
-# `make demo` and `make test` do all their own set-up in .venv; a second run only does what changed.
+# `make demo` and `make test` do all their own set-up in .venv; a second run only does what changed. pip reads PIP_EXTRA_INDEX_URL, from
+# the environment or from here (`make demo PIP_EXTRA_INDEX_URL=...`), e.g. for torch's CPU build.
 PYTHON ?= python3
 VENV := .venv
 TPAD := $(VENV)/bin/tpad
