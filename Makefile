@@ -1,4 +1,5 @@
-# `make demo` and `make test` do all their own set-up in .venv; a second run only does what changed.
+# `make demo` and `make test` do all their own set-up in .venv; a second run only does what changed. pip reads PIP_EXTRA_INDEX_URL, from
+# the environment or from here (`make demo PIP_EXTRA_INDEX_URL=...`), e.g. for torch's CPU build.
 PYTHON ?= python3
 VENV := .venv
 TPAD := $(VENV)/bin/tpad
@@ -16,7 +17,7 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs
 
 slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m slow

@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 
+LONG = ("test_fsdp", "test_train_sbr", "test_readme", "test_backbones", "test_distill", "test_search", "test_ablate", "test_transfer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first: whole files go to processes, and one that comes last keeps the others waiting."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:

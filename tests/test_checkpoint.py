@@ -1,6 +1,5 @@
 """Training continues from the newest checkpoint that holds what was saved, and from no other."""
 
-import multiprocessing
 import random
 import resource
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import FORK
 
 from pipeline.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
 from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
@@ -155,8 +155,7 @@ def save_forever(folder: Path, limit: int | None) -> None:
 
 def saver(folder: Path, limit: int | None = None) -> BaseProcess:
     # from a server without threads: a fork of this process could wait for ever for a thread of torch that it does not have
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=save_forever, args=(folder, limit))
+    process = FORK.Process(target=save_forever, args=(folder, limit))
     process.start()
     return process
 

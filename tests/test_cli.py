@@ -1,6 +1,5 @@
 """The command line from outside: the chain on the sample shop, what is said where, and every bad input as one clear line."""
 
-import csv
 import io
 import itertools
 import json
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad
+from tiny import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad, tpad_from_nothing
 
 from pipeline.artifact import OWN_KEYS, open_verified, stage
 from pipeline.config import load_config
@@ -35,7 +34,7 @@ SESSION = ["p0003", "p0011", "p0003", "p0020"]
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Done]]:
     """The four commands in order, without --data; settings only for the first."""
     run = tmp_path_factory.mktemp("cli") / "run"
-    return run, {name: tpad(name, "--run", run, *(SET if name == "distill" else [])) for name in CHAIN}
+    return run, {name: tpad_from_nothing(name, "--run", run, *(SET if name == "distill" else [])) for name in CHAIN}
 
 
 @pytest.fixture(scope="module")
@@ -172,22 +171,11 @@ def test_nothing_known_gives_the_popular_items_and_says_so(run: Path, popular: D
     assert [train.count(item) for item, _ in table(popular)] == most
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_a_file_of_sessions_gets_the_answers_of_single_calls(
-    run: Path, answer: dict[str, Any], popular: Done, tmp_path: Path, kind: str
-) -> None:
+def test_a_file_of_sessions_gets_the_answers_of_single_calls(run: Path, answer: dict[str, Any], popular: Done, tmp_path: Path) -> None:
     events = [{"session_id": "known", "item_id": item, "timestamp": 100 - n} for n, item in enumerate(reversed(SESSION))]
     events[2:2] = [{"session_id": "new", "item_id": "nonsense", "timestamp": 7}]
-    path = tmp_path / f"events.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(events), path)
-    elif kind == "csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(events[0]))
-            writer.writeheader()
-            writer.writerows(events)
-    else:
-        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    path = tmp_path / "events.parquet"
+    pq.write_table(pa.Table.from_pylist(events), path)
     out = tmp_path / "out.parquet"
     done = tpad("recommend", "--run", run, "--sessions", path, "--out", out, "-k", "5")
     assert (done.returncode, done.stdout) == (0, "")
@@ -470,7 +458,7 @@ def test_help_takes_under_half_a_second() -> None:
     took = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = tpad("--help")
+        done = tpad_from_nothing("--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         # processor time: what others do on the machine is not ours
         took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

@@ -7,8 +7,6 @@ import pytest
 from pipeline.config import MAX_BYTES, Config, load_config, save_config
 from pipeline.errors import USAGE, UserError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-
 
 def load(tmp_path: Path, text: str | bytes, *overrides: str) -> Config:
     path = tmp_path / "my.yaml"
@@ -225,8 +223,3 @@ def test_saved_settings_are_read_back_equal(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed_by_accident() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config().sbr.epochs = 3
-
-
-@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.yaml")))
-def test_every_shipped_config_is_valid(name: str) -> None:
-    load_config(CONFIGS / name)

@@ -324,7 +324,9 @@ def test_two_processes_take_the_steps_of_one(
     alone, run = tiny_run, tmp_path / "run"
     if more:
         alone, run = options_run, without_align(options_run, run)
-    launched("ddp.yaml", run, tiny_data, *more)
+        two_processes(distill_run, run, tiny_data, *more)
+    else:
+        launched("ddp.yaml", run, tiny_data)
     one, two = losses(alone), losses(run)
     assert one.keys() == two.keys()
     for key in one:

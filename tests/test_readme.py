@@ -1,5 +1,6 @@
 """What README.md and configs/ say is what works: their commands are run, small, or at least understood to the last option."""
 
+import configparser
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from server import serving
 from tiny import ENVIRONMENT, ROOT, SET, SETTINGS, command, tpad
 
 import cli
+from pipeline.artifact import open_verified
 from pipeline.config import Config, load_config
 from pipeline.shop import draw_shop
 
@@ -34,10 +36,10 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The command lines of all blocks, as words. A block that is neither commands, nor Python, nor known is an error."""
+    """The command lines of all blocks, as words. A block that is neither commands, nor tried elsewhere, nor known is an error."""
     lines = []
     for language, content in blocks(text):
-        if language == "python" or content.strip().startswith(PICTURES_OF_WORDS):
+        if language in ("python", "ini") or content.strip().startswith(PICTURES_OF_WORDS):
             continue
         assert language in ("", "sh", "bash"), f"a block of {language} that no test knows: {content}"
         lines += re.sub(r"\\\n", " ", content).splitlines()
@@ -153,16 +155,34 @@ def test_what_the_commands_are_said_to_make_is_there(place: Path, played: dict[s
 
 
 SNIPPETS = [content for language, content in blocks(README) if language == "python"]
-A_MODEL = next(snippet for snippet in SNIPPETS if "nn.Module" in snippet)
+A_MODEL, BACK = (next(snippet for snippet in SNIPPETS if word in snippet) for word in ("nn.Module", "write_json"))
+UNIT = next(content for language, content in blocks(README) if language == "ini")
 
 
-@pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if snippet != A_MODEL])
+@pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if snippet not in (A_MODEL, BACK)])
 def test_a_python_snippet_runs(place: Path, played: dict[str, subprocess.CompletedProcess[str]], snippet: str) -> None:
     done = subprocess.run([sys.executable, "-c", snippet], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(
         r"1 p\d{4} \w+ \w+ \w+ -?\d" if "recommender" in snippet else r"knowledge(.|\n)*transition(.|\n)*has_image", done.stdout
     )
+
+
+def test_an_earlier_session_model_comes_back(place: Path, played: dict[str, Any]) -> None:
+    run = place / "artifacts" / "mine"
+    assert tpad("index", "--run", run, "--rebuild").returncode == 0
+    assert open_verified(run / "sbr", "sbr", "").name != "v0001"
+    subprocess.run([sys.executable, "-c", BACK], cwd=place, env=ENVIRONMENT, check=True)
+    assert open_verified(run / "sbr", "sbr", "").name == "v0001"
+
+
+def test_the_unit_for_systemd_starts_the_service() -> None:
+    unit = configparser.ConfigParser()
+    unit.read_string(UNIT)
+    program, *words = shlex.split(unit["Service"]["ExecStart"])
+    assert (Path(program).name, words[0]) == ("tpad", "serve")
+    assert understood(words)["key_file"]
+    assert unit["Service"]["SuccessExitStatus"] == "143"  # after SIGTERM, as above
 
 
 def test_a_session_model_is_added_by_one_file_and_one_entry(place: Path, played: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from standin_run import publish_embeddings, write_data
-from tiny import CHROMIUM, tpad
+from tiny import CHROMIUM, tpad_from_nothing
 
 from pipeline.config import load_config
 from recommender.report import SESSIONS, write_report
@@ -91,7 +91,7 @@ def test_a_browser_shows_hostile_titles_as_text(report: Path, tmp_path: Path) ->
 
 
 def test_doctor_says_what_is_there_in_one_screen() -> None:
-    done = tpad("doctor")
+    done = tpad_from_nothing("doctor")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert len(said) <= 24
@@ -102,7 +102,7 @@ def test_doctor_says_what_is_there_in_one_screen() -> None:
 
 def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "faiss.py").write_text("raise ImportError('no such symbol')\n")
-    done = tpad("doctor", cwd=tmp_path)  # where modules are looked for first
+    done = tpad_from_nothing("doctor", cwd=tmp_path)  # where modules are looked for first
     assert done.returncode == 5
     assert "FAISS cannot be loaded: no such symbol" in done.stdout
     assert done.stderr.startswith("error: something is missing")

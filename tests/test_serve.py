@@ -20,9 +20,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save
 from server import HOSTILE, Server, publish_again, serving, write_shop
-from tiny import tpad
+from tiny import FORK, tpad
 
+from recommender import gate
 from recommender.recommend import Recommender
+from recommender.serve import serve
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,27 @@ def test_more_at_once_than_allowed_is_told_to_come_again(server: Server) -> None
     for each in waiting:
         assert each.recv(20).startswith(b"HTTP/1.1 200")
         each.close()
+
+
+def serve_impatiently(run: Path, port: int) -> None:
+    gate.PATIENCE = 0.2
+    serve(run, None, "127.0.0.1", port, None, print)
+
+
+def test_a_body_that_stalls_is_answered_by_408_and_the_connection_closed(run: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = FORK.Process(target=serve_impatiently, args=(run, port))
+    process.start()
+    wait_for(lambda: listens(port))
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(b'POST /recommend HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n{"ses')
+        answer = b"".join(iter(lambda: slow.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"nothing came" in answer
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143
 
 
 @pytest.mark.parametrize("phases", ["fuzzing", pytest.param("coverage,fuzzing,stateful", marks=pytest.mark.slow)])

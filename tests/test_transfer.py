@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_run import STEPS, distill_run, kill_when, launched, losses, same, settings, start, weights
+from tiny_run import STEPS, distill_run, kill_when, losses, same, settings, start, two_processes, weights
 
 from pipeline.catalog import load_catalog
 from pipeline.errors import ARTIFACT, USAGE, UserError
@@ -182,7 +182,7 @@ def test_two_processes_write_and_learn_what_one_does(
     tiny_run: Path, tiny_data: Path, run: Path, options: list[str], tmp_path: Path
 ) -> None:
     again = with_knowledge(tiny_run, tmp_path / "run")
-    launched("ddp.yaml", again, tiny_data, *options)
+    two_processes(distill_run, again, tiny_data, *options)
     assert summaries(again) == summaries(run)
     one, two = losses(run), losses(again)
     assert one.keys() == two.keys()

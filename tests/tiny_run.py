@@ -1,7 +1,6 @@
 """A shop of forty items, settings that distil it in seconds on one core, and random backbones of other families."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
+from tiny import FORK
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -105,12 +105,9 @@ def losses(run: Path) -> dict[tuple[str, int], dict[str, float]]:
 
 # --- the same in a process of its own
 
-_FORK = multiprocessing.get_context("forkserver")  # its children start with everything imported, and die like any process
-_FORK.set_forkserver_preload(["tiny_run"])
-
 
 def start(work: Callable[..., object], *args: object) -> BaseProcess:
-    process = _FORK.Process(target=work, args=args)
+    process = FORK.Process(target=work, args=args)
     process.start()
     return process
 
