@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import MAX_BYTES, Config, load_config, save_config
+from pipeline.config import Config, load_config, save_config
 from pipeline.errors import USAGE, UserError
+from pipeline.strict_yaml import MAX_BYTES
 
 
 def load(tmp_path: Path, text: str | bytes, *overrides: str) -> Config:
