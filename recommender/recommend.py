@@ -89,6 +89,9 @@ class Recommender:
         self.item_ids = items["item_id"].to_pylist()
         self.titles = [title or item_id for title, item_id in zip(items["title"].to_pylist(), self.item_ids, strict=True)]
         self.row = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        counts = items["count"].to_numpy()  # events in training, which the model's own prior need not follow
+        self.by_count = np.argsort(-counts, kind="stable")
+        self.log_share = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)  # one more: of an item never seen too
         self.attributes = attributes  # what items can be filtered by: text, or a list of texts
         self.version = version
         self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
@@ -136,8 +139,8 @@ class Recommender:
     def rank(
         self, sessions: list[list[int]], k: int, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rows and scores of the k best items of each session of rows, best first; an empty session gets the popular ones.
-        Fewer than k only where no more are allowed."""
+        """Rows and scores of the k best items of each session of rows, best first; an empty session gets those of most
+        training events, with the log of their share of them. Fewer than k only where no more are allowed."""
         return [(rows, scores) for scores, rows, _ in self._ranked(sessions, k, exclude_seen, filters, diversify)]
 
     def _ranked(self, sessions: list[list[int]], k: int, exclude_seen: bool, filters: Filters | None, diversify: float) -> list[Found]:
@@ -161,9 +164,8 @@ class Recommender:
         return ranked
 
     def _popular(self, count: int, allowed: np.ndarray | None) -> Found:
-        popular = self.ranker.by_popularity
-        rows = (popular if allowed is None else popular[allowed[popular]])[:count]
-        return self.ranker.priors["popular"][rows], rows, None
+        rows = (self.by_count if allowed is None else self.by_count[allowed[self.by_count]])[:count]
+        return self.log_share[rows], rows, None
 
     def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: np.ndarray | None) -> dict[int, Found]:
         """At least the `wanted` best of the allowed items, by number of the session."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from recommender.batch import recommend_file
 from recommender.index import WANTED, check
 from recommender.recommend import Recommender
 from recommender.refresh import refresh
+from recommender.service import Served
 from recommender.train import train_sbr
 
 SETTINGS = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32"])
@@ -266,6 +268,19 @@ def test_nothing_known_gives_popular_items_and_says_so(recommender: Recommender,
     train = [i for s, i in zip(log["session_id"], log["item_id"], strict=True) if s < "s0320"]
     top = sorted((train.count(i) for i in set(train)), reverse=True)[:4]
     assert [train.count(i) for i in ids(found)] == top
+    assert [item.score for item in found.items] == pytest.approx([math.log((n + 1) / (len(train) + 60)) for n in top], abs=1e-4)
+
+
+def test_popular_is_what_was_seen_most_whatever_the_model_has_learned(run: Path, tmp_path: Path) -> None:
+    """Without popularity in its scores too; of items seen as often, and of those never seen, the earlier ones come first."""
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = ["sbr.dim=16", "sbr.epochs=1", "sbr.models=[full]", "sbr.parts.popularity=false"]
+    version = train_sbr(load_config(None, settings), later, later / "data").version
+    count = pq.read_table(version.path / "items.parquet")["count"].to_pylist()
+    wanted = sorted(range(60), key=lambda row: -count[row])
+    assert count[wanted[-8]] == 0 and wanted != list(range(60))
+    assert [int(item[-3:]) for item in ids(Recommender.load(later).recommend([], 60))] == wanted
+    assert Served.load(later).search("title").tolist() == wanted
 
 
 def test_more_items_than_there_are_gives_all_of_them(recommender: Recommender) -> None:
