@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from standin_run import GROUPS, publish_embeddings, write_data
+from tiny import contents
 
 from pipeline.config import load_config
 from pipeline.embeddings import read_embeddings
@@ -204,6 +205,9 @@ def test_new_items_are_recommended_without_training(run: Path, recommender: Reco
     done = refresh(later, later / "data")
     assert (done.added, done.removed, done.made) == (2, 1, True)
     assert not refresh(later, later / "data").made
+    pq.write_table(pa.table({"item_id": named, "title": ["another", *named[1:]]}), later / "data" / "items.parquet")
+    with pytest.raises(UserError, match=r"of another catalogue.*tpad export-embeddings"):
+        refresh(later, later / "data")
     new = Recommender.load(later)
     for session in recommender.samples[:5]:
         session = [item for item in session if item != "item-020"]
@@ -372,6 +376,27 @@ def test_several_processes_share_a_file(recommender: Recommender, tmp_path: Path
         assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
 
 
+def test_a_bad_place_for_the_answers_is_refused_before_a_session_is_read(recommender: Recommender, tmp_path: Path) -> None:
+    """Nor is anything lost: not the log itself, nor what another number of processes has left, beside which each session would be twice."""
+    events = write_events(tmp_path / "s.parquet")
+    for n in (0, 1):
+        recommend_file(recommender, events, tmp_path / "out.parquet", k=3, share=(n, 2))
+    before = contents(tmp_path)
+    (tmp_path / "link.parquet").symlink_to(events)
+    for source, out, share, said in (
+        (events, events, (0, 1), "is the file of --sessions"),
+        (events, tmp_path / "link.parquet", (0, 1), "is the file of --sessions"),
+        (tmp_path / "missing", tmp_path / "none" / "out.parquet", (0, 1), r"in no folder that there is \(\S+/none/out.parquet\)"),
+        (tmp_path / "missing", tmp_path, (0, 1), "is a folder"),
+        (events, tmp_path / "out.parquet", (1, 4), r"answers of 2 processes are there already \(\S+/out-00000-of-00002.parquet\)"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            recommend_file(recommender, source, out, share=share)
+        assert error.value.code == USAGE
+    (tmp_path / "link.parquet").unlink()
+    assert contents(tmp_path) == before
+
+
 def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommender, tmp_path: Path) -> None:
     recommend_file(recommender, write_events(tmp_path / "s.csv", clock=False), tmp_path / "out.parquet", k=3)
     found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"][:3]
@@ -385,6 +410,7 @@ def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommend
         ("s.csv", "session_id,item_id\na,item-001\nb,\n", "row 1"),
         ("s.csv", "session_id,item_id\n", "no events"),
         ("s.csv", "session_id,item_id,timestamp\na,item-001,yesterday\n", "timestamp"),
+        ("s.csv", "session_id,item_id,timestamp\na,item-001,1.5\na,item-002,nan\n", "timestamp is no time .*row 1"),
         ("s.jsonl", '{"session_id": "a", "item_id"\n', "not readable"),
         ("s.parquet", "PAR1 not really", "not readable"),
         ("s.xlsx", "", "unknown kind"),
