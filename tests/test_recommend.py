@@ -77,13 +77,30 @@ def test_each_item_says_why(recommender: Recommender) -> None:
     assert all(item.similar_to is item.after is None for item in recommender.recommend([], 5).items)
 
 
-def test_many_sessions_get_what_each_gets_alone(recommender: Recommender) -> None:
+def test_many_sessions_get_what_each_gets_alone(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recommend, "SCORES_AT_ONCE", 20_000)  # some ten sessions
     rng = np.random.default_rng(0)
     sessions = [[f"item-{n:03d}" for n in rng.integers(0, 60, size=rng.integers(0, 30))] for _ in range(50)]
-    for session, together in zip(sessions, recommender.recommend_batch(sessions, 7), strict=True):
-        alone = recommender.recommend(session, 7)
-        assert ids(alone) == ids(together)
-        assert np.allclose([i.score for i in alone.items], [i.score for i in together.items], atol=1e-4)
+    for filters in (None, {"colour": ["red"]}):
+        for session, together in zip(sessions, recommender.recommend_batch(sessions, 7, filters=filters), strict=True):
+            alone = recommender.recommend(session, 7, filters=filters)
+            assert ids(alone) == ids(together)
+            assert np.allclose([i.score for i in alone.items], [i.score for i in together.items], atol=1e-4)
+
+
+def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are asked for, and of however many sessions: ids alone say nothing of the eight items that came last."""
+    write_data(tmp_path / "data")
+    train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[ID-only]"]), tmp_path, tmp_path / "data")
+    ids_only = Recommender.load(tmp_path)
+    sessions = [[0, 3], [7], [21, 4, 21], [30]]
+    whole = [rows.tolist() for rows, _ in ids_only.rank(sessions, 60)]
+    assert all(rows[-8:] == list(range(52, 60)) for rows in whole)
+    for items in (recommend.DENSE_ITEMS, 0):  # scored whole, and through the index
+        monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
+        for k in (1, 51, 53, 57, 60):
+            assert [rows.tolist() for rows, _ in ids_only.rank(sessions, k)] == [rows[:k] for rows in whole]
+            assert ids_only.rank(sessions[:1], k)[0][0].tolist() == whole[0][:k]
 
 
 def test_a_large_catalogue_goes_through_the_index_to_the_same_items(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
