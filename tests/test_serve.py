@@ -1,5 +1,6 @@
 """The service from outside: what it answers, what it refuses and how, new versions under load, its key, its end."""
 
+import asyncio
 import http.client
 import io
 import json
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save
 from server import HOSTILE, Server, publish_again, serving, write_shop
 from tiny import tpad
 
+from recommender.pictures import Pictures
 from recommender.recommend import Recommender
 
 
@@ -112,6 +115,27 @@ def test_an_item_has_its_attributes_its_picture_and_its_like(server: Server, ids
         nearest[half] = [item["item_id"] for item in found]
         assert {ids.index(item) % 6 for item in nearest[half][:3]} == {3}  # the groups that the vectors were made of
     assert nearest["knowledge"] != nearest["transition"]
+
+
+def test_a_picture_asked_for_before_a_new_version_is_not_kept_for_it(tiny_data: Path, tmp_path: Path) -> None:
+    items = pq.read_table(tiny_data / "items.parquet")
+    turned = items.set_column(
+        items.column_names.index("image"), items.schema.field("image"), items["image"].take([*range(1, len(items)), 0])
+    )
+    item_id = items["item_id"][3].as_py()
+    pq.write_table(items, tmp_path / "items.parquet")
+
+    async def ask() -> list[bytes | None]:
+        pictures = Pictures(tmp_path)
+        pictures.begin()
+        before = asyncio.create_task(pictures.thumbnail(item_id))
+        await asyncio.sleep(0)  # it is asked for
+        pictures.thread.submit(pq.write_table, turned, tmp_path / "items.parquet")
+        pictures.begin()
+        return [await before, *[await pictures.thumbnail(item_id) for _ in range(2)]]
+
+    old, new, again = asyncio.run(ask())
+    assert old and new and old != new == again
 
 
 def test_what_watches_it_is_told_how_it_is(server: Server) -> None:
