@@ -173,6 +173,8 @@ def index(
     """Put the trained session model over the current embeddings, with the index of `sbr.index`; nothing is trained."""
     if check:
         with errors(debug):  # without `open_run`, which would remember what was given
+            if rebuild or config or data or set_:
+                raise UserError("--check changes nothing (command line); give it no other option than --run", USAGE)
             from recommender.index import check as run_check
             from recommender.recommend import Recommender
 
@@ -215,6 +217,11 @@ def recommend(
             raise UserError(
                 "--sessions FILE and --out FILE go together, without --session (command line); see `tpad recommend --help`", USAGE
             )
+        if sessions is not None and as_json:
+            raise UserError("--json is for one session (command line); a file's answers are Parquet, at --out", USAGE)
+        for option, text in [("--session", session or ""), *(("--filter", wish) for wish in filter_ or [])]:
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python has bytes that are not UTF-8
+                raise UserError(f"{option} {text!r} is not UTF-8 (command line); give ids and values as the catalogue has them", USAGE)
         from recommender.recommend import Recommender
 
         filters: dict[str, list[str]] = {}
@@ -263,11 +270,11 @@ def ablate(
     variants: Annotated[
         str, typer.Option(metavar="A,B,...", help="Values of distill.variant, beside full; `all` for every one of them.")
     ] = "all",
-    seeds: Annotated[str, typer.Option(metavar="N,M,...", help="Seeds that each variant is trained with.")] = "0",
+    seeds: Annotated[int, typer.Option(min=1, help="How often each variant is trained, with the seeds from `seed` on.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="How many runs at a time, each in a process of its own.")] = 1,
     config: ConfigFile = None,
     data: DataFolder = None,
-    run: Annotated[Path, typer.Option("--run", help="Folder of the ablation: a run of each variant with each seed.")] = ABLATION,
+    run: Annotated[Path, typer.Option("--run", help="Folder of the ablation: ablation.md, .csv and .png, and all runs.")] = ABLATION,
     set_: Override = None,
     table: Annotated[bool, typer.Option("--table", help="Only the table, of runs that are there already: nothing is trained.")] = False,
     debug: Debug = False,
@@ -276,11 +283,11 @@ def ablate(
     with errors(debug):
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("tpad ablate starts its own processes (accelerate launch); start it alone, with --jobs", USAGE)
-        chosen, numbers = parse_variants(variants), parse_seeds(seeds)
+        chosen = parse_variants(variants)
         with open_run(config, data, run, set_, begin=True) as (settings, folder):
             from recommender.ablate import ablate as run_ablation
 
-            run_ablation(settings, run, folder, chosen, numbers, jobs, found_run if table else make_run)
+            run_ablation(settings, run, folder, chosen, range(settings.seed, settings.seed + seeds), jobs, found_run if table else make_run)
 
 
 def found_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]) -> dict[str, float]:
@@ -299,13 +306,6 @@ def parse_variants(text: str) -> "list[VariantName]":
         if word not in [*known, "all"]:
             raise UserError(f"no variant `{word}` (--variants); known: {', '.join(known)}", USAGE)
     return known if "all" in asked else [name for name in known if name in asked]
-
-
-def parse_seeds(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) < 2**31 for word in words):
-        raise UserError(f"--seeds {text!r} is not of the form n,m,... (command line); write e.g. 0,1,2", USAGE)
-    return [int(word) for word in words]
 
 
 def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]) -> dict[str, float]:
@@ -373,7 +373,7 @@ def serve(
         try:
             from recommender.serve import serve as run_service
         except ModuleNotFoundError as error:
-            raise UserError(f"{error.name} is not installed (tpad serve); pip install 'tpad[faiss-cpu,serve]'", ENVIRONMENT) from None
+            raise UserError(f"{error.name} is not installed (tpad serve); pip install '.[faiss-cpu,serve]'", ENVIRONMENT) from None
 
         run_service(run, find_pictures(data, run), host, port, key, say)
 

@@ -60,7 +60,6 @@ Make = Callable[[Config, Path, Path, Sequence[Path]], dict[str, float]]
 def ablate(config: Config, run: Path, data: Path, variants: Sequence[VariantName], seeds: Sequence[int], jobs: int, make: Make) -> None:
     """Every cell in a folder of `run`, `jobs` of them at a time. Raises `UserError`."""
     variants = list(dict.fromkeys(["full", *variants]))  # which everything is held against
-    seeds = list(dict.fromkeys(seeds))
     with locked(run):
         work = partial(make_cell, config, run, data, make)
         columns = [[Cell(variant, seed) for variant in variants] for seed in seeds]

@@ -1,8 +1,8 @@
 """What a session model has to beat: popularity, what is in the session already, co-occurrence, and nearest sessions.
 
 All of them are counts of the training sessions. What a prefix says concerns few items; all others keep what they have
-without it, their popularity, far below any other evidence, so that no list ends in catalogue order. So a target's rank takes
-the few and a look into the sorted rest, and no list of all items.
+without it, their popularity, far below any other evidence, so that no list ends in catalogue order. So a target's rank, and
+the first of a ranking, take the few and a look into the sorted rest, and no list of all items.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from recommender.sessions import PAD
 
 
 class Entries(NamedTuple):
-    """What a batch of prefixes adds to the scores of some items, no pair of case and row twice."""
+    """What a batch of prefixes adds to the scores of some items, never less than nothing, no pair of case and row twice."""
 
     case: np.ndarray  # (E,) ascending
     row: np.ndarray  # (E,) ascending in a case
@@ -35,6 +35,17 @@ class Scorer:
         case, row, value = self.added(prefixes)
         scores[case, row] += value
         return scores
+
+    def top(self, prefixes: np.ndarray, k: int) -> np.ndarray:
+        """Rows of the k best items of each prefix, (B, k): few have more than their base, and of all others the first k do."""
+        case, row, value = self.added(prefixes)
+        first = np.argsort(-self.base, kind="stable")[:k]
+        every, each = np.repeat(np.arange(len(prefixes)), len(first)), np.tile(first, len(prefixes))
+        value = np.concatenate([value, np.zeros(len(each))])
+        case, row, value = summed(np.concatenate([case, every]), np.concatenate([row, each]), value, len(self.base))
+        order = np.lexsort((row, -(self.base[row] + value), case))
+        place = np.arange(len(case)) - np.searchsorted(case, case)
+        return row[order][place < k].reshape(len(prefixes), -1)
 
     def ranks(self, prefixes: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """What `metrics.target_ranks` says of these scores, (B,)."""

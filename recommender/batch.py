@@ -7,6 +7,7 @@ and put in that order first.
 """
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipeline.artifact import environment_error, replacing
-from pipeline.errors import DATA, UserError
+from pipeline.errors import DATA, USAGE, UserError
 from pipeline.progress import Steps
 from recommender.recommend import Filters, Recommender
 
@@ -57,11 +58,11 @@ def recommend_file(
     share: tuple[int, int] = (0, 1),
 ) -> BatchSummary:
     """Sessions by first appearance, events by (timestamp, row). `out` is replaced whole at the end, or not at all. `share`
-    (number, count): only this process's sessions, to a file named after both."""
-    count, pieces = open_events(sessions)
+    (number, count): only this process's sessions, to a file named after both; beside files of another count, which would give
+    each session twice, none is written."""
     number, processes = share
-    if processes > 1:
-        out = out.with_name(f"{out.stem}-{number:05d}-of-{processes:05d}{out.suffix}")
+    out = destination(out, sessions, number, processes)
+    count, pieces = open_events(sessions)
     first, last = (count * n // processes for n in (number, number + 1))
     popular = unknown = rows = 0
     try:
@@ -83,6 +84,24 @@ def recommend_file(
             f"cannot write: {error.strerror or error} ({out}); give another --out", DATA
         ) from None
     return BatchSummary(out, last - first, popular, unknown, rows)
+
+
+def destination(out: Path, sessions: Path, number: int, processes: int) -> Path:
+    """The file that this process writes. Refuses what it must not be, before anything is read."""
+    if out.is_dir() or not out.parent.is_dir():
+        what = "a folder" if out.is_dir() else "in no folder that there is"
+        raise UserError(f"--out is {what} ({out}); give a file in an existing folder", USAGE)
+    if processes > 1:
+        shards = re.compile(rf"{re.escape(out.stem)}-\d{{5}}-of-(\d{{5}}){re.escape(out.suffix)}")
+        for path in sorted(out.parent.iterdir()):
+            if (shard := shards.fullmatch(path.name)) and int(shard[1]) != processes:
+                raise UserError(
+                    f"answers of {int(shard[1])} processes are there already ({path}); delete them, or give another --out", USAGE
+                )
+        out = out.with_name(f"{out.stem}-{number:05d}-of-{processes:05d}{out.suffix}")
+    if out.resolve() == sessions.resolve():
+        raise UserError(f"--out is the file of --sessions ({out}); give another --out", USAGE)
+    return out
 
 
 def _known(events: np.ndarray) -> list[int]:
@@ -183,7 +202,7 @@ def _clock(table: pa.Table, path: Path, before: int) -> Iterator[np.ndarray]:
     if "timestamp" not in table.column_names:
         return
     column = table["timestamp"]
-    empty = pc.index(pc.is_null(column), True).as_py()
+    empty = pc.index(pc.is_null(column, nan_is_null=True), True).as_py()
     if empty >= 0 or not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_timestamp(column.type)):
         where = f"{path} row {before + empty}" if empty >= 0 else f"{path}, {column.type}"
         raise UserError(f"timestamp is no time ({where}); give seconds or milliseconds for every event, or leave the column out", DATA)

@@ -8,9 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDED = ("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy", "pyarrow", "pillow", "pydantic", "typer")
+NEEDED = (  # and SERVE: as pyproject.toml has them, which is not there where the packages are
+    *("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy", "pyarrow", "pillow"),
+    *("pydantic", "pyyaml", "typer", "rich"),
+)
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # all of them are the module `faiss`
-SERVE = ("fastapi", "uvicorn", "prometheus-client")
+SERVE = ("fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client", "threadpoolctl")
 GIB = 2**30
 MEMORY = Path("/proc/meminfo")  # of Linux
 

@@ -128,7 +128,7 @@ def baseline_ranks(score: Scorer, windows: Windows, recommended: np.ndarray | No
     for part in (slice(start, start + PREFIXES_AT_ONCE) for start in range(0, len(targets), PREFIXES_AT_ONCE)):
         found.append(score.ranks(prefixes[part], targets[part]))
         if recommended is not None:
-            count_top(torch.as_tensor(score(prefixes[part])), recommended)
+            recommended += np.bincount(score.top(prefixes[part], TOP).flatten(), minlength=len(recommended))
     return np.concatenate(found)
 
 

@@ -55,10 +55,13 @@ class Pictures:
 
     async def thumbnail(self, item_id: str) -> bytes | None:
         """A JPEG; None for an item without a picture that could be shown."""
-        if item_id in self.kept:
-            found = self.kept.pop(item_id)
+        kept = self.kept
+        if item_id in kept:
+            found = kept.pop(item_id)
         else:
             found = await asyncio.get_running_loop().run_in_executor(self.thread, self._thumbnail, item_id)
+            if kept is not self.kept:  # meanwhile the catalogue was read again: this picture may be another now
+                return found
             self.size += len(found or b"") - len(self.kept.pop(item_id, None) or b"")
         self.kept[item_id] = found
         while self.size > CACHE_BYTES:

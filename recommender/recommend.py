@@ -5,6 +5,7 @@ is scored whole in one matrix product per batch; more of them go through the FAI
 the same items (flat) or nearly all of them (any other index, also of a small catalogue).
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from pipeline.catalog import Catalog
 from pipeline.embeddings import HALVES
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.channels import Parts
-from recommender.index import ItemIndex, build_indexes, describe, load_indexes, save_indexes
+from recommender.index import ItemIndex, build_indexes, describe, first, load_indexes, save_indexes
 from recommender.model import ModelConfig, SessionModel
 from recommender.ranker import Ranker, Read
 from recommender.sessions import pad_prefixes
@@ -34,6 +35,7 @@ from recommender.whitening import Whitening
 DENSE_ITEMS = 20_000
 POOL = 5  # times k: what `diversify` chooses from
 SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
+ENTRY = 10  # numbers that an entry of a table of pairs takes while it is added, whether a filter leaves its item or not
 
 Filters = Mapping[str, Sequence[str]]  # column -> values
 Found = tuple[np.ndarray, np.ndarray, Read | None]  # scores and rows, and what the session says, where it was read alone
@@ -89,6 +91,9 @@ class Recommender:
         self.item_ids = items["item_id"].to_pylist()
         self.titles = [title or item_id for title, item_id in zip(items["title"].to_pylist(), self.item_ids, strict=True)]
         self.row = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        counts = items["count"].to_numpy()  # events in training, which the model's own prior need not follow
+        self.by_count = np.argsort(-counts, kind="stable")
+        self.log_share = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)  # one more: of an item never seen too
         self.attributes = attributes  # what items can be filtered by: text, or a list of texts
         self.version = version
         self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
@@ -99,6 +104,9 @@ class Recommender:
         with torch.inference_mode():
             self.tables = model.tables()
         self.ranker = Ranker(model, self.tables)
+        self.entries = sum(
+            (np.diff(pairs.begin) for pairs in self.ranker.pairs.values()), np.zeros(len(self.item_ids), int)
+        )  # of each item
         self.index = ItemIndex(indexes, self.ranker, version.manifest["index"].get("effort", 1.0))
 
     @classmethod
@@ -136,8 +144,8 @@ class Recommender:
     def rank(
         self, sessions: list[list[int]], k: int, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rows and scores of the k best items of each session of rows, best first; an empty session gets the popular ones.
-        Fewer than k only where no more are allowed."""
+        """Rows and scores of the k best items of each session of rows, best first; an empty session gets those of most
+        training events, with the log of their share of them. Fewer than k only where no more are allowed."""
         return [(rows, scores) for scores, rows, _ in self._ranked(sessions, k, exclude_seen, filters, diversify)]
 
     def _ranked(self, sessions: list[list[int]], k: int, exclude_seen: bool, filters: Filters | None, diversify: float) -> list[Found]:
@@ -161,9 +169,8 @@ class Recommender:
         return ranked
 
     def _popular(self, count: int, allowed: np.ndarray | None) -> Found:
-        popular = self.ranker.by_popularity
-        rows = (popular if allowed is None else popular[allowed[popular]])[:count]
-        return self.ranker.priors["popular"][rows], rows, None
+        rows = (self.by_count if allowed is None else self.by_count[allowed[self.by_count]])[:count]
+        return self.log_share[rows], rows, None
 
     def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: np.ndarray | None) -> dict[int, Found]:
         """At least the `wanted` best of the allowed items, by number of the session."""
@@ -177,14 +184,14 @@ class Recommender:
             return found
         length = self.model.config.max_prefix
         order = sorted(wanted, key=lambda n: len(sessions[n]))  # like lengths together: less padding
-        size = max(1, SCORES_AT_ONCE // (count * length))
-        for numbers in (order[start : start + size] for start in range(0, len(order), size)):
+        cost = np.cumsum([length * count + ENTRY * int(self.entries[sessions[n][-length:]].sum()) for n in order])
+        for _, part in itertools.groupby(zip(cost // SCORES_AT_ONCE, order, strict=True), key=lambda each: each[0]):
+            numbers = [n for _, n in part]
             rows = torch.as_tensor(pad_prefixes([sessions[n] for n in numbers], length)).long()
             with torch.inference_mode():
                 scores = self.model.scores(rows, self.tables, items=None if items is None else torch.as_tensor(items))
-                best = scores.topk(max(wanted[n] for n in numbers))
-            places = best.indices.numpy() if items is None else items[best.indices.numpy()]
-            found |= {n: (best.values[line].numpy(), places[line], None) for line, n in enumerate(numbers)}
+                best, places = greatest(scores, max(wanted[n] for n in numbers))
+            found |= {n: (best[line], places[line] if items is None else items[places[line]], None) for line, n in enumerate(numbers)}
         return found
 
     def _allowed(self, filters: Filters) -> np.ndarray:
@@ -230,6 +237,17 @@ class Recommender:
         after = [*seen, None]  # there for being popular: that is no item's doing
         near = zip(alike.max(0).tolist(), alike.argmax(0).tolist(), source.tolist(), strict=True)
         return [(seen[which] if cosine > 0 else None, after[origin]) for cosine, which, origin in near]
+
+
+def greatest(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`index.first` of each line of (B, C): values and places (B, k). Of equal ones `topk` takes any, in any order."""
+    values, places = scores.topk(min(k + 1, scores.shape[1]))
+    places, order = places.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    found = places.gather(1, order).numpy()
+    for line in (values[:, k - 1] == values[:, -1]).nonzero()[:, 0].tolist() if values.shape[1] > k else ():  # which of them are in?
+        found[line, :k] = first(scores[line].numpy(), k)
+    return values[:, :k].numpy(), found[:, :k]
 
 
 def having(column: pa.Array, values: Sequence[str]) -> np.ndarray:

@@ -39,15 +39,15 @@ def refresh(run: Path, data: Path, setting: str = "auto", rebuild: bool = False)
     embeddings = read_embeddings(run / "embeddings") if reads else None
     catalog = load_catalog(data)
     source = embeddings.version.manifest_sha256 if embeddings else catalog.sha256
-    same = source == before.manifest["embeddings_manifest_sha256" if reads else "catalogue_sha256"]
-    if same and before.manifest.get("index", {}).get("setting") == setting and not rebuild:
-        return Refreshed(before, 0, 0, made=False)
     if embeddings is not None:
         trained_on, made_of = before.manifest.get("vectors") or {}, embeddings.version.manifest
         if any(trained_on.get(key) != made_of.get(key) for key in SAME_VECTORS):
             what = "the session model was trained on vectors of another MLLM or image budget"
             raise UserError(f"{what} ({run}); run `tpad train-sbr`", ARTIFACT)
         check_catalogue(embeddings, catalog, run)
+    same = source == before.manifest["embeddings_manifest_sha256" if reads else "catalogue_sha256"]
+    if same and before.manifest.get("index", {}).get("setting") == setting and not rebuild:
+        return Refreshed(before, 0, 0, made=False)
     skipped = set(before.manifest.get("skipped", []))  # items the model was not trained on for their images, whether it reads these or not
     item_ids = embeddings.item_ids if embeddings else [item for item in catalog.item_ids if item not in skipped]
     items = pq.read_table(before.path / "items.parquet", page_checksum_verification=True)

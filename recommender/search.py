@@ -86,7 +86,7 @@ def need_optuna() -> None:
     try:
         import optuna
     except ModuleNotFoundError:
-        raise UserError("optuna is not installed (tpad train-sbr --search); pip install 'tpad[search]'", ENVIRONMENT) from None
+        raise UserError("optuna is not installed (tpad train-sbr --search); pip install '.[search]'", ENVIRONMENT) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 

@@ -37,11 +37,13 @@ from recommender.service import Refused, Served, Service
 
 NAMED = 80  # letters of a key that a message repeats
 MAX_SESSION, MAX_BATCH, MAX_K, MAX_PAGE = 1000, 64, 500, 100
+MAX_FILTERS, MAX_VALUES, MAX_TEXT = 20, 1000, 1000  # columns, values of each, letters of each
 BACKLOG = 2048  # connections that wait to be taken
 DRAIN_SECONDS = 30  # for requests in hand after SIGTERM
 PAGE = Path(__file__).with_name("page.html")
 
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]  # a limit has it looked at: without one, what is no Unicode would pass
 Session = Annotated[list[ItemId], Field(max_length=MAX_SESSION, description="item_ids, oldest first")]
 Whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number.is_integer() else number)  # 5.0 is, in JSON
 K = Annotated[int, Field(ge=1, le=MAX_K, description="how many items"), Whole]
@@ -55,7 +57,10 @@ class Wishes(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     k: K = 10
     exclude_seen: Annotated[bool, Field(description="leave out the items of the session")] = False
-    filters: Annotated[dict[str, list[str]], Field(max_length=20, description="attribute -> values, of which an item has one")] = {}
+    filters: Annotated[
+        dict[Text, Annotated[list[Text], Field(min_length=1, max_length=MAX_VALUES)]],
+        Field(max_length=MAX_FILTERS, description="attribute -> values, of which an item has one"),
+    ] = {}
     diversify: Annotated[Share, Field(description="how much an item loses for being like those above it")] = 0.0
 
 
@@ -154,7 +159,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         405: "not with this method",
         408: "the body came too slowly",
         413: f"more than {MAX_BODY} bytes",
-        422: "a value is missing, of the wrong kind, or beyond its limit",
+        422: "a value is missing, of the wrong kind, or beyond its limit; or nothing is left to recommend",
         429: f"{MAX_AT_ONCE} requests are being answered; try again after `Retry-After` seconds",
         500: "a fault of ours",
     }.items()
@@ -191,7 +196,8 @@ def create_app(service: Service, key: str | None) -> Gate:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return problem(request, 422, describe(error))
+        unread = any(fault["type"] == "json_invalid" for fault in error.errors())
+        return problem(request, 400 if unread else 422, describe(error))
 
     @app.exception_handler(AnyHTTPException)
     async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
@@ -199,7 +205,7 @@ def create_app(service: Service, key: str | None) -> Gate:
 
     @app.exception_handler(UserError)
     async def unfit(request: Request, error: UserError) -> JSONResponse:
-        return problem(request, 404, str(error))
+        return problem(request, 422, str(error))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, _: Exception) -> JSONResponse:
@@ -216,7 +222,12 @@ def create_app(service: Service, key: str | None) -> Gate:
     def name(served: Served, row: int) -> dict[str, Any]:
         return {"item_id": served.recommender.item_ids[row], "title": served.recommender.titles[row]}
 
-    def wishes(ask: Wishes) -> tuple[int, bool, dict[str, list[str]], float]:
+    def wishes(served: Served, ask: Wishes) -> tuple[int, bool, dict[str, list[str]], float]:
+        """As the recommender takes them; what only the command line's words would refuse is refused here."""
+        if unknown := [column for column in ask.filters if column not in served.recommender.attributes.column_names]:
+            raise HTTPException(404, f"no such attribute: {unknown[0]}")
+        if ask.diversify and "knowledge" not in served.recommender.halves:
+            raise HTTPException(422, "diversify: the model reads no vectors of what items are")
         return ask.k, ask.exclude_seen, ask.filters, ask.diversify
 
     def ranking(found: Recommendation) -> Ranking:
@@ -229,14 +240,16 @@ def create_app(service: Service, key: str | None) -> Gate:
     async def recommend(ask: Annotated[Ask, Body()]) -> Answer:
         """The k items that go best with what was seen. Unknown items are named and left out."""
         served, began = service.now, time.perf_counter()
-        found = await service.compute(lambda: served.recommender.recommend(ask.session, *wishes(ask)))
+        wanted = wishes(served, ask)
+        found = await service.compute(lambda: served.recommender.recommend(ask.session, *wanted))
         return Answer(**dict(ranking(found)), **stamp(served, began))
 
     @app.post("/recommend/batch")
     async def recommend_batch(ask: Annotated[AskMany, Body()]) -> Answers:
         """The same for several sessions, all from one version."""
         served, began = service.now, time.perf_counter()
-        found = await service.compute(lambda: served.recommender.recommend_batch(ask.sessions, *wishes(ask)))
+        wanted = wishes(served, ask)
+        found = await service.compute(lambda: served.recommender.recommend_batch(ask.sessions, *wanted))
         return Answers(answers=[ranking(one) for one in found], **stamp(served, began))
 
     @app.get("/items")

@@ -61,8 +61,8 @@ class Served:
         return self.recommender.version.name
 
     def search(self, words: str) -> np.ndarray:
-        """Rows of the items that have all the words in their titles or item_ids, the most popular first."""
-        popular = self.recommender.ranker.by_popularity
+        """Rows of the items that have all the words in their titles or item_ids, those of most training events first."""
+        popular = self.recommender.by_count
         fits = np.ones(len(popular), bool)
         for word in words.split():
             fits &= pc.match_substring(self.texts, pc.utf8_lower(pa.scalar(word)).as_py()).to_numpy(zero_copy_only=False)

@@ -1,4 +1,8 @@
-"""A trained session model as the teacher of an MLLM: how it scores the next item (soft targets, P2Rec, arXiv 2406.00333)."""
+"""A trained session model as the teacher of an MLLM: how it scores the next item (soft targets, P2Rec, arXiv 2406.00333).
+
+It is asked about the sessions it was trained on, and its counts of pairs hold what followed in them: they are left out of its
+mixture, or each session would be its own evidence.
+"""
 
 from pathlib import Path
 
@@ -36,6 +40,7 @@ class Teacher:
                 ARTIFACT,
             )
         self.model = load_model(version.path).eval()
+        self.model.pairs.clear()
         with torch.inference_mode():
             self.tables = self.model.tables()
 

@@ -83,5 +83,8 @@ def test_ranks_are_those_of_the_scores(name: str) -> None:
     rng = np.random.default_rng(1)
     prefixes = pad_prefixes([rng.integers(0, ITEMS, size=rng.integers(1, 9)).tolist() for _ in range(200)], 8)
     targets = rng.integers(0, ITEMS, size=200)
-    wanted = target_ranks(torch.as_tensor(scorer(prefixes)), torch.as_tensor(targets))
+    scores = scorer(prefixes)
+    wanted = target_ranks(torch.as_tensor(scores), torch.as_tensor(targets))
     assert scorer.ranks(prefixes, targets).tolist() == wanted.tolist()
+    for k in (1, 20, ITEMS):
+        assert scorer.top(prefixes, k).tolist() == np.argsort(-scores, axis=1, kind="stable")[:, :k].tolist()

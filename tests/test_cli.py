@@ -194,6 +194,22 @@ def test_a_file_of_sessions_gets_the_answers_of_single_calls(run: Path, answer: 
     assert found["score"] == pytest.approx(scores, abs=1e-4)
 
 
+def test_processes_of_a_launcher_answer_a_part_of_the_file_each(run: Path, tmp_path: Path) -> None:
+    file, whole, out = run / "data" / "sessions.parquet", tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    words = command("recommend", "--run", run, "--sessions", file, "-k", 3, "--out")
+    parts = [tmp_path / f"out-0000{rank}-of-00002.parquet" for rank in (0, 1)]
+    for rank in (0, 1):
+        place = ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        done = subprocess.run([*words, str(out)], cwd=ROOT, env=place, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert pq.read_metadata(parts[rank]).num_rows == 300
+    assert tpad("recommend", "--run", run, "--sessions", file, "-k", 3, "--out", whole).returncode == 0
+    assert not out.exists()
+    columns = ["session_id", "item_id", "rank"]
+    together = pa.concat_tables([pq.read_table(part, columns=columns) for part in parts])
+    assert together.equals(pq.read_table(whole, columns=columns))
+
+
 # --- bad input
 
 
@@ -336,6 +352,11 @@ def test_a_wrong_setting_is_named_with_its_line(run: Path, tmp_path: Path, text:
         (["recommend", "-k", "0"], ["'-k'", "greater than or equal to 1", "tpad recommend --help"]),
         (["recommend", "--session", " , "], ["--session names no item"]),
         (["recommend", "--sessions", "some.csv"], ["--out"]),
+        (["recommend", "--sessions", "some.csv", "--out", "some.parquet", "--json"], ["--json is for one session"]),
+        (["recommend", "--session", "p0003,caf\udce9"], [r"--session 'p0003,caf\udce9' is not UTF-8"]),
+        (["recommend", "--filter", "kind=\udcff"], [r"--filter 'kind=\udcff' is not UTF-8"]),
+        (["index", "--check", "--rebuild"], ["--check changes nothing"]),
+        (["index", "--check", "--set", "sbr.index=hnsw"], ["--check changes nothing"]),
         (["recommend", "--sesion", "a"], ["--sesion", "tpad recommend --help"]),
         (["recomend"], ["'recomend'", "'recommend'"]),
         (["prepare", "--items", "a.csv"], ["--sessions", "tpad prepare --help"]),
@@ -343,7 +364,7 @@ def test_a_wrong_setting_is_named_with_its_line(run: Path, tmp_path: Path, text:
 )
 def test_a_wrong_command_line_is_one_line(run: Path, args: list[str], words: list[str]) -> None:
     before = contents(run)
-    refused(tpad(*args, *(["--run", run] if args[0] in CHAIN else [])), 2, *words)
+    refused(tpad(*args, *(["--run", run] if args[0] in (*CHAIN, "index") else [])), 2, *words)
     assert contents(run) == before
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from server import serving
 from standin_run import write_data
 from tiny import tpad
 
@@ -61,6 +62,13 @@ def test_a_run_of_ids_needs_no_embeddings(made: tuple[Path, SbrSummary]) -> None
         recommender.recommend(["item-001"], diversify=0.5)
     assert error.value.code == USAGE
     assert "Results" in write_report(run, run / "data", "").read_text()
+
+
+def test_a_wish_that_a_model_of_ids_cannot_meet_is_refused_by_the_service(made: tuple[Path, SbrSummary]) -> None:
+    with serving(made[0]) as server:
+        refused = server.ask("/recommend", {"session": ["item-001"], "diversify": 0.5})
+        assert (refused.status, refused.json["error"]) == (422, "diversify: the model reads no vectors of what items are")
+        assert server.ask("/items/item-001/similar?half=knowledge").status == 404
 
 
 def test_another_index_comes_to_a_model_of_ids(made: tuple[Path, SbrSummary]) -> None:

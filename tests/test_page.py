@@ -46,6 +46,62 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     opened.close()
 
 
+def test_a_wrong_key_is_said_where_it_was_given(browser: Browser, server: Server) -> None:
+    opened = browser.new_page()
+    opened.goto(server.url)
+    key = opened.get_by_label("Key", exact=True).last
+    expect(key).to_be_focused()
+    expect(opened.locator("#no-entry")).to_be_hidden()
+    key.fill("quite another key")
+    opened.keyboard.press("Enter")
+    expect(opened.get_by_role("alert").filter(has_text="does not know this key")).to_be_visible()
+    expect(key).to_be_focused()
+    opened.keyboard.type(KEY)  # the wrong one is selected
+    opened.keyboard.press("Enter")
+    expect(opened.locator("#grid .item")).to_have_count(40)
+    expect(opened.locator("#door")).to_be_hidden()
+    opened.close()
+
+
+def test_what_a_proxy_says_in_its_own_way_is_told_by_its_status(page: Page) -> None:
+    page.route("**/recommend", lambda route: route.fulfill(status=502, content_type="text/html", body="<h1>Bad Gateway</h1>"))
+    page.locator("#grid .item").first.click()
+    expect(page.locator("#trouble")).to_have_text("no answer of the service: 502 Bad Gateway")
+    page.unroute("**/recommend")
+    page.locator("#grid .item").first.click()
+    expect(page.locator("#trouble")).to_be_hidden()
+
+
+def test_the_focus_stays_near_what_is_gone(page: Page, server: Server) -> None:
+    for n in range(3):
+        page.locator("#grid .item").nth(n).click()
+        expect(page.locator("#session button")).to_have_count(n + 1)
+    chips = page.locator("#session button")
+    chips.last.focus()
+    page.keyboard.press("Backspace")
+    expect(chips).to_have_count(2)
+    expect(chips.last).to_be_focused()
+    chips.first.press("Enter")
+    expect(chips).to_have_count(1)
+    expect(chips.first).to_be_focused()
+    page.get_by_role("button", name="Clear").press("Enter")
+    expect(page.get_by_label("Search the catalogue")).to_be_focused()
+    page.locator("#grid .item").first.focus()
+    page.keyboard.press("s")
+    expect(page.locator("#near .item")).to_have_count(12)
+    title = page.locator("#near .name").first.inner_text()
+    page.locator("#near .like").first.press("Enter")
+    expect(page.locator("#like")).to_have_text(f"Similar to {title}")
+    expect(page.locator("#like")).to_be_focused()
+    page.keyboard.press("Escape")
+    page.route("**/items?limit=60&offset=0*", lambda route: route.continue_(url=f"{server.url}/items?limit=25"))
+    page.get_by_label("Search the catalogue").fill(" ")
+    expect(page.locator("#grid .item")).to_have_count(25)
+    page.get_by_role("button", name="More").press("Enter")
+    expect(page.locator("#grid .item")).to_have_count(40)
+    expect(page.locator("#grid .item").nth(25)).to_be_focused()
+
+
 def ranking(page: Page) -> list[str]:
     return page.locator("#next .item").evaluate_all("items => items.map(item => item.dataset.item)")
 
@@ -59,6 +115,9 @@ def test_a_session_is_built_by_clicks_and_the_ranking_changes(page: Page) -> Non
     expect(page.locator("#session button")).to_have_count(1)
     first = ranking(page)
     assert first != popular
+    expect(
+        page.get_by_role("status").filter(has_text=f"Next: {', '.join(page.locator('#next .name').all_inner_texts()[:3])}")
+    ).to_have_count(1)
     seen = page.locator("#grid .name").nth(12).inner_text()
     assert {f"similar to {seen}", f"next after {seen}"} == {*page.locator("#next .why").all_inner_texts()}
     page.locator("#next .item").nth(4).click()
@@ -88,7 +147,8 @@ def test_the_keyboard_does_it_too(page: Page) -> None:
     expect(page.locator("#similar")).to_be_visible()
     expect(page.locator("#near .item")).to_have_count(12)
     by_knowledge = page.locator("#near").inner_text()
-    page.get_by_role("tab", name="move on to").press("Enter")
+    page.get_by_role("button", name="move on to", pressed=False).press("Enter")
+    expect(page.get_by_role("button", name="move on to", pressed=True)).to_be_focused()
     expect(page.locator("#near")).not_to_have_text(by_knowledge, use_inner_text=True)
     page.keyboard.press("Escape")
     expect(page.locator("#similar")).to_be_hidden()
@@ -120,3 +180,11 @@ def test_nothing_is_wider_than_the_screen(page: Page, width: int) -> None:
     page.locator("#grid .item").first.click()
     expect(page.locator("#kind")).to_have_text("What next?")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_new_ranking_on_a_phone_is_seen_from_its_beginning(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 800})
+    expect(page.get_by_label("Search the catalogue")).to_have_css("font-size", "16px")  # of less, a phone zooms in
+    page.locator("#next .item").last.click()
+    expect(page.locator("#kind")).to_have_text("What next?")
+    assert page.locator("#next").evaluate("list => list.scrollLeft") == 0

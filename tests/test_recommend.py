@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from standin_run import GROUPS, publish_embeddings, write_data
+from tiny import contents
 
 from pipeline.config import load_config
 from pipeline.embeddings import read_embeddings
@@ -20,6 +22,7 @@ from recommender.batch import recommend_file
 from recommender.index import WANTED, check
 from recommender.recommend import Recommender
 from recommender.refresh import refresh
+from recommender.service import Served
 from recommender.train import train_sbr
 
 SETTINGS = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32"])
@@ -74,13 +77,30 @@ def test_each_item_says_why(recommender: Recommender) -> None:
     assert all(item.similar_to is item.after is None for item in recommender.recommend([], 5).items)
 
 
-def test_many_sessions_get_what_each_gets_alone(recommender: Recommender) -> None:
+def test_many_sessions_get_what_each_gets_alone(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recommend, "SCORES_AT_ONCE", 20_000)  # some ten sessions
     rng = np.random.default_rng(0)
     sessions = [[f"item-{n:03d}" for n in rng.integers(0, 60, size=rng.integers(0, 30))] for _ in range(50)]
-    for session, together in zip(sessions, recommender.recommend_batch(sessions, 7), strict=True):
-        alone = recommender.recommend(session, 7)
-        assert ids(alone) == ids(together)
-        assert np.allclose([i.score for i in alone.items], [i.score for i in together.items], atol=1e-4)
+    for filters in (None, {"colour": ["red"]}):
+        for session, together in zip(sessions, recommender.recommend_batch(sessions, 7, filters=filters), strict=True):
+            alone = recommender.recommend(session, 7, filters=filters)
+            assert ids(alone) == ids(together)
+            assert np.allclose([i.score for i in alone.items], [i.score for i in together.items], atol=1e-4)
+
+
+def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are asked for, and of however many sessions: ids alone say nothing of the eight items that came last."""
+    write_data(tmp_path / "data")
+    train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[ID-only]"]), tmp_path, tmp_path / "data")
+    ids_only = Recommender.load(tmp_path)
+    sessions = [[0, 3], [7], [21, 4, 21], [30]]
+    whole = [rows.tolist() for rows, _ in ids_only.rank(sessions, 60)]
+    assert all(rows[-8:] == list(range(52, 60)) for rows in whole)
+    for items in (recommend.DENSE_ITEMS, 0):  # scored whole, and through the index
+        monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
+        for k in (1, 51, 53, 57, 60):
+            assert [rows.tolist() for rows, _ in ids_only.rank(sessions, k)] == [rows[:k] for rows in whole]
+            assert ids_only.rank(sessions[:1], k)[0][0].tolist() == whole[0][:k]
 
 
 def test_a_large_catalogue_goes_through_the_index_to_the_same_items(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +168,10 @@ def test_filters_keep_what_has_the_values_and_lose_no_place(recommender: Recomme
         assert {item.item_id for item in red} == {i for row, i in enumerate(recommender.item_ids) if row % 4 == 0}
         score = {item.item_id: item.score for item in recommender.recommend(session, 60).items}
         assert [item.score for item in red] == pytest.approx([score[item.item_id] for item in red], abs=1e-4)
-        assert len(ids(recommender.recommend(ids(recommender.recommend(session, 45)), 15, True, {"colour": ["red", "blue"]}))) <= 15
+        seen = ids(recommender.recommend(session, 45))
+        unseen = {row for row, item_id in enumerate(recommender.item_ids) if row % 4 < 2 and item_id not in seen}
+        left = ids(recommender.recommend(seen, 15, True, {"colour": ["red", "blue"]}))
+        assert {recommender.row[i] for i in left} == unseen and len(left) == len(unseen) > 0
         both = ids(recommender.recommend(session, 60, filters={"colour": ["red", "blue"], "tags": ["t1", "t9"]}))
         assert {recommender.row[i] for i in both} == {row for row in range(60) if row % 4 < 2 and row % 5 == 1}
     assert recommender.row[ids(recommender.recommend([], 1, filters={"tags": ["t2"]}))[0]] % 5 in (1, 2)
@@ -202,6 +225,9 @@ def test_new_items_are_recommended_without_training(run: Path, recommender: Reco
     done = refresh(later, later / "data")
     assert (done.added, done.removed, done.made) == (2, 1, True)
     assert not refresh(later, later / "data").made
+    pq.write_table(pa.table({"item_id": named, "title": ["another", *named[1:]]}), later / "data" / "items.parquet")
+    with pytest.raises(UserError, match=r"of another catalogue.*tpad export-embeddings"):
+        refresh(later, later / "data")
     new = Recommender.load(later)
     for session in recommender.samples[:5]:
         session = [item for item in session if item != "item-020"]
@@ -266,6 +292,19 @@ def test_nothing_known_gives_popular_items_and_says_so(recommender: Recommender,
     train = [i for s, i in zip(log["session_id"], log["item_id"], strict=True) if s < "s0320"]
     top = sorted((train.count(i) for i in set(train)), reverse=True)[:4]
     assert [train.count(i) for i in ids(found)] == top
+    assert [item.score for item in found.items] == pytest.approx([math.log((n + 1) / (len(train) + 60)) for n in top], abs=1e-4)
+
+
+def test_popular_is_what_was_seen_most_whatever_the_model_has_learned(run: Path, tmp_path: Path) -> None:
+    """Without popularity in its scores too; of items seen as often, and of those never seen, the earlier ones come first."""
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = ["sbr.dim=16", "sbr.epochs=1", "sbr.models=[full]", "sbr.parts.popularity=false"]
+    version = train_sbr(load_config(None, settings), later, later / "data").version
+    count = pq.read_table(version.path / "items.parquet")["count"].to_pylist()
+    wanted = sorted(range(60), key=lambda row: -count[row])
+    assert count[wanted[-8]] == 0 and wanted != list(range(60))
+    assert [int(item[-3:]) for item in ids(Recommender.load(later).recommend([], 60))] == wanted
+    assert Served.load(later).search("title").tolist() == wanted
 
 
 def test_more_items_than_there_are_gives_all_of_them(recommender: Recommender) -> None:
@@ -357,6 +396,27 @@ def test_several_processes_share_a_file(recommender: Recommender, tmp_path: Path
         assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
 
 
+def test_a_bad_place_for_the_answers_is_refused_before_a_session_is_read(recommender: Recommender, tmp_path: Path) -> None:
+    """Nor is anything lost: not the log itself, nor what another number of processes has left, beside which each session would be twice."""
+    events = write_events(tmp_path / "s.parquet")
+    for n in (0, 1):
+        recommend_file(recommender, events, tmp_path / "out.parquet", k=3, share=(n, 2))
+    before = contents(tmp_path)
+    (tmp_path / "link.parquet").symlink_to(events)
+    for source, out, share, said in (
+        (events, events, (0, 1), "is the file of --sessions"),
+        (events, tmp_path / "link.parquet", (0, 1), "is the file of --sessions"),
+        (tmp_path / "missing", tmp_path / "none" / "out.parquet", (0, 1), r"in no folder that there is \(\S+/none/out.parquet\)"),
+        (tmp_path / "missing", tmp_path, (0, 1), "is a folder"),
+        (events, tmp_path / "out.parquet", (1, 4), r"answers of 2 processes are there already \(\S+/out-00000-of-00002.parquet\)"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            recommend_file(recommender, source, out, share=share)
+        assert error.value.code == USAGE
+    (tmp_path / "link.parquet").unlink()
+    assert contents(tmp_path) == before
+
+
 def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommender, tmp_path: Path) -> None:
     recommend_file(recommender, write_events(tmp_path / "s.csv", clock=False), tmp_path / "out.parquet", k=3)
     found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"][:3]
@@ -370,6 +430,7 @@ def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommend
         ("s.csv", "session_id,item_id\na,item-001\nb,\n", "row 1"),
         ("s.csv", "session_id,item_id\n", "no events"),
         ("s.csv", "session_id,item_id,timestamp\na,item-001,yesterday\n", "timestamp"),
+        ("s.csv", "session_id,item_id,timestamp\na,item-001,1.5\na,item-002,nan\n", "timestamp is no time .*row 1"),
         ("s.jsonl", '{"session_id": "a", "item_id"\n', "not readable"),
         ("s.parquet", "PAR1 not really", "not readable"),
         ("s.xlsx", "", "unknown kind"),

@@ -4,7 +4,9 @@ import io
 import json
 import re
 import subprocess
+import tomllib
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from standin_run import publish_embeddings, write_data
-from tiny import CHROMIUM, tpad_from_nothing
+from tiny import CHROMIUM, ROOT, tpad_from_nothing
 
 from pipeline.config import load_config
+from recommender.doctor import SERVE
 from recommender.report import SESSIONS, write_report
 from recommender.train import train_sbr
 
@@ -98,6 +101,12 @@ def test_doctor_says_what_is_there_in_one_screen() -> None:
     for word in ("torch 2", "faiss-", "memory", "disk", "training, export", "GPU"):
         assert word in done.stdout
     assert max(map(len, said)) <= 140
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed, serve = (
+        [re.match(r"[\w-]+", line)[0] for line in of] for of in (project["dependencies"], project["optional-dependencies"]["serve"])
+    )
+    assert all(f"{name} {version(name)}" in " ".join(done.stdout.split()) for name in needed)
+    assert {*SERVE} == {*serve}
 
 
 def test_doctor_names_what_is_missing(tmp_path: Path) -> None:

@@ -104,6 +104,6 @@ def test_settings_found_for_another_config_are_left_aside(searched: Path) -> Non
 
 def test_without_optuna_it_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"pip install 'tpad\[search\]'") as error:
+    with pytest.raises(UserError, match=r"pip install '\.\[search\]'") as error:
         train_sbr(settings(), tmp_path, tmp_path, trials=1)
     assert error.value.code == ENVIRONMENT

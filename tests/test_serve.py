@@ -1,5 +1,6 @@
 """The service from outside: what it answers, what it refuses and how, new versions under load, its key, its end."""
 
+import asyncio
 import http.client
 import io
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save
@@ -23,6 +25,7 @@ from server import HOSTILE, Server, publish_again, serving, write_shop
 from tiny import FORK, tpad
 
 from recommender import gate
+from recommender.pictures import Pictures
 from recommender.recommend import Recommender
 from recommender.serve import serve
 
@@ -63,10 +66,13 @@ def test_an_answer_is_filtered_and_diversified(server: Server, run: Path, ids: l
     found = server.ask("/recommend", {"session": [ids[3]], "k": 4, **wish}).json["items"]
     assert [item["item_id"] for item in found] == [item.item_id for item in wanted.items]
     assert {server.ask(f"/items/{item['item_id']}").json["attributes"]["kind"] for item in found} <= {"mug", "chair"}
-    for filters in ({"colour of money": ["red"]}, {"kind": ["nothing"]}):
-        refused = server.ask("/recommend", {"session": [], "filters": filters})
-        assert refused.status == 404
-        assert next(iter(filters)) in refused.json["error"]
+    for filters, status, said in (
+        ({"colour of money": ["red"]}, 404, "no such attribute: colour of money"),
+        ({"kind": ["nothing"]}, 422, "no item has kind 'nothing' (filter); ask for values of the catalogue"),
+    ):
+        for path, sessions in (("/recommend", {"session": []}), ("/recommend/batch", {"sessions": [[ids[3]]]})):
+            refused = server.ask(path, {**sessions, "filters": filters})
+            assert (refused.status, refused.json["error"]) == (status, said)
 
 
 @pytest.mark.parametrize("session", [[], ["nonsense"]])
@@ -111,6 +117,27 @@ def test_an_item_has_its_attributes_its_picture_and_its_like(server: Server, ids
         nearest[half] = [item["item_id"] for item in found]
         assert {ids.index(item) % 6 for item in nearest[half][:3]} == {3}  # the groups that the vectors were made of
     assert nearest["knowledge"] != nearest["transition"]
+
+
+def test_a_picture_asked_for_before_a_new_version_is_not_kept_for_it(tiny_data: Path, tmp_path: Path) -> None:
+    items = pq.read_table(tiny_data / "items.parquet")
+    turned = items.set_column(
+        items.column_names.index("image"), items.schema.field("image"), items["image"].take([*range(1, len(items)), 0])
+    )
+    item_id = items["item_id"][3].as_py()
+    pq.write_table(items, tmp_path / "items.parquet")
+
+    async def ask() -> list[bytes | None]:
+        pictures = Pictures(tmp_path)
+        pictures.begin()
+        before = asyncio.create_task(pictures.thumbnail(item_id))
+        await asyncio.sleep(0)  # it is asked for
+        pictures.thread.submit(pq.write_table, turned, tmp_path / "items.parquet")
+        pictures.begin()
+        return [await before, *[await pictures.thumbnail(item_id) for _ in range(2)]]
+
+    old, new, again = asyncio.run(ask())
+    assert old and new and old != new == again
 
 
 def test_what_watches_it_is_told_how_it_is(server: Server) -> None:
@@ -167,7 +194,7 @@ def test_faulty_requests_are_refused_with_the_right_status(server: Server) -> No
     million = json.dumps({"session": [str(n) for n in range(1_000_000)]}).encode()
     for body, status in (
         (b"", 422),
-        (b"nonsense", 422),
+        (b"nonsense", 400),
         (b"[]", 422),
         (b"{}", 422),
         (b'{"session": "a"}', 422),
@@ -175,6 +202,7 @@ def test_faulty_requests_are_refused_with_the_right_status(server: Server) -> No
         (b'{"session": [""]}', 422),
         (b'{"session": ["\\ud800"]}', 422),
         (b'{"session": [], "more": 1}', 422),
+        *((b'{"session": [], "filters": %s}' % f, 422) for f in (b'{"kind": []}', b'{"kind": ["\\ud800"]}', b'{"\\ud800": ["mug"]}')),
         *((b'{"session": [], "k": %s}' % k, 422) for k in (b"0", b"-1", b"1e9", b"1000000000", b"NaN", b"true", b'"5"', b"null")),
         (b'{"session": [], "k": ' + b"9" * 5000 + b"}", 400),
         (b'{"session": ["\xff\xfe"]}', 400),

@@ -9,8 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.numpy import load_file, save
+from server import publish_again
 from tiny_run import STEPS, distill_run, kill_when, losses, same, settings, start, two_processes, weights
 
+from pipeline.artifact import open_verified
 from pipeline.catalog import load_catalog
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.phases import soft_loss, starts, summary_key
@@ -18,6 +21,8 @@ from pipeline.prompts import Part, Prompts
 from pipeline.session_log import load_sessions
 from pipeline.split import split_by_time
 from pipeline.summaries import folds
+from recommender.recommend import load_model
+from recommender.sessions import pad_prefixes
 from recommender.teacher import Teacher
 from recommender.train import train_sbr
 
@@ -119,6 +124,23 @@ def test_soft_targets_are_the_teachers_own_scores(teacher: Path, tiny_data: Path
     assert one.shape == (3, 5)
     assert soft_loss(one + 3, one) == pytest.approx(0, abs=1e-6)
     assert soft_loss(-one, one) > 0.01
+
+
+def test_a_session_is_no_evidence_for_its_own_soft_targets(teacher: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """What followed in training is the session's own secret: with other counts of it, the teacher says the same."""
+    catalog = load_catalog(tiny_data)
+    train = split_by_time(load_sessions(tiny_data, catalog), 0.1, 0.1).train
+    other = Path(shutil.copytree(teacher, tmp_path / "run"))
+    counted = load_file(open_verified(other / "sbr", "sbr", "").path / "model.safetensors")
+    publish_again(
+        other, model_safetensors=save({name: 9 - 0 * of if "pairs" in name and "counts" in name else of for name, of in counted.items()})
+    )
+    prefixes, candidates = [torch.tensor(train.session(n)[:-1]) for n in range(5)], torch.arange(len(catalog))
+    one, two = (Teacher(run, catalog.item_ids, train)(prefixes, candidates) for run in (teacher, other))
+    assert torch.equal(one, two) and not torch.equal(one[0], one[1])
+    models = [load_model(open_verified(run / "sbr", "sbr", "").path) for run in (teacher, other)]
+    asked = torch.tensor(pad_prefixes([prefix.tolist() for prefix in prefixes], 8)).long()
+    assert not torch.equal(*(model.scores(asked, model.tables()) for model in models))
 
 
 def test_a_teacher_of_other_sessions_is_refused(teacher: Path, tiny_data: Path, tmp_path: Path) -> None:
