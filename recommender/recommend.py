@@ -104,9 +104,7 @@ class Recommender:
         with torch.inference_mode():
             self.tables = model.tables()
         self.ranker = Ranker(model, self.tables)
-        self.entries = sum(
-            (np.diff(pairs.begin) for pairs in self.ranker.pairs.values()), np.zeros(len(self.item_ids), int)
-        )  # of each item
+        self.entries = sum((np.diff(pairs.begin) for pairs in self.ranker.pairs.values()), np.zeros(len(self.item_ids), int))
         self.index = ItemIndex(indexes, self.ranker, version.manifest["index"].get("effort", 1.0))
 
     @classmethod
@@ -245,8 +243,9 @@ def greatest(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     places, order = places.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     found = places.gather(1, order).numpy()
-    for line in (values[:, k - 1] == values[:, -1]).nonzero()[:, 0].tolist() if values.shape[1] > k else ():  # which of them are in?
-        found[line, :k] = first(scores[line].numpy(), k)
+    if values.shape[1] > k:
+        for line in (values[:, k - 1] == values[:, k]).nonzero()[:, 0].tolist():  # some of the equal ones are in: which?
+            found[line, :k] = first(scores[line].numpy(), k)
     return values[:, :k].numpy(), found[:, :k]
 
 

@@ -37,7 +37,7 @@ from recommender.service import Refused, Served, Service
 
 NAMED = 80  # letters of a key that a message repeats
 MAX_SESSION, MAX_BATCH, MAX_K, MAX_PAGE = 1000, 64, 500, 100
-MAX_FILTERS, MAX_VALUES, MAX_TEXT = 20, 1000, 1000  # columns, values of each, letters of each
+MAX_FILTERS, MAX_TEXT = 20, 1000  # columns, letters of a value
 BACKLOG = 2048  # connections that wait to be taken
 DRAIN_SECONDS = 30  # for requests in hand after SIGTERM
 PAGE = Path(__file__).with_name("page.html")
@@ -58,7 +58,7 @@ class Wishes(BaseModel):
     k: K = 10
     exclude_seen: Annotated[bool, Field(description="leave out the items of the session")] = False
     filters: Annotated[
-        dict[Text, Annotated[list[Text], Field(min_length=1, max_length=MAX_VALUES)]],
+        dict[Text, Annotated[list[Text], Field(min_length=1)]],
         Field(max_length=MAX_FILTERS, description="attribute -> values, of which an item has one"),
     ] = {}
     diversify: Annotated[Share, Field(description="how much an item loses for being like those above it")] = 0.0
@@ -223,7 +223,7 @@ def create_app(service: Service, key: str | None) -> Gate:
         return {"item_id": served.recommender.item_ids[row], "title": served.recommender.titles[row]}
 
     def wishes(served: Served, ask: Wishes) -> tuple[int, bool, dict[str, list[str]], float]:
-        """As the recommender takes them; what only the command line's words would refuse is refused here."""
+        """As the recommender takes them, which would refuse them in the words of the command line."""
         if unknown := [column for column in ask.filters if column not in served.recommender.attributes.column_names]:
             raise HTTPException(404, f"no such attribute: {unknown[0]}")
         if ask.diversify and "knowledge" not in served.recommender.halves:
