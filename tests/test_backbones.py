@@ -111,6 +111,8 @@ def test_in_bf16_adapters_and_heads_stay_fp32_and_features_stay_near(data: Path,
 
 FEW = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=2", "batch=4")]
 FEW += ["backbone.gradient_checkpointing=true", "backbone.lora.rank=2", "backbone.lora.dropout=0.0"]
+# where nothing is withheld k(v) stays as it is, and Adam would make steps of the rounding that is left of its gradient
+FEW += ["distill.align.withhold_text=0.5", "distill.align.withhold_image=0.4"]
 
 
 @pytest.fixture(scope="module")
