@@ -164,12 +164,12 @@ def loader(source: Source, workers: int) -> Executor:
 
 
 def ahead(pool: Executor, work: Callable[..., R], jobs: Iterable[tuple[K, tuple[Any, ...]]], depth: int) -> Iterator[tuple[K, R]]:
-    """(key, work(*arguments)) of each job, in order, `depth` of them under way while the one before is used."""
+    """(key, work(*arguments)) of each job, in order, as soon as it is there; `depth` of them under way while the one before is used."""
     begun: deque[tuple[K, Any]] = deque()
     try:
         for key, arguments in jobs:
             begun.append((key, pool.submit(work, *arguments)))
-            if len(begun) > depth:
+            while len(begun) > depth or (begun and begun[0][1].done()):
                 key, future = begun.popleft()
                 yield key, future.result()
         for key, future in begun:

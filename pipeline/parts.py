@@ -37,6 +37,7 @@ from pipeline.vision import pack_attention
 
 LANES = 8  # batches the model computes at a time on a CPU, at most: more cores than that share batches
 GPU_LANES = 2  # and on a GPU, each in a stream of its own: it computes one while the other is sent, launched or waited for
+AHEAD = 16  # batches read ahead of it, at least: long texts are read faster than computed, many short ones with pictures slower
 MEASURED = 512  # rows measured at a time, so that several workers share the first part, for which the model waits
 BEHIND = 4  # batches not yet written, at most, beside those in the lanes
 WAIT_SECONDS = 0.1  # between looks at the last parts, which other processes have in hand
@@ -215,7 +216,7 @@ class Exporter:
             with Steps("export", total, self._done(names)) as progress:
                 while self.shards.left(names):
                     before = self.work.items
-                    for part, batch in ahead(pool, load, self._batches(pool, names), self.workers + self.lanes):
+                    for part, batch in ahead(pool, load, self._batches(pool, names), max(AHEAD, self.workers + self.lanes)):
                         self._compute(part, batch)
                         progress.advance(f"{self.work.padding:.1%} padding", by=len(batch.at))
                     self.writer.drain()
