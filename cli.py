@@ -7,6 +7,7 @@ and its exit code; results go to stdout, everything else to stderr.
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -362,20 +363,25 @@ def serve(
     key_file: Annotated[
         Path | None, typer.Option(help="A file with the key that requests must bring. Default: TPAD_API_KEY of the environment, else none.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes, each with the model in its memory: one makes use of little more than one core.")
+    ] = 1,
     data: Annotated[Path | None, typer.Option("--data", help="Folder of items.parquet, for pictures. Default: the run's.")] = None,
     run: RunFolder = RUN,
     debug: Debug = False,
 ) -> None:
     """Answer over HTTP, with a page to try it at /."""
-    with errors(debug):
+    with errors(debug), tempfile.TemporaryDirectory(prefix="tpad-metrics-") as shared:
         key = api_key(key_file)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # requests are what runs at once
+        if workers > 1:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared  # which is read when its library is imported
         try:
             from recommender.serve import serve as run_service
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed (tpad serve); pip install '.[faiss-cpu,serve]'", ENVIRONMENT) from None
 
-        run_service(run, find_pictures(data, run), host, port, key, say)
+        run_service(run, find_pictures(data, run), host, port, key, workers, say)
 
 
 def api_key(key_file: Path | None) -> str | None:

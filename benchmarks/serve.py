@@ -1,6 +1,6 @@
 """`tpad serve` under load: ready when, how quick, how many, and what reloads do to it. Needs the load tool `hey`.
 
-    python benchmarks/serve.py load --items 100000 --seconds 20    latency at 50 requests a second, then as fast as it goes
+    python benchmarks/serve.py load --items 100000 --seconds 20 --workers 2    latency at 50 requests a second, then as fast as it goes
     python benchmarks/serve.py soak --items 100000 --seconds 600   reloads under load: five good versions, five broken ones
 
 The shop is that of benchmarks/index.py, with an untrained session model, which costs the same. Client and server share the
@@ -74,10 +74,10 @@ def publish_again(run: Path, number: int, broken: bool) -> None:
 
 
 @contextmanager
-def serving(run: Path) -> Iterator[tuple[subprocess.Popen[str], str, float]]:
+def serving(run: Path, workers: int = 1) -> Iterator[tuple[subprocess.Popen[str], str, float]]:
     """The process, its address, and the seconds until it answered that it is ready."""
     began = time.perf_counter()
-    words = [sys.executable, "-m", "cli", "serve", "--run", str(run), "--port", "0"]
+    words = [sys.executable, "-m", "cli", "serve", "--run", str(run), "--port", "0", "--workers", str(workers)]
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(words, stderr=log, text=True) as process:
         try:
             while not (found := re.search(r"http://\S+", said := os.pread(log.fileno(), 4096, 0).decode())):
@@ -89,16 +89,22 @@ def serving(run: Path) -> Iterator[tuple[subprocess.Popen[str], str, float]]:
             process.terminate()
 
 
+def family(process: subprocess.Popen[str]) -> list[int]:
+    """The process and its workers."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [process.pid, *map(int, found.split())]
+
+
 def memory(process: subprocess.Popen[str]) -> int:
-    """Resident, MB"""
-    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-    return int(found[1]) // 1024 if found else 0
+    """MB; what processes share is counted once"""
+    found = [re.search(r"Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text()) for pid in family(process)]
+    return sum(int(each[1]) for each in found if each) // 1024
 
 
 def cpu(process: subprocess.Popen[str]) -> float:
     """Seconds of processor time so far: on a busy machine a steadier measure than the clock."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in family(process)]
+    return sum(int(of[11]) + int(of[12]) for of in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def session(items: int, length: int, seed: int = 1) -> list[str]:
@@ -144,9 +150,9 @@ def inside(run: Path, items: int) -> None:
             print(f"| {length} | {np.percentile(times, 50):.2f} | {np.percentile(times, 95):.2f} |")
 
 
-def load(run: Path, items: int, seconds: float) -> None:
+def load(run: Path, items: int, seconds: float, workers: int) -> None:
     inside(run, items)
-    with serving(run) as (process, url, ready):
+    with serving(run, workers) as (process, url, ready):
         print(f"{items:,} items: ready after {ready:.1f} s, {cpu(process):.1f} s of processor time, {memory(process)} MB")
         print("| load | session | requests a second | p50 ms | p99 ms | processor ms a request | statuses |\n" + "| --- " * 7 + "|")
         for length in LENGTHS:
@@ -161,7 +167,7 @@ def load(run: Path, items: int, seconds: float) -> None:
         print(f"after it {memory(process)} MB")
 
 
-def soak(run: Path, items: int, seconds: float) -> None:
+def soak(run: Path, items: int, seconds: float, workers: int) -> None:
     """Every answer is held against the first one of the version it names."""
     shutil.copytree(open_verified(run / "sbr", "sbr", "").path, run / "first", dirs_exist_ok=True)
     bodies = [json.dumps({"session": session(items, length), "k": 20}).encode() for length in LENGTHS]
@@ -185,7 +191,7 @@ def soak(run: Path, items: int, seconds: float) -> None:
             time.sleep(0.02)
         return answered
 
-    with serving(run) as (process, url, _), ThreadPoolExecutor(3) as pool:
+    with serving(run, workers) as (process, url, _), ThreadPoolExecutor(3) as pool:
         clients = [pool.submit(client, number) for number in range(3)]
         sizes = [memory(process)]
         for number in range(10):
@@ -208,9 +214,10 @@ if __name__ == "__main__":
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--run", type=Path, help="where the shop is kept; it is made if it is not there")
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = given.run or Path(folder)
         if not (run / "sbr" / "current").exists():
             write_run(run, given.items)
-        {"make": lambda *_: None, "load": load, "soak": soak}[given.mode](run, given.items, given.seconds)
+        {"make": lambda *_: None, "load": load, "soak": soak}[given.mode](run, given.items, given.seconds, given.workers)

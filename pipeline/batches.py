@@ -8,7 +8,6 @@ in whatever process they run, and so are the bytes of a part.
 import hashlib
 import multiprocessing
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from pipeline.catalog import Catalog
 from pipeline.encoder import Encoded, Encoder
 from pipeline.errors import ENVIRONMENT, UserError
 from pipeline.images import ImageError
+from pipeline.loading import end_with
 from pipeline.prompts import Prompts, View
 
 K = TypeVar("K")
@@ -144,14 +144,7 @@ def _begin(source: Source, parent: int | None) -> None:
     _source = source
     if parent is not None:
         torch.set_num_threads(1)
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A worker does not outlive the process it works for, whatever ends that."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+        end_with(parent)
 
 
 def loader(source: Source, workers: int) -> Executor:

@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -17,7 +18,8 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -37,6 +39,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 OPEN_TO_ALL = {"/", "/livez", "/readyz"}  # the page has no data in it; what it asks for needs the key
 NEVER_BUSY = {"/livez", "/readyz", "/metrics"}
 FAULT = "a fault of ours; the log has it under this id"
+SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # names the folder where several processes keep their figures
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.04, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -56,13 +59,30 @@ class Metrics:
         to = self.registry
         self.requests = Counter("tpad_requests", "Requests answered", ["method", "route", "status"], registry=to)
         self.seconds = Histogram("tpad_request_seconds", "Until the last byte was written", ["route"], buckets=SECONDS, registry=to)
-        self.at_once = Gauge("tpad_requests_in_flight", "Requests being answered", registry=to)
+        self.at_once = Gauge("tpad_requests_in_flight", "Requests being answered", registry=to, multiprocess_mode="livesum")
         self.sessions = Counter("tpad_sessions", "Sessions recommended for", registry=to)
         self.popular = Counter("tpad_sessions_popular", "Sessions of which nothing was known: they got the popular items", registry=to)
         self.unknown = Counter("tpad_unknown_items", "item_ids of sessions that the catalogue does not have", registry=to)
-        self.version = Gauge("tpad_version", "1 for the version that answers", ["version"], registry=to)
-        self.loaded = Gauge("tpad_version_loaded_timestamp_seconds", "When it was taken up", registry=to)
+        self.version = Gauge(
+            "tpad_version", "1 for the version that answers, 0 for one that did", ["version"], registry=to, multiprocess_mode="livemax"
+        )
+        self.loaded = Gauge("tpad_version_loaded_timestamp_seconds", "When it was taken up", registry=to, multiprocess_mode="livemin")
         self.reloads = Counter("tpad_reloads", "New versions taken up, or refused", ["result"], registry=to)
+        self.answering: str | None = None
+
+    def answers(self, version: str) -> None:
+        if self.answering is not None:
+            self.version.labels(self.answering).set(0)
+        self.version.labels(version).set(1)
+        self.answering = version
+
+    def exposition(self) -> bytes:
+        """As Prometheus reads it: of all processes at this port."""
+        if SHARED_METRICS not in os.environ:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)
 
 
 class Answered(NamedTuple):

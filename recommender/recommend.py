@@ -88,10 +88,12 @@ def write_model(
 class Recommender:
     def __init__(self, model: SessionModel, indexes: dict[str, Any], items: pa.Table, attributes: pa.Table, version: Version) -> None:
         self.model = model.eval()
+        self.items = items
         self.item_ids = items["item_id"].to_pylist()
         self.titles = [title or item_id for title, item_id in zip(items["title"].to_pylist(), self.item_ids, strict=True)]
         self.row = {item_id: row for row, item_id in enumerate(self.item_ids)}
-        counts = items["count"].to_numpy()  # events in training, which the model's own prior need not follow
+        # events in training, which the model's own prior need not follow; not by `to_numpy`, for which pyarrow imports pandas
+        counts: np.ndarray = np.from_dlpack(items["count"].combine_chunks())
         self.by_count = np.argsort(-counts, kind="stable")
         self.log_share = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)  # one more: of an item never seen too
         self.attributes = attributes  # what items can be filtered by: text, or a list of texts
@@ -114,7 +116,7 @@ class Recommender:
         check_embeddings(run, version)
         if "index" not in version.manifest:
             raise UserError(f"index of an older tpad ({version.path}); run `tpad index`", ARTIFACT)
-        items, attributes = (  # not by read_table, which imports pandas where it is installed
+        items, attributes = (  # not by read_table, for the same reason
             pq.ParquetFile(version.path / f"{name}.parquet", page_checksum_verification=True).read() for name in ("items", "attributes")
         )
         return cls(load_model(version.path), load_indexes(version.path), items, attributes, version)

@@ -1,4 +1,4 @@
-"""`tpad serve`: recommendations over HTTP, and a page to try them at `/`. No MLLM, one process.
+"""`tpad serve`: recommendations over HTTP, and a page to try them at `/`. No MLLM; one process, or several alike.
 
 Every answer names the version it is from. What a request may be is said here and in `gate.py`, each limit with its status
 code in the OpenAPI document (/openapi.json); `service.py` holds the version that answers, and takes up new ones.
@@ -8,6 +8,7 @@ Limits: an item_id that ends in /similar or /image cannot be asked for by path.
 import asyncio
 import base64
 import hashlib
+import os
 import re
 import signal
 import socket
@@ -24,7 +25,7 @@ from fastapi import Body, Depends, FastAPI, HTTPException, Query, Request, Respo
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 from threadpoolctl import threadpool_limits
@@ -34,6 +35,7 @@ from pipeline.errors import ENVIRONMENT, UserError
 from recommender.gate import FAULT, MAX_AT_ONCE, MAX_BODY, Gate, Problem, log_to_stderr
 from recommender.recommend import Recommendation
 from recommender.service import Refused, Served, Service
+from recommender.workers import share
 
 NAMED = 80  # letters of a key that a message repeats
 MAX_SESSION, MAX_BATCH, MAX_K, MAX_PAGE = 1000, 64, 500, 100
@@ -315,7 +317,7 @@ def create_app(service: Service, key: str | None) -> Gate:
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     html = PAGE.read_text(encoding="utf-8")
     policy = content_security_policy(html)
@@ -339,28 +341,35 @@ def content_security_policy(html: str) -> str:
     )
 
 
-def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, say: Callable[[str], None]) -> None:
-    """Answers until a signal; then finishes what is in hand and ends with 130 or 143."""
+def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, workers: int, say: Callable[[str], None]) -> None:
+    """Answers until a signal; then finishes what is in hand and ends with 130 or 143. `workers`: processes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     threadpool_limits(1, "blas")  # a request is too small to be shared among cores; requests are
     listener = bind(host, port)
-    service = Service(run, data)
-    log_to_stderr()
-    config = uvicorn.Config(
-        create_app(service, key),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        backlog=BACKLOG,
-    )
-    listener.listen(BACKLOG)
     host, port = listener.getsockname()[:2]
-    say(f"serving {service.now.version}: http://{f'[{host}]' if ':' in host else host}:{port}")
-    uvicorn.Server(config).run([listener])
+
+    def answer(say: Callable[[str], None]) -> None:
+        service = Service(run, data, max(1, (os.cpu_count() or 1) // workers))
+        log_to_stderr()
+        config = uvicorn.Config(
+            create_app(service, key),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            backlog=BACKLOG,
+        )
+        listener.listen(BACKLOG)
+        say(f"serving {service.now.version}: http://{f'[{host}]' if ':' in host else host}:{port}")
+        uvicorn.Server(config).run([listener])
+
+    if workers == 1:
+        answer(say)
+    else:
+        share(listener, workers, answer, say)
 
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -7,7 +7,6 @@ is refused, and the old one goes on. While both are held, they need the memory o
 
 import asyncio
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +41,7 @@ class Served:
     """One version, with what searching its items needs."""
 
     recommender: Recommender
-    texts: pa.Array  # title and item_id of each item, in small letters
+    texts: list[pa.ChunkedArray]  # titles and item_ids, in small letters
     lengths: dict[str, np.ndarray]  # (N,) of each half's vectors
     loaded_at: float
 
@@ -52,7 +51,8 @@ class Served:
         tried = recommender.recommend(recommender.samples[0]).items
         if not tried or not all(math.isfinite(item.score) for item in tried):
             raise ValueError("the model's scores are not finite")
-        texts = pc.utf8_lower(pc.binary_join_element_wise(recommender.titles, recommender.item_ids, " "))
+        names = recommender.items
+        texts = [pc.utf8_lower(text) for text in (pc.coalesce(names["title"], names["item_id"]), names["item_id"])]
         lengths = {half: np.maximum(np.linalg.norm(vectors, axis=1), 1e-12) for half, vectors in recommender.halves.items()}
         return cls(recommender, texts, lengths, time.time())
 
@@ -65,7 +65,8 @@ class Served:
         popular = self.recommender.by_count
         fits = np.ones(len(popular), bool)
         for word in words.split():
-            fits &= pc.match_substring(self.texts, pc.utf8_lower(pa.scalar(word)).as_py()).to_numpy(zero_copy_only=False)
+            small = pc.utf8_lower(pa.scalar(word)).as_py()
+            fits &= np.logical_or(*(pc.match_substring(text, small).to_numpy() for text in self.texts))
         found: np.ndarray = popular[fits[popular]]
         return found
 
@@ -81,19 +82,18 @@ class Served:
 class Service:
     """Holds the version that answers, and looks out for the next one."""
 
-    def __init__(self, run: Path, data: Path | None) -> None:
+    def __init__(self, run: Path, data: Path | None, threads: int) -> None:
         self.run = run
         self.metrics = Metrics()
         self.pictures = Pictures(data)
-        self.scoring = ThreadPoolExecutor(os.cpu_count(), "scoring")
+        self.scoring = ThreadPoolExecutor(threads, "scoring")
         self.seen = self.pointer()
         self.take_up(Served.load(run))
 
     def take_up(self, served: Served) -> None:
         self.now = served
         self.refused: Refused | None = None
-        self.metrics.version.clear()
-        self.metrics.version.labels(served.version).set(1)
+        self.metrics.answers(served.version)
         self.metrics.loaded.set(served.loaded_at)
         self.pictures.begin()
 
@@ -124,5 +124,5 @@ class Service:
             log.info("new version", extra={"facts": {"version": served.version}})
 
     async def compute(self, work: Callable[[], T]) -> T:
-        """In a thread, so that the others are heard meanwhile; as many at once as there are cores."""
+        """In a thread, so that the others are heard meanwhile; as many at once as the process may use cores."""
         return await asyncio.get_running_loop().run_in_executor(self.scoring, work)

@@ -13,7 +13,7 @@ BASE = {
     f"pipeline.{name}"
     for name in (
         *("errors", "config", "strict_yaml", "artifact", "embeddings", "checkpoint", "images", "catalog", "session_log", "split"),
-        *("progress", "memory", "mutual_information"),
+        *("progress", "memory", "loading", "mutual_information"),
     )
 }  # what recommender may use
 HEAVY = {"transformers", "accelerate", "peft", "datasets", "tokenizers"}

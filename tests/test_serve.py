@@ -1,9 +1,11 @@
 """The service from outside: what it answers, what it refuses and how, new versions under load, its key, its end."""
 
 import asyncio
+import contextlib
 import http.client
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -22,7 +24,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save
 from server import HOSTILE, Server, publish_again, serving, write_shop
-from tiny import FORK, tpad
+from tiny import FORK, tpad, tpad_from_nothing
 
 from recommender import gate
 from recommender.pictures import Pictures
@@ -262,7 +264,7 @@ def test_more_at_once_than_allowed_is_told_to_come_again(server: Server) -> None
 
 def serve_impatiently(run: Path, port: int) -> None:
     gate.PATIENCE = 0.2
-    serve(run, None, "127.0.0.1", port, None, print)
+    serve(run, None, "127.0.0.1", port, None, 1, print)
 
 
 def test_a_body_that_stalls_is_answered_by_408_and_the_connection_closed(run: Path) -> None:
@@ -354,6 +356,59 @@ def test_new_versions_under_load_with_a_key_then_the_end(run: Path, ids: list[st
         assert server.process.wait(60) == 143
 
 
+def test_several_processes_answer_at_one_port(run: Path, ids: list[str], tmp_path: Path) -> None:
+    later = tmp_path / "run"
+    shutil.copytree(run / "sbr", later / "sbr")
+    with serving(later, "--workers", 2) as server:
+
+        def by_each(path: str, body: Any = None) -> list[Any]:
+            """What either says while the other cannot."""
+            answers = []
+            for quiet in workers(server):
+                os.kill(quiet, signal.SIGSTOP)
+                answers.append(server.ask(path, body).json)
+                os.kill(quiet, signal.SIGCONT)
+            return answers
+
+        one, other = by_each("/recommend", {"session": [ids[3]]})
+        assert one["items"] == other["items"]
+        assert [found["version"] for found in (one, other)] == ["v0001"] * 2
+        asked = 'tpad_requests_total{method="POST",route="/recommend",status="200"}'
+        wait_for(lambda: numbers(server).get(asked) == 2)  # counted when they are answered
+        assert numbers(server)["tpad_sessions_total"] == 2
+        publish_again(later)
+        wait_for(lambda: [found["version"] for found in by_each("/readyz")] == ["v0002"] * 2)
+        count = numbers(server)
+        assert [count[f'tpad_version{{version="{name}"}}'] for name in ("v0001", "v0002")] == [0, 1]
+        assert count['tpad_reloads_total{result="taken up"}'] == 2
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 143
+        assert not listens(server.port)
+
+
+@pytest.mark.parametrize("end", ["of one", "of the first"])
+def test_several_processes_end_together(run: Path, end: str) -> None:
+    with serving(run, "--workers", 2) as server:
+        started = workers(server)
+        os.kill(started[0] if end == "of one" else server.process.pid, signal.SIGKILL)
+        if end == "of one":
+            assert server.process.wait(60) == 5
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+        assert not listens(server.port)
+    told = [line for line in server.lines if "exit code -9" in line]
+    assert len(told) == (end == "of one")
+
+
+def workers(server: Server) -> list[int]:
+    """Not from /proc/PID/task/PID/children, which may leave some out while they run."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has ended
+            if f"\nPPid:\t{server.process.pid}\n" in status.read_text():
+                found.append(int(status.parent.name))
+    return found
+
+
 def open_model(run: Path) -> Path:
     return run / "sbr" / str(json.loads((run / "sbr" / "current").read_bytes())["version"]) / "model.safetensors"
 
@@ -383,3 +438,6 @@ def test_what_keeps_it_from_starting_is_one_line(run: Path, tmp_path: Path) -> N
             done = tpad("serve", *words)
             assert done.returncode == code, done.stderr
             assert re.fullmatch(rf"error: [^\n]*{said}[^\n]*\n", done.stderr)
+    several = tpad_from_nothing("serve", "--run", tmp_path, "--workers", 2)
+    assert several.returncode == 4
+    assert re.fullmatch(r"error: [^\n]*tpad train-sbr[^\n]*\n", several.stderr)
