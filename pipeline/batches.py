@@ -156,13 +156,20 @@ def loader(source: Source, workers: int) -> Executor:
     return pool
 
 
-def ahead(pool: Executor, work: Callable[..., R], jobs: Iterable[tuple[K, tuple[Any, ...]]], depth: int) -> Iterator[tuple[K, R]]:
-    """(key, work(*arguments)) of each job, in order, as soon as it is there; `depth` of them under way while the one before is used."""
+def ahead(
+    pool: Executor,
+    work: Callable[..., R],
+    jobs: Iterable[tuple[K, tuple[Any, ...]]],
+    depth: int,
+    idle: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[K, R]]:
+    """(key, work(*arguments)) of each job, in order, `depth` of them under way while the one before is used; fewer while whoever
+    uses them is `idle`, for jobs may be slow to come."""
     begun: deque[tuple[K, Any]] = deque()
     try:
         for key, arguments in jobs:
             begun.append((key, pool.submit(work, *arguments)))
-            while len(begun) > depth or (begun and begun[0][1].done()):
+            while len(begun) > depth or (begun and begun[0][1].done() and idle()):
                 key, future = begun.popleft()
                 yield key, future.result()
         for key, future in begun:

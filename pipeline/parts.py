@@ -133,6 +133,9 @@ class Writer:
         while len(self.begun) > self.behind or (self.begun and self.begun[0].done()):
             self.begun.popleft().result()
 
+    def waiting(self) -> int:
+        return sum(not each.done() for each in self.begun)
+
     def drain(self) -> None:
         while self.begun:
             self.begun.popleft().result()
@@ -216,7 +219,7 @@ class Exporter:
             with Steps("export", total, self._done(names)) as progress:
                 while self.shards.left(names):
                     before = self.work.items
-                    for part, batch in ahead(pool, load, self._batches(pool, names), max(AHEAD, self.workers + self.lanes)):
+                    for part, batch in ahead(pool, load, self._batches(pool, names), max(AHEAD, self.workers + self.lanes), self._idle):
                         self._compute(part, batch)
                         progress.advance(f"{self.work.padding:.1%} padding", by=len(batch.at))
                     self.writer.drain()
@@ -230,6 +233,10 @@ class Exporter:
                 each.shutdown(cancel_futures=True)
             torch.set_num_threads(self.threads)
         self.work.seconds, self.work.computing = time.perf_counter() - began, self.clock.seconds()
+
+    def _idle(self) -> bool:
+        """Less is in the lanes, or waits for them, than they could do with."""
+        return self.writer.waiting() < 2 * self.lanes
 
     def _done(self, names: list[str]) -> int:
         left = set(self.shards.left(names))
