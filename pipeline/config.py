@@ -338,6 +338,11 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     return _validated(Config, tree, where, str(path or "settings"))
 
 
+def altered(config: Config, name: str, **sections: Any) -> Config:
+    """A copy with other sections. Raises `UserError` (2) in which the result goes by `name`, where sections do not go together."""
+    return _validated(Config, config.model_copy(update=sections).model_dump(), {}, name)
+
+
 def load_section(model: type[S], path: Path) -> S:
     """A file that is one `model`, read as settings are. Raises `UserError` (2) that lists every mistake."""
     tree, lines = read(path)

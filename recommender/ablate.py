@@ -24,7 +24,7 @@ import torch
 
 from pipeline.artifact import locked, write_json
 from pipeline.checkpoint import seconds_of
-from pipeline.config import Config, VariantName
+from pipeline.config import Config, VariantName, altered
 from pipeline.embeddings import read_embeddings
 from pipeline.errors import ENVIRONMENT, UserError
 from recommender.comparison import PROBES, report
@@ -45,12 +45,9 @@ class Cell(NamedTuple):
     def settings(self, config: Config) -> Config:
         """The config of its run. Other models than full are trained once a seed, on the embeddings of the full method."""
         models = [*config.sbr.models, "full"] if self.variant == "full" else ["full"]
-        changed = {
-            "seed": self.seed,
-            "distill": config.distill.model_copy(update={"variant": self.variant}),
-            "sbr": config.sbr.model_copy(update={"models": models}),
-        }
-        return config.model_copy(update=changed)
+        distill = config.distill.model_copy(update={"variant": self.variant})
+        sbr = config.sbr.model_copy(update={"models": models})
+        return altered(config, f"variant {self.variant}", seed=self.seed, distill=distill, sbr=sbr)
 
 
 # settings, run folder, data folder, runs to take phases over from -> "export seconds" and "export items", where it was made now
@@ -60,9 +57,11 @@ Make = Callable[[Config, Path, Path, Sequence[Path]], dict[str, float]]
 def ablate(config: Config, run: Path, data: Path, variants: Sequence[VariantName], seeds: Sequence[int], jobs: int, make: Make) -> None:
     """Every cell in a folder of `run`, `jobs` of them at a time. Raises `UserError`."""
     variants = list(dict.fromkeys(["full", *variants]))  # which everything is held against
+    columns = [[Cell(variant, seed) for variant in variants] for seed in seeds]
+    for cell in columns[0]:
+        cell.settings(config)  # what does not go together is told now, not hours later
     with locked(run):
         work = partial(make_cell, config, run, data, make)
-        columns = [[Cell(variant, seed) for variant in variants] for seed in seeds]
         if jobs == 1:
             for cell in (cell for column in columns for cell in column):
                 work(cell)

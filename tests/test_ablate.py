@@ -146,3 +146,12 @@ def test_a_wrong_option_is_one_line(tmp_path: Path) -> None:
     assert done.exit_code == USAGE
     assert done.stderr.startswith("error: ") and "no variant `no_views`" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_a_variant_cannot_have_are_one_line_before_anything_is_trained(tiny_data: Path, tmp_path: Path) -> None:
+    only_frozen = ("--set", "distill.variant=frozen", "--set", "backbone.dtype=bfloat16")
+    done = CliRunner().invoke(cli.app, tpad_ablate(tmp_path / "run", tiny_data, "--variants", "frozen", *only_frozen))
+    assert done.exit_code == USAGE
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: `backbone.dtype` = 'bfloat16'") and "(variant full)" in last
+    assert "cell:" not in done.stderr
