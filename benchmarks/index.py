@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from recommender.index import CHECK_K, ItemIndex, build_indexes, exact_worst, factory_of
-from recommender.model import ModelConfig, SessionModel
+from recommender.model import SessionModel
 from recommender.ranker import Ranker
+from recommender.shape import ModelConfig
 
 DIM, PREFIX = 64, 20
 
@@ -58,8 +59,7 @@ def main() -> None:
     chosen = parser.parse_args()
     model, sessions = draw_model(chosen.items, chosen.seed)
     efforts = [float(effort) for effort in chosen.effort.split(",")]
-    with torch.inference_mode():
-        ranker = Ranker(model, model.tables())
+    ranker = Ranker.of(model)
     indexes, built = {}, {}
     for setting in chosen.index.split(","):
         began = time.perf_counter()

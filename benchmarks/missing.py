@@ -27,7 +27,7 @@ from pipeline.shop import build_law, ceiling
 from pipeline.split import split_sessions
 from recommender.evaluate import cases_of, model_ranks
 from recommender.metrics import summarise
-from recommender.recommend import load_model
+from recommender.published import load_model
 from recommender.refresh import refresh
 
 SHARES = (0.3, 0.5)

@@ -35,7 +35,8 @@ from threadpoolctl import threadpool_limits
 from pipeline.artifact import OWN_KEYS, open_verified, stage
 from pipeline.catalog import load_catalog
 from pipeline.embeddings import HALVES
-from recommender.recommend import Recommender, write_model
+from recommender.published import write_model
+from recommender.recommend import Recommender
 from recommender.whitening import Whitening
 
 LENGTHS, RATE = (1, 5, 50), 50

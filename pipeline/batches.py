@@ -23,7 +23,7 @@ from pipeline.catalog import Catalog
 from pipeline.encoder import Encoded, Encoder
 from pipeline.errors import ENVIRONMENT, UserError
 from pipeline.images import ImageError
-from pipeline.loading import end_with
+from pipeline.process import end_with
 from pipeline.prompts import Prompts, View
 
 K = TypeVar("K")

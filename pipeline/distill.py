@@ -32,10 +32,10 @@ from pipeline.config import Config, PhaseConfig
 from pipeline.encoder import Encoder
 from pipeline.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.loading import loaded_ahead, telling_of_dead_workers
-from pipeline.memory import keep_freed_memory
 from pipeline.mllm import Mllm, SideBySide, embed_batches, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
 from pipeline.phases import DROPOUT, PHASES, Align, Critics, Group, Knowledge, Phase, Teacher, Tensors, Transfer
+from pipeline.process import keep_freed_memory
 from pipeline.progress import Steps
 from pipeline.prompts import Prompts, check_columns
 from pipeline.session_log import SessionLog, load_sessions

@@ -22,10 +22,10 @@ from pipeline.config import BackboneConfig, Config, DataConfig
 from pipeline.embeddings import HALVES, halves_of, vectors_of
 from pipeline.encoder import Encoder
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
-from pipeline.memory import keep_freed_memory
 from pipeline.mllm import load_mllm
 from pipeline.neighbours import load_neighbours
 from pipeline.parts import Base, Exporter, Work, is_part
+from pipeline.process import keep_freed_memory
 from pipeline.prompts import Prompts
 from pipeline.shards import Shards, current_pointer
 from pipeline.templates import Templates

@@ -1,8 +1,5 @@
-"""Worker processes: what a loop over the model needs, made ahead of it."""
+"""What a loop over the model needs, made ahead of it in worker processes."""
 
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -35,17 +32,6 @@ def loaded_ahead(work: Callable[[int], T], numbers: Sequence[int], workers: int)
         if isinstance(found, UserError):
             raise found
         yield found
-
-
-def end_with(parent: int) -> None:
-    """This process does not outlive the one that it works for, whatever ends that."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -1,26 +1,11 @@
 """One kind of item vectors in a session: graph and attention over its items, a query at each position, and how much each counts."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.pairs import NEVER, causal, steps_back
-
-MAX_SCALE = 80.0  # of a channel's logits: exp of 89 is no float32
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the model is made of, each with its switch: see `sbr.parts` in configs/shop.yaml."""
-
-    graph: bool = True
-    attention: bool = True
-    followers: bool = True
-    companions: int = 3
-    repeat: bool = True
-    popularity: bool = True
+from recommender.pairs import causal, steps_back
+from recommender.shape import MAX_SCALE, NEVER, Parts
 
 
 class SessionGraph(nn.Module):

@@ -21,12 +21,11 @@ from typing import Any
 
 import faiss  # type: ignore[import-untyped]
 import numpy as np
-import torch
 
 from pipeline.errors import USAGE, UserError
 from pipeline.progress import Steps
-from recommender.pairs import NEVER
 from recommender.ranker import Ranker, Read
+from recommender.shape import NEVER
 
 FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
 HNSW_ITEMS = 2_000_000  # ... up to here HNSW, and above IVF, which is built faster and finds less
@@ -38,6 +37,7 @@ FIRST_LIST = 64  # entries taken of every query at first ...
 LISTED = 448  # ... and of all queries of a session, unless the index is exact: the more there are, the less of the answer is from one
 GROWTH = 8
 ADD_AT_ONCE = 20_000
+THREADS = faiss.omp_get_max_threads()  # cores, or OMP_NUM_THREADS
 CHECK_K = 20  # the recall is that of the first so many
 CHECK_NUMBERS = 2e7  # scores computed to measure it: bounds the sessions asked
 
@@ -65,7 +65,7 @@ def _refused(setting: str, error: RuntimeError) -> UserError:
 
 def build_indexes(ranker: Ranker, setting: str) -> dict[str, faiss.Index]:
     """An index for each channel, over its own items."""
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss.omp_set_num_threads(THREADS)
     indexes = {}
     for (name, vectors), scale in zip(ranker.vectors.items(), ranker.channels.scale, strict=True):
         rows = offered(ranker.priors[name])
@@ -124,7 +124,7 @@ class ItemIndex:
     def top(self, read: Read, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k best items of one session, or of the `allowed` (N,) bool: scores (k,) and rows (k,), best first."""
         # set for each thread that asks, as OpenMP has it; a search of microseconds would wait for threads longer than it takes
-        faiss.omp_set_num_threads(torch.get_num_threads() if self.exact else 1)
+        faiss.omp_set_num_threads(THREADS if self.exact else 1)
         ranker, count = self.ranker, len(self.ranker.known)
         queries = self.queries(read)
         size = max(self.first, 2 * k)

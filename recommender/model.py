@@ -16,7 +16,7 @@ model such items during training. Position t reads only events up to t, so one p
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,25 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recommender.candidates import Candidates, gbce, log_partition
-from recommender.channels import Channel, Parts, packed, padded
-from recommender.pairs import NEVER, Pairs, causal, find, steps_back
+from recommender.channels import Channel, packed, padded
+from recommender.pairs import Pairs, causal, find, steps_back
 from recommender.sessions import PAD
+from recommender.shape import LEAST_MASS, NEVER, ModelConfig, Parts
 
-LEAST_MASS = float(np.finfo(np.float32).tiny)  # exp of the score of an item that no component can bring
 LOG2E = float(np.log2(np.e))  # exp2 takes half the time of exp, and of a small number no more than of another
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    items: int
-    content_dim: int  # of the whitened vectors; 0: ids only
-    ids: bool  # False: content only
-    dim: int = 64
-    max_prefix: int = 20
-    content_dropout: float = 0.0
-    id_dropout: float = 0.0  # of whole items
-    own_loss: float = 0.0
-    parts: Parts = field(default_factory=Parts)
 
 
 class Tables(NamedTuple):

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recommender.sessions import PAD
-
-NEVER = -1e4  # log-weight of what cannot be: exp gives 0, and float32 still adds to it
+from recommender.shape import NEVER
 
 
 class Pairs(nn.Module):

@@ -1,19 +1,18 @@
 """One session against the session model, in numpy: what is run for every request that goes through the index.
 
 The same arithmetic as `SessionModel.read` and `SessionModel.scores`, for one prefix and its last position alone, over a few items.
-A session has some five items of 64 numbers, so that PyTorch would spend three quarters of the time on calling its operators.
-A test holds the two to each other. What there is of each item is a view of the model's tensors: it is not copied, and may not change.
+A session has some five items of 64 numbers, so that PyTorch would spend three quarters of the time on calling its operators, and
+the service two seconds on importing it. A test holds the two to each other.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from recommender.channels import MAX_SCALE, Channel
-from recommender.model import LEAST_MASS, SessionModel, Tables
-from recommender.pairs import NEVER, Pairs
+from recommender.shape import LEAST_MASS, MAX_SCALE, NEVER, ModelConfig
+
+Arrays = Mapping[str, np.ndarray]
 
 LEAST = -80.0  # of an item's logit: exp of what is less is no normal float32, and takes twenty times as long
 
@@ -34,11 +33,10 @@ class Channels:
     Layers that read the same are one matrix, and the graph's messages are in that of the cell that reads them.
     """
 
-    def __init__(self, channels: Sequence[Channel]) -> None:
-        states = [channel.state_dict() for channel in channels]
-        self.arrays = {name: np.stack([state[name].numpy() for state in states]) for name in states[0]}
+    def __init__(self, channels: Sequence[Arrays], dim: int) -> None:
+        self.arrays = {name: np.stack([channel[name] for channel in channels]) for name in channels[0]}
         self.scale = np.minimum(np.exp(self.arrays["log_scale"]), MAX_SCALE)  # (K,)
-        self.dim = channels[0].dim
+        self.dim = dim
         self.graph, self.attention = "graph.gate" in self.arrays, "attention.recency" in self.arrays
         if self.graph:
             messages = np.split(self.arrays["graph.cell.weight_ih"], 2, axis=2)
@@ -75,14 +73,14 @@ class Channels:
 
 
 class PairCounts:
-    """A table of `Pairs` as arrays, with where each item's entries begin."""
+    """A table of `Pairs`, with where each item's entries begin."""
 
-    def __init__(self, pairs: Pairs) -> None:
-        self.items, self.keys, self.counts = pairs.items, pairs.keys.numpy(), pairs.counts.numpy()
-        self.totals, self.distinct = pairs.totals.numpy(), pairs.distinct.numpy()
+    def __init__(self, pairs: Arrays) -> None:
+        self.keys, self.counts, self.totals, self.distinct = (pairs[name] for name in ("keys", "counts", "totals", "distinct"))
+        self.recency, self.evidence = pairs["recency"], pairs["evidence"]
+        self.items = len(self.totals)
         self.begin = np.searchsorted(self.keys, np.arange(self.items + 1) * self.items)
-        self.discount = float(pairs.discount.sigmoid())
-        self.recency, self.evidence = pairs.recency.detach().numpy(), pairs.evidence.detach().numpy()
+        self.discount = 1 / (1 + float(np.exp(-pairs["discount"])))
 
     def weights(self, rows: np.ndarray, back: np.ndarray) -> np.ndarray:
         """(L,)"""
@@ -116,17 +114,20 @@ class PairCounts:
 
 
 class Ranker:
-    def __init__(self, model: SessionModel, tables: Tables) -> None:
-        with torch.inference_mode():
-            self.max_prefix = model.config.max_prefix
-            self.vectors = {name: vectors.detach().numpy() for name, vectors in tables.vectors.items()}
-            self.priors = {name: prior.detach().numpy() for name, prior in tables.priors.items()}
-            self.known = tables.known.numpy()
-            self.channels = Channels([model.channel(name) for name in self.vectors])
-            self.pairs = {name: PairCounts(pairs) for name, pairs in model.counted()}
-            self.copy = None if model.copy is None else model.copy.detach().numpy()
-            self.popular = float(model.popular)
+    def __init__(self, config: ModelConfig, arrays: Arrays) -> None:
+        """`arrays`: the `state_dict` of a `SessionModel`."""
+        self.max_prefix, self.known = config.max_prefix, arrays["known"]
+        self.vectors, self.priors = tables(arrays)
+        self.channels = Channels([below(arrays, f"channels.{name}") for name in self.vectors], config.dim)
+        names = dict.fromkeys(key.split(".")[1] for key in arrays if key.startswith("pairs."))
+        self.pairs = {name: PairCounts(below(arrays, f"pairs.{name}")) for name in names}
+        self.copy, self.popular = arrays.get("copy"), float(arrays["popular"])
         self.by_popularity = np.argsort(-self.priors["popular"], kind="stable")
+
+    @classmethod
+    def of(cls, model: Any) -> "Ranker":
+        """Of a `SessionModel`, whose tensors it views: they may not change."""
+        return cls(model.config, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
 
     def read(self, session: list[int]) -> Read:
         """A session of rows, not empty, of which the model reads the last `max_prefix`."""
@@ -180,6 +181,39 @@ class Ranker:
     def shares(self, read: Read, items: np.ndarray) -> dict[str, np.ndarray]:
         """By table of pairs the share of each of `items` (C,) among the others of each of the session's, (L, C)."""
         return {name: pairs.shares(read.rows, items) for name, pairs in self.pairs.items()}
+
+
+def tables(arrays: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """`SessionModel.tables` of all items: vectors (N, D) and priors (N,), by channel, and the priors "popular"."""
+    known, count = arrays["known"], arrays["log_count"]
+    level = -float(np.log(max(int(known.sum()), 1)))
+    vectors, priors = {}, {}
+    popular = arrays.get("popularity", np.float32(0)) * count
+    if "channels.content.log_scale" in arrays:
+        vectors["content"] = unit(arrays["content"] @ arrays["project.weight"].T)
+        prior = arrays.get("channels.content.popularity", np.float32(0)) * count
+        priors["content"] = np.where(known, prior, arrays["stranger"][0]) + level
+        popular = np.where(known, popular, arrays["stranger"][1])
+    else:
+        popular = np.where(known, popular, np.float32(NEVER))
+    if "channels.id.log_scale" in arrays:
+        vectors["id"] = unit(arrays["ids.weight"]) * known[:, None]
+        prior = arrays.get("channels.id.popularity", np.float32(0)) * count + level
+        priors["id"] = np.where(known, prior, np.float32(NEVER))
+    top = popular[known].max(initial=NEVER)
+    priors["popular"] = popular - (top + np.log(np.exp(popular[known] - top).sum()))
+    return vectors, priors
+
+
+def below(arrays: Arrays, name: str) -> dict[str, np.ndarray]:
+    """Those of a module of the model, by their names in it."""
+    return {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """(N, D), each of length one, but for those that are zero."""
+    found: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return found
 
 
 def transitions(rows: np.ndarray, open_: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

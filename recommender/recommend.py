@@ -1,41 +1,37 @@
 """From a session of item_ids to a ranked list: what `tpad recommend` and the service run. No MLLM, no training code.
 
 One session and a file of sessions go the same way. A catalogue of up to `DENSE_ITEMS`, or so many items left by a filter,
-is scored whole in one matrix product per batch; more of them go through the FAISS index, session by session, which finds
-the same items (flat) or nearly all of them (any other index, also of a small catalogue).
+is scored whole, several sessions in one matrix product of PyTorch; more of them go through the FAISS index, session by session,
+which finds the same items (flat) or nearly all of them (any other index, also of a small catalogue).
 """
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file
 
-from pipeline.artifact import Version, canonical_json, open_verified
-from pipeline.catalog import Catalog
+from pipeline.artifact import Version, open_verified
 from pipeline.embeddings import HALVES
 from pipeline.errors import ARTIFACT, USAGE, UserError
-from recommender.channels import Parts
-from recommender.index import ItemIndex, build_indexes, describe, first, load_indexes, save_indexes
-from recommender.model import ModelConfig, SessionModel
-from recommender.ranker import Ranker, Read
-from recommender.sessions import pad_prefixes
-from recommender.whitening import Whitening
+from recommender.index import ItemIndex, first, load_indexes
+from recommender.ranker import Ranker, Read, unit
+from recommender.shape import ModelConfig, config_of
+
+if TYPE_CHECKING:
+    from recommender.dense import Dense
 
 DENSE_ITEMS = 20_000
+TOGETHER = 8  # sessions, from which on one product is quicker than numpy session by session
 POOL = 5  # times k: what `diversify` chooses from
-SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
-ENTRY = 10  # numbers that an entry of a table of pairs takes while it is added, whether a filter leaves its item or not
 
 Filters = Mapping[str, Sequence[str]]  # column -> values
 Found = tuple[np.ndarray, np.ndarray, Read | None]  # scores and rows, and what the session says, where it was read alone
@@ -57,37 +53,17 @@ class Recommendation:
     fallback: Literal["popular"] | None = None  # nothing of the session was known
 
 
-def write_model(
-    folder: Path,
-    model: SessionModel,
-    catalog: Catalog,
-    counts: np.ndarray,
-    samples: list[list[str]],
-    whitening: dict[str, Whitening],
-    setting: str,
-) -> dict[str, Any]:
-    """The files of the published session model: weights, settings, items with what they can be filtered by, the index of
-    `setting`, sessions to try, and the whitening that an item added later needs. Returns the facts of the index."""
-    model = model.cpu().eval()
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    axes = {f"{half}.{name}": array for half, of in whitening.items() for name, array in of._asdict().items()}
-    save_arrays(axes, folder / "whitening.safetensors")
-    (folder / "config.json").write_bytes(canonical_json(asdict(model.config)))
-    (folder / "samples.json").write_bytes(canonical_json(samples))
-    items = {"item_id": pa.array(catalog.item_ids, pa.string()), "title": catalog.titles, "count": pa.array(counts, pa.int64())}
-    pq.write_table(pa.table(items), folder / "items.parquet", write_page_checksum=True)
-    pq.write_table(pa.table(catalog.attributes()), folder / "attributes.parquet", write_page_checksum=True)
-    with torch.inference_mode():
-        ranker = Ranker(model, model.tables())
-    indexes = build_indexes(ranker, setting)
-    save_indexes(indexes, folder)
-    sessions = [[catalog.row[item] for item in session] for session in samples]
-    return describe(ItemIndex(indexes, ranker), setting, sessions)
-
-
 class Recommender:
-    def __init__(self, model: SessionModel, indexes: dict[str, Any], items: pa.Table, attributes: pa.Table, version: Version) -> None:
-        self.model = model.eval()
+    def __init__(
+        self,
+        config: ModelConfig,
+        arrays: Mapping[str, np.ndarray],
+        indexes: dict[str, Any],
+        items: pa.Table,
+        attributes: pa.Table,
+        version: Version,
+    ) -> None:
+        self.config, self.arrays = config, arrays
         self.items = items
         self.item_ids = items["item_id"].to_pylist()
         self.titles = [title or item_id for title, item_id in zip(items["title"].to_pylist(), self.item_ids, strict=True)]
@@ -101,12 +77,9 @@ class Recommender:
         self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
         with safe_open(version.path / "whitening.safetensors", "numpy") as file:
             halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
-        content = np.split(model.content.numpy(), len(halves), axis=1) if halves else ()
+        content = np.split(arrays["content"], len(halves), axis=1) if halves else ()
         self.halves = dict(zip(halves, content, strict=True))  # (N, D) each, whitened; none of a model of ids alone
-        with torch.inference_mode():
-            self.tables = model.tables()
-        self.ranker = Ranker(model, self.tables)
-        self.entries = sum((np.diff(pairs.begin) for pairs in self.ranker.pairs.values()), np.zeros(len(self.item_ids), int))
+        self.ranker = Ranker(config, arrays)
         self.index = ItemIndex(indexes, self.ranker, version.manifest["index"].get("effort", 1.0))
 
     @classmethod
@@ -119,7 +92,15 @@ class Recommender:
         items, attributes = (  # not by read_table, for the same reason
             pq.ParquetFile(version.path / f"{name}.parquet", page_checksum_verification=True).read() for name in ("items", "attributes")
         )
-        return cls(load_model(version.path), load_indexes(version.path), items, attributes, version)
+        config, arrays = config_of(version.path), load_file(version.path / "model.safetensors")
+        return cls(config, arrays, load_indexes(version.path), items, attributes, version)
+
+    @cached_property
+    def dense(self) -> "Dense":
+        """For many sessions. PyTorch is imported here, for which neither the service nor one session need wait."""
+        from recommender.dense import Dense
+
+        return Dense(self.config, self.arrays)
 
     def recommend(
         self, session: list[str], k: int = 10, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
@@ -176,23 +157,21 @@ class Recommender:
         """At least the `wanted` best of the allowed items, by number of the session."""
         items = None if allowed is None else np.flatnonzero(allowed)
         count = len(self.item_ids) if items is None else len(items)
+        whole = count <= DENSE_ITEMS and (self.index.exact or items is not None)
+        if whole and len(wanted) >= TOGETHER:
+            return {n: (*best, None) for n, best in self.dense.best(sessions, wanted, items)}
+        some = np.arange(count) if items is None else items
         found: dict[int, Found] = {}
-        if count > DENSE_ITEMS or not (self.index.exact or items is not None):
-            for n, most in wanted.items():
-                read = self.ranker.read(sessions[n])
-                found[n] = *self.index.top(read, most, allowed), read
-            return found
-        length = self.model.config.max_prefix
-        order = sorted(wanted, key=lambda n: len(sessions[n]))  # like lengths together: less padding
-        cost = np.cumsum([length * count + ENTRY * int(self.entries[sessions[n][-length:]].sum()) for n in order])
-        for _, part in itertools.groupby(zip(cost // SCORES_AT_ONCE, order, strict=True), key=lambda each: each[0]):
-            numbers = [n for _, n in part]
-            rows = torch.as_tensor(pad_prefixes([sessions[n] for n in numbers], length)).long()
-            with torch.inference_mode():
-                scores = self.model.scores(rows, self.tables, items=None if items is None else torch.as_tensor(items))
-                best, places = greatest(scores, max(wanted[n] for n in numbers))
-            found |= {n: (best[line], places[line] if items is None else items[places[line]], None) for line, n in enumerate(numbers)}
+        for n, most in wanted.items():
+            read = self.ranker.read(sessions[n])
+            found[n] = *(self._all(read, most, some) if whole else self.index.top(read, most, allowed)), read
         return found
+
+    def _all(self, read: Read, k: int, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the k best of `items` (C,), ascending, all of them scored."""
+        scores = self.ranker.scores(read, items)
+        best = first(scores, k)
+        return scores[best], items[best]
 
     def _allowed(self, filters: Filters) -> np.ndarray:
         """(N,) bool"""
@@ -239,18 +218,6 @@ class Recommender:
         return [(seen[which] if cosine > 0 else None, after[origin]) for cosine, which, origin in near]
 
 
-def greatest(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """`index.first` of each line of (B, C): values and places (B, k). Of equal ones `topk` takes any, in any order."""
-    values, places = scores.topk(min(k + 1, scores.shape[1]))
-    places, order = places.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    found = places.gather(1, order).numpy()
-    if values.shape[1] > k:
-        for line in (values[:, k - 1] == values[:, k]).nonzero()[:, 0].tolist():  # some of the equal ones are in: which?
-            found[line, :k] = first(scores[line].numpy(), k)
-    return values[:, :k].numpy(), found[:, :k]
-
-
 def having(column: pa.Array, values: Sequence[str]) -> np.ndarray:
     """(N,) bool: whose text, or one of whose texts, is one of the values."""
     wanted = pa.array(values, pa.string())
@@ -273,19 +240,6 @@ def diverse(vectors: np.ndarray, scores: np.ndarray, k: int, strength: float) ->
         worth[chosen[-1]] = -np.inf
         nearest = np.maximum(nearest, vectors @ vectors[chosen[-1]])
     return np.array(chosen, int)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """(N, D), each of length one, but for those that are zero."""
-    found: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return found
-
-
-def load_model(folder: Path) -> SessionModel:
-    config = json.loads((folder / "config.json").read_bytes())
-    if "parts" not in config:
-        raise UserError(f"session model of an older tpad ({folder}); run `tpad train-sbr`", ARTIFACT)
-    return SessionModel.restored(ModelConfig(**config | {"parts": Parts(**config["parts"])}), load_file(folder / "model.safetensors"))
 
 
 def check_embeddings(run: Path, version: Version) -> None:

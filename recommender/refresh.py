@@ -20,7 +20,7 @@ from pipeline.catalog import load_catalog
 from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, UserError
 from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
-from recommender.recommend import load_model, write_model
+from recommender.published import load_model, write_model
 from recommender.whitening import Whitening
 
 

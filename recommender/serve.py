@@ -295,12 +295,12 @@ def create_app(service: Service, key: str | None) -> Gate:
     async def info() -> Info:
         """Which version answers, and within which limits."""
         served, began = service.now, time.perf_counter()
-        version, model = served.recommender.version, served.recommender.model
+        version, model = served.recommender.version, served.recommender.config
         return Info(
             manifest_sha256=version.manifest_sha256,
             embeddings_version=version.manifest["embeddings_version"],
             items=len(served.recommender.item_ids),
-            model=asdict(model.config),
+            model=asdict(model),
             loaded_at=served.loaded_at,
             refused=service.refused,
             limits={"session": MAX_SESSION, "batch": MAX_BATCH, "k": MAX_K, "page": MAX_PAGE, "body": MAX_BODY, "at_once": MAX_AT_ONCE},

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.artifact import open_verified
 from pipeline.errors import ARTIFACT, UserError
 from pipeline.session_log import SessionLog
-from recommender.recommend import load_model
+from recommender.published import load_model
 from recommender.sessions import pad_prefixes
 
 

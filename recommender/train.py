@@ -32,19 +32,19 @@ from pipeline.artifact import Version, canonical_json, locked, published, remove
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.config import Config, SbrConfig
 from pipeline.errors import ARTIFACT, USAGE, UserError
-from pipeline.memory import keep_freed_memory
+from pipeline.process import keep_freed_memory
 from pipeline.progress import Steps
 from recommender.candidates import drawn_evenly, everything, sampled, share_drawn
-from recommender.channels import Parts
 from recommender.evaluate import Metrics, buckets_of, cases_table, collect_results, model_ranks, print_results, read_ceiling
 from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
 from recommender.metrics import NotANumber, summarise, summarise_buckets
-from recommender.model import ModelConfig, SessionModel
+from recommender.model import SessionModel
 from recommender.models import MODELS, Model, chosen
 from recommender.models.sequence import SequenceModel
-from recommender.recommend import write_model
+from recommender.published import write_model
 from recommender.sessions import DeviceWindows, Windows, batches
+from recommender.shape import ModelConfig, Parts
 from recommender.steplog import Diverged, StepLog
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
 from pipeline.errors import ENVIRONMENT, UserError
-from pipeline.loading import end_with
+from pipeline.process import end_with
 
 ENDS = {signal.SIGINT, signal.SIGTERM}
 

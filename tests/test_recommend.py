@@ -17,7 +17,7 @@ from tiny import contents
 from pipeline.config import load_config
 from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
-from recommender import batch, recommend
+from recommender import batch, dense, recommend
 from recommender.batch import recommend_file
 from recommender.index import WANTED, check
 from recommender.recommend import Recommender
@@ -47,7 +47,7 @@ def ids(found: recommend.Recommendation) -> list[str]:
 
 def companion(recommender: Recommender, item_id: str) -> str:
     """What followed it most often."""
-    followers = dict(recommender.model.counted())["followers"]
+    followers = dict(recommender.dense.model.counted())["followers"]
     _, entry = followers.entries(torch.tensor([recommender.row[item_id]]))
     return recommender.item_ids[int(followers.keys[entry[followers.counts[entry].argmax()]]) % 60]
 
@@ -56,7 +56,7 @@ def test_a_session_gets_the_best_items_with_titles(recommender: Recommender) -> 
     session = recommender.samples[0]
     found = recommender.recommend(session, k=5)
     with torch.no_grad():
-        scores = recommender.model.scores(torch.tensor([[recommender.row[i] for i in session]]), recommender.tables)[0]
+        scores = recommender.dense.model.scores(torch.tensor([[recommender.row[i] for i in session]]), recommender.dense.tables)[0]
     assert [recommender.row[i] for i in ids(found)] == scores.topk(5).indices.tolist()
     assert [item.rank for item in found.items] == [1, 2, 3, 4, 5]
     assert all(item.title == f"Title {int(item.item_id[-3:])}" for item in found.items)
@@ -78,7 +78,7 @@ def test_each_item_says_why(recommender: Recommender) -> None:
 
 
 def test_many_sessions_get_what_each_gets_alone(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recommend, "SCORES_AT_ONCE", 20_000)  # some ten sessions
+    monkeypatch.setattr(dense, "SCORES_AT_ONCE", 20_000)  # some ten sessions
     rng = np.random.default_rng(0)
     sessions = [[f"item-{n:03d}" for n in rng.integers(0, 60, size=rng.integers(0, 30))] for _ in range(50)]
     for filters in (None, {"colour": ["red"]}):
@@ -96,8 +96,9 @@ def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeyp
     sessions = [[0, 3], [7], [21, 4, 21], [30]]
     whole = [rows.tolist() for rows, _ in ids_only.rank(sessions, 60)]
     assert all(rows[-8:] == list(range(52, 60)) for rows in whole)
-    for items in (recommend.DENSE_ITEMS, 0):  # scored whole, and through the index
+    for items, together in ((recommend.DENSE_ITEMS, 1), (recommend.DENSE_ITEMS, 16), (0, 16)):  # in PyTorch, in numpy, through the index
         monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
+        monkeypatch.setattr(recommend, "TOGETHER", together)
         for k in (1, 51, 53, 57, 60):
             assert [rows.tolist() for rows, _ in ids_only.rank(sessions, k)] == [rows[:k] for rows in whole]
             assert ids_only.rank(sessions[:1], k)[0][0].tolist() == whole[0][:k]
@@ -105,10 +106,10 @@ def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeyp
 
 def test_a_large_catalogue_goes_through_the_index_to_the_same_items(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = [*recommender.samples, ["item-059"], ["item-003"] * 25]
-    dense = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
+    whole = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
     monkeypatch.setattr(recommend, "DENSE_ITEMS", 0)
     indexed = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
-    for one, other in zip([*dense[0], *dense[1]], [*indexed[0], *indexed[1]], strict=True):
+    for one, other in zip([*whole[0], *whole[1]], [*indexed[0], *indexed[1]], strict=True):
         assert np.allclose([i.score for i in one.items], [i.score for i in other.items], atol=1e-4)
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from recommender.candidates import drawn_evenly, everything, gbce, log_partition, sampled, share_drawn
-from recommender.channels import Parts
 from recommender.evaluate import model_ranks
 from recommender.index import ItemIndex, build_indexes
-from recommender.model import LEAST_MASS, ModelConfig, SessionModel
+from recommender.model import SessionModel
 from recommender.pairs import Pairs
 from recommender.ranker import PairCounts, Ranker
 from recommender.sessions import PAD, pack, pad_prefixes
+from recommender.shape import LEAST_MASS, ModelConfig, Parts
 from recommender.whitening import fit_whitening
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
@@ -79,7 +79,7 @@ def test_one_session_is_scored_as_many_are(content: bool, ids: bool, left_out: l
     """What serving computes in numpy is what training and evaluation compute in PyTorch, and its origins add up to it."""
     model = build(content, ids, Parts(**dict.fromkeys(left_out, False)))
     tables, items = model.tables(), np.array([2, 9, 30, 48])  # none of the session's
-    ranker = Ranker(model, tables)
+    ranker = Ranker.of(model)
     for session in ([3], [5, 5, 7, 11, 3, 7], [7, 49, 7], list(range(10, 22))):  # 49 is cold, 12 are more than are read
         wanted = model.scores(torch.tensor(pad_prefixes([session], 8)).long(), tables)[0].detach().numpy()
         read = ranker.read(session)
@@ -100,7 +100,7 @@ def test_a_scale_that_ran_away_still_ranks() -> None:
     scores = model.scores(torch.tensor([[3, 7, 12]]), tables)[0].detach().numpy()
     assert np.isfinite(scores).all()
     assert len(np.unique(scores.round(3))) > ITEMS / 2
-    ranker = Ranker(model, tables)
+    ranker = Ranker.of(model)
     assert np.allclose(ranker.scores(ranker.read([3, 7, 12]), np.arange(ITEMS)), scores, atol=1e-3)
 
 
@@ -198,7 +198,8 @@ def test_a_catalogue_without_any_pair_has_shares_of_nothing() -> None:
     for key, value in pairs.over(torch.tensor([0, -1, 1]), 2).items():
         setattr(pairs, key, value)
     pairs.items = 2
-    assert not PairCounts(pairs).shares(np.array([0, 1]), np.array([0, 1])).any()
+    counted = PairCounts({name: tensor.numpy() for name, tensor in pairs.state_dict().items()})
+    assert not counted.shares(np.array([0, 1]), np.array([0, 1])).any()
 
 
 def test_a_sampled_softmax_estimates_the_full_one() -> None:
@@ -291,7 +292,7 @@ def test_hidden_ids_are_neither_read_nor_offered() -> None:
 def test_the_index_finds_what_scoring_everything_finds(allowed: np.ndarray | None) -> None:
     model = build()
     tables = model.tables()
-    ranker = Ranker(model, tables)
+    ranker = Ranker.of(model)
     index = ItemIndex(build_indexes(ranker, "flat"), ranker)
     assert index.exact
     index.first = 4  # so that the first lists do not hold everything

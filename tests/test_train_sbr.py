@@ -20,7 +20,8 @@ from pipeline.artifact import locked
 from pipeline.config import Config, load_config
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.models import ENCODERS
-from recommender.recommend import Recommender, load_model
+from recommender.published import load_model
+from recommender.recommend import Recommender
 from recommender.train import train_sbr
 
 ROOT = Path(__file__).parents[1]

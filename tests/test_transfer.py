@@ -21,7 +21,7 @@ from pipeline.prompts import Part, Prompts
 from pipeline.session_log import load_sessions
 from pipeline.split import split_by_time
 from pipeline.summaries import folds
-from recommender.recommend import load_model
+from recommender.published import load_model
 from recommender.sessions import pad_prefixes
 from recommender.teacher import Teacher
 from recommender.train import train_sbr

@@ -1,0 +1,54 @@
+"""Many sessions against all items, or some, in one matrix product: what a file of sessions is ranked by, in PyTorch."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from recommender.index import first
+from recommender.model import SessionModel
+from recommender.sessions import pad_prefixes
+from recommender.shape import ModelConfig
+
+SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
+ENTRY = 10  # numbers that an entry of a table of pairs takes while it is added, whether a filter leaves its item or not
+
+
+class Dense:
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> None:
+        """`arrays`: the model's `state_dict`."""
+        self.model = SessionModel.restored(config, {name: torch.tensor(array) for name, array in arrays.items()}).eval()
+        with torch.inference_mode():
+            self.tables = self.model.tables()
+        begins = (np.searchsorted(pairs.keys.numpy(), np.arange(pairs.items + 1) * pairs.items) for _, pairs in self.model.counted())
+        self.entries = sum(map(np.diff, begins), np.zeros(config.items, int))  # (N,) of each item, in the tables of pairs
+
+    def best(
+        self, sessions: list[list[int]], wanted: Mapping[int, int], items: np.ndarray | None
+    ) -> Iterable[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+        """Of each session that has a number in `wanted` that number with the scores and rows of at least so many of the best of
+        `items` (C,), ascending; None: of all."""
+        length, count = self.model.config.max_prefix, self.model.config.items if items is None else len(items)
+        order = sorted(wanted, key=lambda n: len(sessions[n]))  # like lengths together: less padding
+        cost = np.cumsum([length * count + ENTRY * int(self.entries[sessions[n][-length:]].sum()) for n in order])
+        for _, part in itertools.groupby(zip(cost // SCORES_AT_ONCE, order, strict=True), key=lambda each: each[0]):
+            numbers = [n for _, n in part]
+            rows = torch.as_tensor(pad_prefixes([sessions[n] for n in numbers], length)).long()
+            with torch.inference_mode():
+                scores = self.model.scores(rows, self.tables, items=None if items is None else torch.as_tensor(items))
+                best, places = greatest(scores, max(wanted[n] for n in numbers))
+            for line, n in enumerate(numbers):
+                yield n, (best[line], places[line] if items is None else items[places[line]])
+
+
+def greatest(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`index.first` of each line of (B, C): values and places (B, k). Of equal ones `topk` takes any, in any order."""
+    values, places = scores.topk(min(k + 1, scores.shape[1]))
+    places, order = places.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    found = places.gather(1, order).numpy()
+    if values.shape[1] > k:
+        for line in (values[:, k - 1] == values[:, k]).nonzero()[:, 0].tolist():  # some of the equal ones are in: which?
+            found[line, :k] = first(scores[line].numpy(), k)
+    return values[:, :k].numpy(), found[:, :k]

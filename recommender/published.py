@@ -1,0 +1,51 @@
+"""The files of a published session model."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+from pipeline.artifact import canonical_json
+from pipeline.catalog import Catalog
+from recommender.index import ItemIndex, build_indexes, describe, save_indexes
+from recommender.model import SessionModel
+from recommender.ranker import Ranker
+from recommender.shape import config_of
+from recommender.whitening import Whitening
+
+
+def write_model(
+    folder: Path,
+    model: SessionModel,
+    catalog: Catalog,
+    counts: np.ndarray,
+    samples: Sequence[Sequence[str]],
+    whitening: dict[str, Whitening],
+    setting: str,
+) -> dict[str, Any]:
+    """Weights, settings, items with what they can be filtered by, the index of `setting`, sessions to try, and the whitening
+    that an item added later needs. Returns the facts of the index."""
+    model = model.cpu().eval()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    axes = {f"{half}.{name}": array for half, of in whitening.items() for name, array in of._asdict().items()}
+    save_arrays(axes, folder / "whitening.safetensors")
+    (folder / "config.json").write_bytes(canonical_json(asdict(model.config)))
+    (folder / "samples.json").write_bytes(canonical_json(samples))
+    items = {"item_id": pa.array(catalog.item_ids, pa.string()), "title": catalog.titles, "count": pa.array(counts, pa.int64())}
+    pq.write_table(pa.table(items), folder / "items.parquet", write_page_checksum=True)
+    pq.write_table(pa.table(catalog.attributes()), folder / "attributes.parquet", write_page_checksum=True)
+    ranker = Ranker.of(model)
+    indexes = build_indexes(ranker, setting)
+    save_indexes(indexes, folder)
+    sessions = [[catalog.row[item] for item in session] for session in samples]
+    return describe(ItemIndex(indexes, ranker), setting, sessions)
+
+
+def load_model(folder: Path) -> SessionModel:
+    return SessionModel.restored(config_of(folder), load_file(folder / "model.safetensors"))
