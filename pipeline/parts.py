@@ -236,7 +236,7 @@ class Exporter:
 
     def _idle(self) -> bool:
         """Less is in the lanes, or waits for them, than they could do with."""
-        return self.writer.waiting() < 2 * self.lanes
+        return self.writer.waiting() < self.lanes + BEHIND // 2
 
     def _done(self, names: list[str]) -> int:
         left = set(self.shards.left(names))
