@@ -1,7 +1,7 @@
 """Many sessions against all items, or some, in one matrix product: what a file of sessions is ranked by, in PyTorch."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ class Dense:
 
     def best(
         self, sessions: list[list[int]], wanted: Mapping[int, int], items: np.ndarray | None
-    ) -> Iterable[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-        """Of each session that has a number in `wanted` that number with the scores and rows of at least so many of the best of
-        `items` (C,), ascending; None: of all."""
+    ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+        """(n, (scores, rows)) of the n-th session, for every n in `wanted`, which says how many of the best there must be at least,
+        of `items` (C,), ascending; None: of all."""
         length, count = self.model.config.max_prefix, self.model.config.items if items is None else len(items)
         order = sorted(wanted, key=lambda n: len(sessions[n]))  # like lengths together: less padding
         cost = np.cumsum([length * count + ENTRY * int(self.entries[sessions[n][-length:]].sum()) for n in order])
