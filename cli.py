@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -371,11 +371,13 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Answer over HTTP, with a page to try it at /."""
-    with errors(debug), tempfile.TemporaryDirectory(prefix="tpad-metrics-") as shared:
+    with errors(debug), tempfile.TemporaryDirectory(prefix="tpad-metrics-") if workers > 1 else nullcontext() as shared:
         key = api_key(key_file)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # requests are what runs at once
-        if workers > 1:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared  # which is read when its library is imported
+        for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):  # read when its library is imported
+            os.environ.pop(name, None)  # one of the user's may hold the figures of other processes
+        if shared is not None:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
         try:
             from recommender.serve import serve as run_service
         except ModuleNotFoundError as error:

@@ -208,7 +208,7 @@ def measure(name: str, run: Path, data: Path, out: Path, update: bool) -> None:
     config = load_config(run / "config.yaml")
     saved = AutoConfig.from_pretrained(open_verified(run / "mllm", "mllm", "").path)
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(saved)]  # imports the model's module: a library, as the others
-    pa.scalar(0)  # and this pandas, where it is installed
+    pa.scalar(0)  # and pyarrow, at its first scalar, pandas, where it is installed
     began = time.perf_counter()
     if name == "tpad":
         found = tpad(config, run, data, out, update)

@@ -37,7 +37,7 @@ from pipeline.vision import pack_attention
 
 LANES = 8  # batches the model computes at a time on a CPU, at most: more cores than that share batches
 GPU_LANES = 2  # and on a GPU, each in a stream of its own: it computes one while the other is sent, launched or waited for
-AHEAD = 16  # batches read ahead of it, at least: long texts are read faster than computed, many short ones with pictures slower
+AHEAD = 65_536  # tokens read ahead of it, or a batch a worker: long texts are read faster than computed, short ones with pictures slower
 MEASURED = 512  # rows measured at a time, so that several workers share the first part, for which the model waits
 BEHIND = 4  # batches not yet written, at most, beside those in the lanes
 WAIT_SECONDS = 0.1  # between looks at the last parts, which other processes have in hand
@@ -214,12 +214,13 @@ class Exporter:
         began = time.perf_counter()
         total = sum(len(self.parts[name]) for name in names)
         pool = loader(self.source, self.workers)
+        depth = max(AHEAD // self.source.token_budget, self.workers + self.lanes)
         torch.set_num_threads(self.threads // self.lanes)  # of each lane
         try:
             with Steps("export", total, self._done(names)) as progress:
                 while self.shards.left(names):
                     before = self.work.items
-                    for part, batch in ahead(pool, load, self._batches(pool, names), max(AHEAD, self.workers + self.lanes), self._idle):
+                    for part, batch in ahead(pool, load, self._batches(pool, names), depth, self._idle):
                         self._compute(part, batch)
                         progress.advance(f"{self.work.padding:.1%} padding", by=len(batch.at))
                     self.writer.drain()

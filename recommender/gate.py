@@ -71,7 +71,9 @@ class Metrics:
         self.answering: str | None = None
 
     def answers(self, version: str) -> None:
-        if self.answering is not None:
+        if SHARED_METRICS not in os.environ:
+            self.version.clear()
+        elif self.answering is not None:  # what processes share cannot be taken back
             self.version.labels(self.answering).set(0)
         self.version.labels(version).set(1)
         self.answering = version

@@ -362,7 +362,10 @@ def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, w
             timeout_graceful_shutdown=DRAIN_SECONDS,
             backlog=BACKLOG,
         )
-        listener.listen(BACKLOG)
+        try:
+            listener.listen(BACKLOG)
+        except OSError as error:  # another one bound it too, while neither listened
+            raise cannot_listen(error, host, port) from None
         say(f"serving {service.now.version}: http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run([listener])
 
@@ -383,6 +386,10 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise UserError(f"cannot listen: {reason} ({host} port {port}); give another --host or --port", ENVIRONMENT) from None
+        raise cannot_listen(error, host, port) from None
     return listener
+
+
+def cannot_listen(error: OSError | UnicodeError, host: str, port: int) -> UserError:
+    reason = (getattr(error, "strerror", None) or str(error)).lower()
+    return UserError(f"cannot listen: {reason} ({host} port {port}); give another --host or --port", ENVIRONMENT)

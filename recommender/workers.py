@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
@@ -36,14 +37,16 @@ def share(listener: socket.socket, workers: int, work: Callable[[Say], None], sa
             wait([heard, *(each.sentinel for each in started)])
             if heard.poll():
                 said = heard.recv()
-                if isinstance(said, UserError):
+                if isinstance(said, Exception):
                     raise said
                 silent -= 1
                 if not silent:
                     say(said)
             elif ended := [each for each in started if each.exitcode is not None]:
-                what = f"a process that answers ended by itself (exit code {ended[0].exitcode}; --workers), perhaps for want of memory"
-                raise UserError(f"{what}; all are ended: start them again, or fewer", ENVIRONMENT)
+                code = ended[0].exitcode
+                guess = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+                what = f"a process that answers has ended{guess} (exit code {code}; --workers)"
+                raise UserError(f"{what}; start all of them again", ENVIRONMENT)
     finally:
         for each in started:
             if each.is_alive():
@@ -58,5 +61,6 @@ def _work(work: Callable[[Say], None], told: Connection, parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     try:
         work(told.send)
-    except UserError as error:  # for one of them to say
+    except Exception as error:  # for the first process to say, once
+        error.add_note(traceback.format_exc())
         told.send(error)
