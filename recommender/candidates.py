@@ -33,20 +33,21 @@ def share_drawn(counts: np.ndarray) -> Tensor:
     return share / share.sum()
 
 
-def sampled(share: Tensor, targets: Tensor, negatives: int, generator: torch.Generator) -> Candidates:
-    """The targets of a batch, (B, L), and `negatives` draws from the `share` (N,) of the items; it and `generator` are on the CPU.
+def sampled(share: Tensor, items: Tensor, negatives: int, generator: torch.Generator) -> Candidates:
+    """The `items` of a batch, seen or targets, of any shape, and `negatives` draws from the `share` (N,) of all; it and `generator`
+    are on the CPU.
 
-    Sampled softmax with logQ correction (Bengio and Senecal, 2008). A target stands for itself alone, so that no item is both
+    Sampled softmax with logQ correction (Bengio and Senecal, 2008). What is shown stands for itself alone, so that no item is both
     counted and corrected for (the flaw of the plain form: Khrylchenko et al., arXiv 2507.09331), and the sum over the
     candidates is an unbiased estimate of the sum over all items.
     """
     draws = torch.multinomial(share, negatives, replacement=True, generator=generator)
     drawn, times = draws.unique(return_counts=True)  # type: ignore[no-untyped-call]
-    shown = targets[targets != PAD].cpu().unique()  # type: ignore[no-untyped-call]
+    shown = items[items != PAD].cpu().unique()  # type: ignore[no-untyped-call]
     rest = ~torch.isin(drawn, shown)
     correction = (times[rest] / (negatives * share[drawn[rest]])).log().float()
-    items, order = torch.cat([shown, drawn[rest]]).sort()
-    return Candidates(items.to(targets.device), torch.cat([torch.zeros(len(shown)), correction])[order].to(targets.device))
+    found, order = torch.cat([shown, drawn[rest]]).sort()
+    return Candidates(found.to(items.device), torch.cat([torch.zeros(len(shown)), correction])[order].to(items.device))
 
 
 def drawn_evenly(known: Tensor, targets: Tensor, negatives: int, calibration: float, generator: torch.Generator) -> Candidates:

@@ -16,6 +16,7 @@ from pipeline.split import Split, split_sessions
 from recommender.evaluate import cases_of
 from recommender.models import MODELS, chosen
 from recommender.sessions import Windows, pack
+from recommender.shape import FORM
 from recommender.whitening import Whitening, fit_whitening
 
 SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels", "layers", "neighbours")  # of two manifests: equal content, equal vectors
@@ -101,5 +102,5 @@ def model_fingerprint(name: str, seed: int, config: Config, inputs: Inputs) -> s
     content = MODELS[name].content
     settings = config.sbr.model_dump(exclude={"index", "models", "seeds", *(() if content else ("components",))})
     embeddings = inputs.embeddings if content else None
-    made_of = [name, seed, settings, inputs.fingerprint, embeddings and embeddings.manifest_sha256]
+    made_of = [FORM, name, seed, settings, inputs.fingerprint, embeddings and embeddings.manifest_sha256]
     return hashlib.sha256(canonical_json(made_of)).hexdigest()

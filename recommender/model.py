@@ -6,10 +6,13 @@ id. Each kind is a channel with a session graph, attention and queries of its ow
     score(j) = log sum_c exp(score of component c for j)
 
 over the components: content channel at each position of the prefix, id channel at each position, what followed that
-position's item in training, what stood near it (counts, each session held against the other ones), an item of the prefix
-again, popularity. A sum of vectors or of logits lets a weak channel spoil a strong one for every item; in this mixture a
-component that knows nothing about the case has a low weight and does no harm. It is also what a shop does: the next
-item goes with one of the items seen, for one reason.
+position's item in training, what stood near it (counts, each session held against the other ones), popularity, and an item
+of the prefix again. The last replaces a share of what the others give such an item, by how long ago it was seen: by its
+content nothing goes better with an item than itself, and whether visitors come back to it is another question.
+
+A sum of vectors or of logits lets a weak channel spoil a strong one for every item; in this mixture a component that
+knows nothing about the case has a low weight and does no harm. It is also what a shop does: the next item goes with one
+of the items seen, for one reason.
 
 An item without training events has no id vector: the id channel neither reads nor offers it. ID dropout shows the
 model such items during training. Position t reads only events up to t, so one pass answers every prefix of a session.
@@ -28,7 +31,7 @@ from recommender.candidates import Candidates, gbce, log_partition
 from recommender.channels import Channel, packed, padded
 from recommender.pairs import Pairs, causal, find, steps_back
 from recommender.sessions import PAD
-from recommender.shape import LEAST_MASS, NEVER, ModelConfig, Parts
+from recommender.shape import LEAST_MASS, NEVER, SEEN_RATE, ModelConfig, Parts
 
 LOG2E = float(np.log2(np.e))  # exp2 takes half the time of exp, and of a small number no more than of another
 
@@ -53,6 +56,7 @@ class Reading(NamedTuple):
 
     queries: dict[str, Tensor]  # (B, L, D), the channel's scale in them
     weights: dict[str, Tensor]  # (B, L, L); also "copy"
+    seen: Tensor  # (B, L, L) logit of the share that an item loses, at (t, where it was seen last); elsewhere NEVER
     popular: Tensor  # () log-weight
 
 
@@ -62,12 +66,13 @@ class Mixture(NamedTuple):
     rows: Tensor  # (B, L)
     queries: dict[str, Tensor]  # (B, L, D), for exp2
     weights: dict[str, Tensor]  # (B, C, L) of the components at each position; also "copy", and the tables of pairs
+    lost: Tensor  # (B, C, L) of what the others give it, by the items seen
     popular: Tensor  # () weight
 
     def of(self, part: slice) -> "Mixture":
         """That of some of the windows."""
         queries, weights = ({name: of[part] for name, of in each.items()} for each in (self.queries, self.weights))
-        return Mixture(self.rows[part], queries, weights, self.popular)
+        return Mixture(self.rows[part], queries, weights, self.lost[part], self.popular)
 
 
 class SessionModel(nn.Module):
@@ -102,6 +107,7 @@ class SessionModel(nn.Module):
             for name, steps in pair_steps(config.parts).items():
                 self.pairs[name] = Pairs(rows, offsets, config.items, config.max_prefix, steps)
         self.copy = nn.Parameter(torch.full((config.max_prefix,), -4.0)) if config.parts.repeat else None
+        self.seen = nn.Parameter(torch.zeros(config.max_prefix)) if config.parts.repeat else None
         self.popular = nn.Parameter(torch.tensor(-1.0))
         self.popularity = nn.Parameter(torch.tensor(0.5)) if config.parts.popularity else 0.0
 
@@ -189,36 +195,49 @@ class SessionModel(nn.Module):
         open_ = causal(rows.shape[1], rows.device) & real[:, None, :]
         copy = torch.full_like(back, NEVER, dtype=self.popular.dtype) if self.copy is None else self.copy[back]
         weights["copy"] = copy.masked_fill(~open_, NEVER)
-        return Reading(queries, weights, self.popular)
+        seen = torch.full_like(copy, NEVER) if self.seen is None else SEEN_RATE * self.seen[back]
+        return Reading(queries, weights, seen.masked_fill(~(open_ & seen_last(rows)), NEVER), self.popular)
 
     def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
         """-log P(target | prefix) of every case of (B, L) windows, (cases,), plus `own_loss` times that of each channel on its own,
         without which a channel learns only what the counts leave unexplained, which is mostly noise. What the channels give
         all items is summed over the `candidates`."""
         reading = self.read(rows, tables)
-        real = rows != PAD
-        target = targets.clamp(min=0)
-        over, under = [], []  # log of the target's part, log of everybody's part
+        real, case = rows != PAD, targets != PAD
+        item, target = rows.clamp(min=0), targets.clamp(min=0)
+        known = tables.known[item][:, None, :]
+        over, under = [], []  # log of the target's part, log of everybody's part, (B, t, s)
+        shares = []  # of everybody's part, the items of the window: (B, s, u)
         own = torch.zeros((), device=rows.device)
-        case = targets != PAD
         for name, query in reading.queries.items():
             prior, items, correction = tables.priors[name], candidates.items, candidates.correction
             sums = log_partition(packed(query, real), tables.of(name, items), prior[items] + correction)
             total = padded(sums[:, None], real)[..., 0]
             over.append(reading.weights[name] + tables.of(name, target) @ query.transpose(1, 2) + prior[target][..., None])
             under.append(reading.weights[name] + total[:, None, :])
+            shares.append((query @ tables.of(name, item).transpose(1, 2) + prior[item][:, None, :] - total[..., None]).clamp(max=0).exp())
             own = own + under[-1][case].logsumexp(-1) - over[-1][case].logsumexp(-1)
-        over.append(reading.weights["copy"].masked_fill(targets[:, :, None] != rows[:, None, :], NEVER))
-        under.append(reading.weights["copy"])
         for _, pairs in self.counted():
             share, weights = pairs(rows, targets)
-            allowed = tables.known[target][..., None] & tables.known[rows.clamp(min=0)][:, None, :]
-            over.append((weights + share.clamp(min=1e-30).log()).masked_fill(~allowed | (share == 0), NEVER))
-            under.append(weights.masked_fill(~tables.known[rows.clamp(min=0)][:, None, :], NEVER))
+            of_target = share[..., 1:].transpose(1, 2) * tables.known[target][..., None]
+            over.append((weights + of_target.clamp(min=1e-30).log()).masked_fill(~known | (of_target == 0), NEVER))
+            under.append(weights.masked_fill(~known, NEVER))
+            shares.append(share[..., :-1] * known)
         popular = tables.priors["popular"] + reading.popular
         over.append(popular[target][..., None])
-        under.append(reading.popular.expand(*rows.shape, 1))
-        return torch.cat(under, -1)[case].logsumexp(-1) - torch.cat(over, -1)[case].logsumexp(-1) + self.config.own_loss * own
+        logs = torch.cat([*under, reading.popular.expand(*rows.shape, 1), reading.weights["copy"]], -1)[case]
+        whole = logs.logsumexp(-1, keepdim=True)  # (cases, 1)
+        # of the whole the items seen, (cases, u), lose a part
+        share = torch.cat(shares, 1)
+        given = padded(((logs[:, : share.shape[1]] - whole) * LOG2E).exp2(), case) @ share
+        again = targets[..., None] == rows[:, None, :]  # (B, t, u)
+        of_seen = given[case] + (popular[item][:, None, :].expand_as(again)[case] - whole).exp()
+        seen = reading.seen[case]
+        left = whole[:, 0] + (1 - (of_seen * seen.sigmoid()).sum(-1)).clamp(min=1e-6).log()
+        kept = (F.logsigmoid(-seen) * again[case]).sum(-1, keepdim=True)
+        copied = reading.weights["copy"].masked_fill(~again, NEVER)[case]
+        part = torch.cat([torch.cat(over, -1)[case] + kept, copied], -1).logsumexp(-1)
+        return left - part + self.config.own_loss * own
 
     def binary_losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
         """gBCE in place of the softmax: of each item, how likely it is by itself. It needs the score of every candidate in every case,
@@ -233,11 +252,12 @@ class SessionModel(nn.Module):
         for name, query in reading.queries.items():
             part = reading.weights[name].exp() @ (query @ tables.of(name, items).T + tables.priors[name][items]).exp()
             total, own = total + part, own + losses(part)
-        total = total + reading.weights["copy"].exp() @ (rows[:, :, None] == items).float()
         for _, pairs in self.counted():
             share, weights = pairs.among(rows, targets, items)
             weights = weights.masked_fill(~tables.known[rows.clamp(min=0)][:, None, :], NEVER)
             total = total + weights.exp() @ (share * tables.known[items])
+        seen = (rows[:, :, None] == items).float()
+        total = total * (1 - reading.seen.sigmoid() @ seen) + reading.weights["copy"].exp() @ seen
         return losses(total) + self.config.own_loss * own
 
     def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None) -> Tensor:
@@ -256,11 +276,12 @@ class SessionModel(nn.Module):
         reading = self.read(rows, tables)
         weights = reading.weights | {name: pairs.weights(rows) for name, pairs in self.counted()}
         asked = {name: each[cases].exp().view(len(rows), -1, rows.shape[1]) for name, each in weights.items()}
-        return Mixture(rows, {name: query * LOG2E for name, query in reading.queries.items()}, asked, reading.popular.exp())
+        lost = reading.seen[cases].sigmoid().view(len(rows), -1, rows.shape[1])
+        return Mixture(rows, {name: query * LOG2E for name, query in reading.queries.items()}, asked, lost, reading.popular.exp())
 
     def masses(self, mixture: Mixture, tables: Tables, items: Tensor | None = None) -> Tensor:
         """exp of the scores, which rank the same: (B * C, N), or `items` as above."""
-        rows, queries, weights, popular = mixture
+        rows, queries, weights, lost, popular = mixture
         some = slice(None) if items is None else items
         total = tables.priors["popular"][some].exp() * popular  # (N,), from here on (B, C, N)
         for name, query in queries.items():
@@ -270,9 +291,11 @@ class SessionModel(nn.Module):
         place, there = rows.clamp(min=0), rows != PAD
         if items is not None:
             place, there = find(items, place, there)
-        total.scatter_add_(2, place[:, None].expand_as(weights["copy"]), weights["copy"] * there[:, None])
         for name, pairs in self.counted():
             pairs.add(total, rows, weights[name], items)
+        event = place[:, None].expand_as(lost)
+        total.scatter_reduce_(2, event, 1 - lost * there[:, None], "prod")
+        total.scatter_add_(2, event, weights["copy"] * there[:, None])
         return total.flatten(0, 1)
 
 
@@ -281,6 +304,14 @@ def pair_steps(parts: Parts) -> dict[str, list[int]]:
     steps = {"followers": [1]} if parts.followers else {}
     near = [step for step in range(-parts.companions, parts.companions + 1) if step not in (0, *steps.get("followers", []))]
     return steps | ({"companions": near} if near else {})
+
+
+def seen_last(rows: Tensor) -> Tensor:
+    """rows (B, L) -> (B, L, L) bool: none of the events after s, up to t, is of the same item."""
+    place = torch.arange(rows.shape[1], device=rows.device)
+    later = (rows[:, :, None] == rows[:, None, :]) & (place > place[:, None])
+    following = torch.where(later, place, rows.shape[1]).amin(2)  # (B, s) when the item of s comes again
+    return place[:, None] < following[:, None, :]
 
 
 def dropout(values: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:

@@ -40,16 +40,14 @@ class Pairs(nn.Module):
             self.recency[0] = 2.0
 
     def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) windows -> share of each target among the other items of each position's item, and log-weights, both
-        (B, L, L). The window's own pairs are taken out: a session must not be its own evidence."""
-        whole, own, total, distinct = self.without(rows, targets)
-        gone = own @ (whole[:, :, None] == targets[:, None, :]).float()  # (s, t) of the target's count
-        count = self.count(rows[:, None, :], targets[:, :, None]) - gone.transpose(1, 2)  # (t, s)
-        return self.share(count, total[:, None, :], distinct[:, None, :]), self.weights(rows, total)
+        """(B, L) windows -> share of each item of the window, and of the target after it, among the other items of each position's
+        item, (B, L, L + 1), and log-weights (B, L, L). The window's own pairs are taken out: a session must not be its own evidence."""
+        _, _, count, total, distinct = self.without(rows, targets)
+        return self.share(count, total[..., None], distinct[..., None]), self.weights(rows, total)
 
     def among(self, rows: Tensor, targets: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """As above, with the share of each of `items` (C,), ascending: (B, L, C)."""
-        whole, own, total, distinct = self.without(rows, targets)
+        whole, own, _, total, distinct = self.without(rows, targets)
         session, position = (rows != PAD).nonzero(as_tuple=True)
         line, entry = self.entries(rows[session, position])
         place, there = find(items, self.keys[entry] % self.items, torch.ones_like(entry, dtype=torch.bool))
@@ -60,10 +58,10 @@ class Pairs(nn.Module):
         found = torch.zeros(*rows.shape, len(items), device=rows.device).index_put((session, position, place), share)
         return found, self.weights(rows, total)
 
-    def without(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def without(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of (B, L) windows: their items with the last target, (B, L + 1); how often each has one of these, v, so many steps after the
-        item of a position, s, (B, L, L + 1); and what the item of each position has of pairs and of different others without
-        them, (B, L) both."""
+        item of a position, s, and how often the other windows have the one item after the other, (B, L, L + 1) both; and what the
+        item of each position has of pairs and of different others there, (B, L) both."""
         after = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], PAD)], 1)
         whole = torch.cat([rows[:, :1], torch.where(targets != PAD, targets, after)], 1)  # (B, L + 1) the window and its last target
         real = (whole != PAD)[:, None, :].float()
@@ -73,11 +71,12 @@ class Pairs(nn.Module):
             near += place[None, :] - place[:, None] == step
         same = (rows[:, :, None] == whole[:, None, :]) * real  # (s, u)
         own = (same @ near) * real  # (s, v) how often the window has v `steps` after the item of s
-        twins = (own @ (whole[:, :, None] == whole[:, None, :]).float()).clamp(min=1)  # (s, v) as own, by the item of v
-        only_here = (self.count(rows[:, :, None], whole[:, None, :]) <= twins) / twins  # each pair known from this window alone sums to 1
+        here = own @ (whole[:, :, None] == whole[:, None, :]).float()  # (s, v) as own, by the item of v
+        count = self.count(rows[:, :, None], whole[:, None, :]) - here
+        only_here = (count <= 0) / here.clamp(min=1)  # each pair known from this window alone sums to 1
         total = self.totals[rows.clamp(min=0)] - own.sum(-1)
         distinct = self.distinct[rows.clamp(min=0)] - (own * only_here).sum(-1)
-        return whole, own, total, distinct
+        return whole, own, count, total, distinct
 
     def count(self, rows: Tensor, others: Tensor) -> Tensor:
         """How often each of `others` stood by each of `rows`, in the shape the two broadcast to."""

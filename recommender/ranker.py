@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recommender.shape import LEAST_MASS, MAX_SCALE, NEVER, ModelConfig
+from recommender.shape import LEAST_MASS, MAX_SCALE, NEVER, SEEN_RATE, ModelConfig
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -24,7 +24,9 @@ class Read(NamedTuple):
     queries: dict[str, np.ndarray]  # (L, D) by channel, the channel's scale in them
     weights: dict[str, np.ndarray]  # (L,) log-weights of each item's component, by channel and table of pairs
     others: np.ndarray  # (P,) the items themselves and those that stood by them in training, one as often as it did
-    gains: np.ndarray  # (P,) what that adds to exp(score) of each
+    gains: np.ndarray  # (P,) what having stood there adds to exp(score) of each
+    lost: np.ndarray  # (L,) of what all that gives it, the share that an item loses for having been seen
+    copied: np.ndarray  # (L,) what having been seen adds to exp(score) then
 
 
 class Channels:
@@ -122,6 +124,7 @@ class Ranker:
         names = dict.fromkeys(key.split(".")[1] for key in arrays if key.startswith("pairs."))
         self.pairs = {name: PairCounts(below(arrays, f"pairs.{name}")) for name in names}
         self.copy, self.popular = arrays.get("copy"), float(arrays["popular"])
+        self.lost = 1 / (1 + np.exp(-SEEN_RATE * arrays["seen"])) if "seen" in arrays else None
         self.by_popularity = np.argsort(-self.priors["popular"], kind="stable")
 
     @classmethod
@@ -139,22 +142,27 @@ class Ranker:
         queries, weights = (dict(zip(self.vectors, found, strict=True)) for found in self.channels.read(states, before, after, back))
         if "id" in weights:
             weights["id"] = np.where(self.known[rows], weights["id"], NEVER)
-        others, gains = [rows], [np.zeros(len(rows)) if self.copy is None else np.exp(self.copy[back[-1]])]
+        others, gains = [rows], [np.zeros(len(rows))]
         for name, pairs in self.pairs.items():
             weights[name] = pairs.weights(rows, back[-1])
             beside, share = pairs.others(rows, weights[name])
             others.append(beside)
             gains.append(share)
-        return Read(rows, queries, weights, np.concatenate(others), np.concatenate(gains))
+        copied = np.zeros(len(rows)) if self.copy is None else np.exp(self.copy[back[-1]])
+        again = ((rows[:, None] == rows) & (back < 0)).any(1)  # of the events after it, one is of the same item
+        lost = np.zeros(len(rows)) if self.lost is None else np.where(again, 0, self.lost[back[-1]])
+        return Read(rows, queries, weights, np.concatenate(others), np.concatenate(gains), lost, copied)
 
     def scores(self, read: Read, items: np.ndarray) -> np.ndarray:
         """Of `items` (C,), ascending; (C,)."""
         total = np.exp(self.priors["popular"].take(items) + self.popular)
         for name in self.vectors:
             total += np.exp(read.weights[name]) @ self.channel(read, name, items)
-        place = np.minimum(np.searchsorted(items, read.others), len(items) - 1)
-        there = items[place] == read.others
+        place, there = find(items, read.others)
         total += np.bincount(place[there], read.gains[there], len(items)).astype(total.dtype)
+        place, there = find(items, read.rows)
+        np.multiply.at(total, place[there], (1 - read.lost[there]).astype(total.dtype))
+        np.add.at(total, place[there], read.copied[there].astype(total.dtype))
         found: np.ndarray = np.log(np.maximum(total, LEAST_MASS))
         return found
 
@@ -203,6 +211,12 @@ def tables(arrays: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]
     top = popular[known].max(initial=NEVER)
     priors["popular"] = popular - (top + np.log(np.exp(popular[known] - top).sum()))
     return vectors, priors
+
+
+def find(items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the `rows` stand in `items` (C,), ascending, and which of them do."""
+    place = np.minimum(np.searchsorted(items, rows), len(items) - 1)
+    return place, items[place] == rows
 
 
 def below(arrays: Arrays, name: str) -> dict[str, np.ndarray]:

@@ -9,8 +9,10 @@ import numpy as np
 from pipeline.errors import ARTIFACT, UserError
 
 NEVER = -1e4  # log-weight of what cannot be: exp gives 0, and float32 still adds to it
+SEEN_RATE = 8.0  # of the logits of what an item loses for having been seen: repeats are so rare that these would hardly move else
 MAX_SCALE = 80.0  # of a channel's logits: exp of 89 is no float32
 LEAST_MASS = float(np.finfo(np.float32).tiny)  # exp of the score of an item that no component can bring
+FORM = 2  # of the tensors: models of another one are trained anew
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class ModelConfig:
     id_dropout: float = 0.0  # of whole items
     own_loss: float = 0.0
     parts: Parts = field(default_factory=Parts)
+    form: int = FORM
 
 
 def config_of(folder: Path) -> ModelConfig:
     """Of a published session model. Raises `UserError` (4)."""
     config = json.loads((folder / "config.json").read_bytes())
-    if "parts" not in config:
+    if config.get("form") != FORM:
         raise UserError(f"session model of an older tpad ({folder}); run `tpad train-sbr`", ARTIFACT)
     return ModelConfig(**config | {"parts": Parts(**config["parts"])})

@@ -296,7 +296,7 @@ def train_step(
     if settings.loss == "gbce":
         candidates = drawn_evenly(model.known, targets, settings.negatives, settings.calibration, generator)
     else:
-        candidates = everything(model.known) if share is None else sampled(share, targets, settings.negatives, generator)
+        candidates = everything(model.known) if share is None else sampled(share, torch.cat([rows, targets]), settings.negatives, generator)
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         losses = wrapped(rows[mine], targets[mine], known, candidates, generator)
     total: Tensor = losses.float().sum() / int(train.cases[which].sum())

@@ -156,7 +156,8 @@ def test_shares_of_candidates_are_those_of_targets(name: str) -> None:
     windows, pairs = pack(rows, offsets, 8), dict(model.counted())[name]
     inputs, targets = torch.tensor(windows.inputs).long(), torch.tensor(windows.targets).long()
     items = targets.unique()[1:]
-    wanted, weights = pairs(inputs, targets)
+    shares, weights = pairs(inputs, targets)
+    wanted = shares[:, :, 1:].transpose(1, 2)  # of the targets, (t, s)
     found, same = pairs.among(inputs, targets, items)
     case = (targets != PAD)[:, :, None] & (inputs != PAD)[:, None, :]  # (t, s)
     of_targets = found.transpose(1, 2).gather(1, torch.searchsorted(items, targets)[:, :, None].expand_as(wanted))
@@ -177,12 +178,11 @@ def test_a_session_is_no_evidence_for_itself(name: str) -> None:
         one = windows.take(np.array([number]))
         asked = torch.tensor(one.inputs).long(), torch.tensor(one.targets).long()
         found, weights = tables[name](*asked)
-        share = torch.zeros_like(found)
-        for t, target in enumerate(one.targets[0]):
-            table = torch.zeros(len(one.inputs[0]), 1, ITEMS)
-            without.add(table, asked[0][0][:, None], torch.ones(len(one.inputs[0]), 1, 1))
-            share[0, t] = table[:, 0, target]
-        assert torch.allclose(found, share, atol=1e-6)
+        table = torch.zeros(len(one.inputs[0]), 1, ITEMS)
+        without.add(table, asked[0][0][:, None], torch.ones(len(one.inputs[0]), 1, 1))
+        session = rows[offsets[number] : offsets[number + 1]]  # the window and the target after it
+        length = len(session)
+        assert torch.allclose(found[0, : length - 1, :length], table[: length - 1, 0, session], atol=1e-6)
         assert torch.allclose(weights, without.weights(asked[0]), atol=1e-4)
 
 
@@ -240,6 +240,30 @@ def test_a_part_that_is_left_out_leaves_no_weights(part: str) -> None:
     model = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8, parts=replace(Parts(), **{part: False})), None, *log())
     assert set(dict(model.named_parameters())) < set(dict(whole.named_parameters()))
     assert torch.isfinite(model.scores(rows, model.tables())[0, model.known]).all()
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_it_learns_that_visitors_do_not_come_back_to_an_item(repeat: bool) -> None:
+    """Five items each have one vector and are visited once each, in any order. What is left of the five comes next, though by its vector
+    every item goes with itself as well as with them."""
+    rng = np.random.default_rng(0)
+    rows, offsets = np.concatenate([5 * rng.integers(8) + rng.permutation(5) for _ in range(120)]), np.arange(0, 601, 5)
+    windows = pack(rows, offsets, 8)
+    inputs, targets = (torch.tensor(of).long() for of in (windows.inputs, windows.targets))
+    torch.manual_seed(0)
+    config = ModelConfig(40, 8, False, dim=16, max_prefix=8, parts=Parts(repeat=repeat))
+    model = SessionModel(config, np.repeat(np.eye(8, dtype=np.float32), 5, axis=0), rows, offsets)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    with torch.enable_grad():
+        for _ in range(60):
+            optimizer.zero_grad()
+            model.losses(inputs, targets, model.tables(), everything(model.known)).mean().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    right = []
+    for first in range(0, 40, 5):
+        scores = model.scores(torch.tensor([[first + 3, first, first + 1]]), model.tables())[0]
+        right.append(set(scores.topk(2).indices.tolist()) == {first + 2, first + 4})
+    assert all(right) if repeat else not any(right)
 
 
 def test_a_cold_item_ranks_by_its_content() -> None:

@@ -252,7 +252,7 @@ def test_a_model_of_an_older_format_is_one_clear_line(trained: Path, tmp_path: P
     folder = tmp_path / "old"
     shutil.copytree(trained / "sbr" / "v0001", folder)
     config = json.loads((folder / "config.json").read_bytes())
-    del config["parts"]
+    config["form"] = 1
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="run `tpad train-sbr`") as error:
         load_model(folder)
