@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +26,7 @@ from pipeline.checkpoint import seconds_of
 from pipeline.config import Config, VariantName, altered
 from pipeline.embeddings import read_embeddings
 from pipeline.errors import ENVIRONMENT, UserError
+from pipeline.process import end_with
 from recommender.comparison import PROBES, report
 from recommender.inputs import load_inputs, model_fingerprint
 from recommender.probes import attribute_columns, probe
@@ -101,7 +101,7 @@ def make_together(columns: Sequence[Sequence[Cell]], jobs: int, work: Callable[[
     """The cells of each seed, in processes of their own; those after the first wait for what it leaves to take over."""
     rest = {column[0].seed: column[1:] for column in columns}
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=begin_process, initargs=(threads,))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=begin_process, initargs=(threads, os.getpid()))
     with pool:
         try:
             left = {pool.submit(work, column[0]) for column in columns}
@@ -120,15 +120,8 @@ def make_together(columns: Sequence[Sequence[Cell]], jobs: int, work: Callable[[
             raise
 
 
-def begin_process(threads: int) -> None:
-    """A core or more for each; they end when the main process does, however that was."""
+def begin_process(threads: int, parent: int) -> None:
+    """A core or more for each."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process passes it on
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with(parent)

@@ -16,6 +16,7 @@ from recommender.pairs import Pairs
 from recommender.ranker import PairCounts, Ranker
 from recommender.sessions import PAD, pack, pad_prefixes
 from recommender.shape import LEAST_MASS, ModelConfig, Parts
+from recommender.train import make_accelerator, settle_copies
 from recommender.whitening import fit_whitening
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
@@ -264,6 +265,19 @@ def test_it_learns_that_visitors_do_not_come_back_to_an_item(repeat: bool) -> No
         scores = model.scores(torch.tensor([[first + 3, first, first + 1]]), model.tables())[0]
         right.append(set(scores.topk(2).indices.tolist()) == {first + 2, first + 4})
     assert all(right) if repeat else not any(right)
+
+
+def test_how_much_a_repeat_is_worth_is_settled_on_validation() -> None:
+    """Whatever training made of it, whose other parts know training sessions by heart."""
+    accelerator = make_accelerator()
+    for again in (True, False):
+        model = build()
+        assert model.copy is not None
+        model.copy.fill_(-1.0)
+        sessions = [[a, b, a, b, a, b] if again else [a, b, 20 + a, 20 + b, 30 + a, 35] for a in range(5) for b in range(5, 9)]
+        valid = pack(np.concatenate(sessions).astype(np.int32), np.arange(0, 121, 6), 8)
+        settle_copies(model, model.copy, valid, accelerator)
+        assert bool((model.copy >= 0).all() if again else (model.copy <= -1).all())
 
 
 def test_a_cold_item_ranks_by_its_content() -> None:
