@@ -66,7 +66,7 @@ class Mixture(NamedTuple):
     rows: Tensor  # (B, L)
     queries: dict[str, Tensor]  # (B, L, D), for exp2
     weights: dict[str, Tensor]  # (B, C, L) of the components at each position; also "copy", and the tables of pairs
-    lost: Tensor  # (B, C, L) of what the others give it, by the items seen
+    lost: Tensor  # (B, C, L) the share of what the others give it that the item of an event loses, where it was seen last
     popular: Tensor  # () weight
 
     def of(self, part: slice) -> "Mixture":
@@ -227,7 +227,7 @@ class SessionModel(nn.Module):
         over.append(popular[target][..., None])
         logs = torch.cat([*under, reading.popular.expand(*rows.shape, 1), reading.weights["copy"]], -1)[case]
         whole = logs.logsumexp(-1, keepdim=True)  # (cases, 1)
-        # of the whole the items seen, (cases, u), lose a part
+        # what each item of the window, u, is given, as a share of the whole, and what is left when those seen have lost theirs
         share = torch.cat(shares, 1)
         given = padded(((logs[:, : share.shape[1]] - whole) * LOG2E).exp2(), case) @ share
         again = targets[..., None] == rows[:, None, :]  # (B, t, u)

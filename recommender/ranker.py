@@ -25,7 +25,7 @@ class Read(NamedTuple):
     weights: dict[str, np.ndarray]  # (L,) log-weights of each item's component, by channel and table of pairs
     others: np.ndarray  # (P,) the items themselves and those that stood by them in training, one as often as it did
     gains: np.ndarray  # (P,) what having stood there adds to exp(score) of each
-    lost: np.ndarray  # (L,) of what all that gives it, the share that an item loses for having been seen
+    lost: np.ndarray  # (L,) the share of what all that gives it that an item loses for having been seen
     copied: np.ndarray  # (L,) what having been seen adds to exp(score) then
 
 
@@ -124,7 +124,7 @@ class Ranker:
         names = dict.fromkeys(key.split(".")[1] for key in arrays if key.startswith("pairs."))
         self.pairs = {name: PairCounts(below(arrays, f"pairs.{name}")) for name in names}
         self.copy, self.popular = arrays.get("copy"), float(arrays["popular"])
-        self.lost = 1 / (1 + np.exp(-SEEN_RATE * arrays["seen"])) if "seen" in arrays else None
+        self.lost = 0.5 + 0.5 * np.tanh(0.5 * SEEN_RATE * arrays["seen"]) if "seen" in arrays else None
         self.by_popularity = np.argsort(-self.priors["popular"], kind="stable")
 
     @classmethod
