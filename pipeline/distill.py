@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import fsdp, layers, prompts
 from pipeline.artifact import canonical_json, locked, published, stage
-from pipeline.backbone import Backbone, build_backbone, weights_sha256
+from pipeline.backbone import TOKENIZER, Backbone, build_backbone, weights_sha256
 from pipeline.batches import cut
 from pipeline.catalog import load_catalog
 from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
@@ -350,7 +350,7 @@ def _fingerprints(
         "templates": views.templates.model_dump(),
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
-        "backbone": config.backbone.model_dump(),
+        "backbone": config.backbone.model_dump() | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
         "weights": made_from,
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),

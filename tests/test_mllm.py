@@ -10,6 +10,7 @@ import torch
 from tiny_items import ITEMS, LONG, ROW, Made, make
 from tiny_run import FAMILIES, same
 
+from pipeline.backbone import train_tokenizer
 from pipeline.encoder import Encoded, Encoder
 from pipeline.errors import ARTIFACT, UserError
 from pipeline.mllm import MODEL_INPUTS, embed, load_mllm, load_trainable, save_mllm, trainable_state
@@ -136,6 +137,13 @@ def test_long_texts_are_cut(data: Path, folders: Path, tiny: Made) -> None:
     cut = make(data, folders, "tiny", "backbone.max_text_tokens=4")
     assert len(cut.items("long")[0]) < len(tiny.items("long")[0])
     assert len(cut.items("long")[0]) == len(cut.items("red")[0]) + 4 - len(tiny.encoder.tokens(" a mug"))
+
+
+def test_a_year_begins_as_the_year_before_it_though_no_text_had_it() -> None:
+    tokenizer = train_tokenizer(400, ["a film of 2014"] * 100)
+    seen, new = (tokenizer(f" {year}").input_ids for year in (2014, 2015))
+    assert seen[:-1] == new[:-1]
+    assert tokenizer.decode(new) == " 2015"
 
 
 def test_what_looks_like_a_special_token_in_a_text_is_text(data: Path, folders: Path, tmp_path: Path) -> None:
