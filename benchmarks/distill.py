@@ -22,7 +22,6 @@ from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
-from pipeline.distill import train_phase
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm
 from pipeline.phases import PHASES, Group
@@ -31,6 +30,7 @@ from pipeline.session_log import load_sessions
 from pipeline.shop import draw_shop
 from pipeline.split import split_sessions
 from pipeline.steplog import Metrics
+from pipeline.train import train_phase
 from pipeline.vision import pack_attention
 
 WARM = 2

@@ -26,7 +26,7 @@ from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config, load_config
-from pipeline.distill import distill, keep_pictures, train_phase
+from pipeline.distill import distill, keep_pictures
 from pipeline.encoder import Encoder
 from pipeline.export import export
 from pipeline.mllm import Mllm
@@ -36,6 +36,7 @@ from pipeline.session_log import load_sessions
 from pipeline.shop import draw_shop
 from pipeline.split import split_sessions
 from pipeline.steplog import Metrics
+from pipeline.train import train_phase
 
 SHAPE = [
     *("shop.items=240", "shop.sessions=400", "shop.image_size=256", "distill.probe.every=0"),

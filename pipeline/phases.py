@@ -7,7 +7,7 @@
 The paper's public text gives this structure; losses and prompts are this project's own choices. Only training
 sessions are ever read. Every random choice is a function of (seed, phase, step): a run that was killed and resumed, or
 spread over processes, is the same run. Every process computes the loss of the whole global batch from gathered
-features. The loop that trains a phase is in `distill.py`.
+features. The loop that trains a phase is in `train.py`.
 """
 
 import hashlib
