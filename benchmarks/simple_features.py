@@ -6,7 +6,8 @@
 
 An item's vector is that of its text by all-MiniLM-L6-v2 (384 numbers, mean of the tokens) beside that of its picture by
 EfficientNet-Lite0 (1,280 numbers, mean of the last grid, ImageNet weights), each of length one; zeros where the item has no
-picture. Nothing is trained. The columns of the text are those of `--config`, as the MLLM is shown them.
+picture. Nothing is trained. The columns of the text are those of `--config`, as the MLLM is shown them. With `--texts-only` the
+picture's part is left out.
 """
 
 import argparse
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--texts-only", action="store_true")
     args = parser.parse_args()
     config = load_config(args.config)
     catalog = load_catalog(args.data)
@@ -73,8 +75,11 @@ def main() -> None:
         for first in range(0, len(catalog), BATCH):
             rows = range(first, min(first + BATCH, len(catalog)))
             texts = text_vectors(language, tokenizer, [views.text(row) for row in rows])
-            images = [catalog.image(row) if views.has_image(row) else None for row in rows]
-            vectors.append(torch.cat([texts, picture_vectors(vision, images)], dim=1))
+            if args.texts_only:
+                vectors.append(texts)
+            else:
+                images = [catalog.image(row) if views.has_image(row) else None for row in rows]
+                vectors.append(torch.cat([texts, picture_vectors(vision, images)], dim=1))
             progress.advance(by=len(rows))
     found = torch.cat(vectors).numpy()
     schema = embeddings_schema(found.shape[1], "float32", [HALF])
