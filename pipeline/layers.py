@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from pipeline.batches import cut
@@ -38,7 +39,7 @@ def measure(mllm: Mllm, encoder: Encoder, sequences: Sequence[Encoded], token_bu
     with torch.inference_mode():
         for at in cut(np.array([len(s) for s in sequences]), token_budget):
             batches = encoder.collate({"items": [sequences[n] for n in at]})
-            tensors = {of: {name: t.to(device) for name, t in batch.items()} for of, batch in batches.items()}
+            tensors = send_to_device(batches, device)
             with outputs(decoder) as layers:
                 mllm.hidden(tensors)
             batch = tensors["items"]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -170,7 +171,7 @@ def embed_batches(
     features: dict[str, list[Tensor]] = {head: [] for head in heads}
     with torch.no_grad():  # what `fsdp.py` first puts together in inference mode, no later step could use
         for tensors in batches:
-            out = mllm({of: {name: t.to(device) for name, t in batch.items()} for of, batch in tensors.items()}, {"items": heads})
+            out = mllm(send_to_device(tensors, device), {"items": heads})
             for head in heads:
                 features[head].append(out[f"items.{head}"].cpu())
     order = np.argsort(np.concatenate(places))

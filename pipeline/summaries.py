@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 
 from pipeline.artifact import canonical_json, replacing
 from pipeline.batches import cut
@@ -57,7 +57,7 @@ def write_summaries(mllm: Mllm, phase: Phase, path: Path) -> dict[str, str]:
             for first in range(0, len(todo), group.world):
                 batch = todo[min(first + group.rank, len(todo) - 1)]  # for want of another the last, as all must go along (`fsdp.py`)
                 tensors = encoder.collate({"sessions": [encoder.encode(prompts[key]) for key in batch]})
-                tensors = {of: {name: t.to(group.accelerator.device) for name, t in part.items()} for of, part in tensors.items()}
+                tensors = send_to_device(tensors, group.accelerator.device)
                 with torch.no_grad():
                     own = dict(zip(batch, encoder.decode(mllm.write(tensors, "sessions", greedy)), strict=True))
                 written = {key: text for part in (gather_object([own]) if group.world > 1 else [own]) for key, text in part.items()}

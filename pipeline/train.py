@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,7 +71,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
             seeds = [int(dropout.integers(2**62)) for _ in chunks]
             for group_ in optimizer.param_groups:
                 group_["lr"] = learning_rate(settings, step) * group_["factor"]
-            chunks, facts = [to_device(chunk, accelerator.device) for chunk in chunks], to_device(facts, accelerator.device)
+            chunks, facts = send_to_device((chunks, facts), accelerator.device, non_blocking=True)
             if len(chunks) == 1:
                 torch.manual_seed(seeds[0])
                 made: Tensors = model(chunks[0], phase.heads)
@@ -145,7 +146,7 @@ def centre_heads(phase: Phase, mllm: Mllm) -> None:
     chunks, facts = phase[0]
     reads: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        for chunk in (to_device(chunk, device) for chunk in chunks):
+        for chunk in (send_to_device(chunk, device, non_blocking=True) for chunk in chunks):
             for name, states in mllm.hidden(chunk).items():
                 reads.setdefault(name, []).append(states[chunk[name]["read_at"]].float())
         for name, found in reads.items():
@@ -190,7 +191,3 @@ def prefixed(prefix: str, tensors: Tensors) -> Tensors:
 
 def below(prefix: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def to_device(tensors: Any, device: torch.device) -> Any:
-    return {name: to_device(t, device) if isinstance(t, dict) else t.to(device, non_blocking=True) for name, t in tensors.items()}
