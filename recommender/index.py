@@ -1,7 +1,7 @@
 """FAISS over the item vectors, and the top-k of the session model through it.
 
 The model's score is a sum over queries: one for each channel and item of the session. So every channel has an index of its
-own, over [v ; prior / scale] of its items; the inner product with [scale * q ; scale] is what a query gives an item. The
+own, over [v ; prior / scale] of its items; the inner product with [q ; scale] is what a query gives an item. The
 best M of every query, the items counted beside those of the session, these themselves and the popular ones are scored exactly by the model.
 
 With a flat index the answer is exact: it stops when the k-th best of the candidates beats all that an item outside every
@@ -154,8 +154,8 @@ class ItemIndex:
             size *= GROWTH
 
     def queries(self, read: Read) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By channel the queries (Q, D + 1) to ask its index, and their log-weights (Q,). An index that is not exact is not
-        asked for the lightest, of which hardly an item comes first."""
+        """By channel the queries to ask its index, a number longer than the model's, and their log-weights (Q,). An index that is
+        not exact is not asked for the lightest, of which hardly an item comes first."""
         least = NEVER / 2
         if not self.exact:
             every = np.sort(np.concatenate([read.weights[name] for name in self.indexes]))

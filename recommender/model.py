@@ -15,7 +15,7 @@ knows nothing about the case has a low weight and does no harm. It is also what 
 of the items seen, for one reason.
 
 An item without training events has no id vector: the id channel neither reads nor offers it. ID dropout shows the
-model such items during training. Position t reads only events up to t, so one pass answers every prefix of a session.
+model such items during training, strangers below. Position t reads only events up to t, so one pass answers every prefix of a session.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ LOG2E = float(np.log2(np.e))  # exp2 takes half the time of exp, and of a small 
 class Tables(NamedTuple):
     """What the session is held against: per channel the item vectors and log-weights, and who is known by id."""
 
-    vectors: dict[str, Tensor]  # (N, D) each, or (M, D) of `items`
+    vectors: dict[str, Tensor]  # (N, D) each, or (M, D) of `items`; of the content (N, D + 1), the last number 1 for a stranger
     priors: dict[str, Tensor]  # (N,) each; also "popular"
     known: Tensor  # (N,) bool
     items: Tensor | None = None  # (M,) ascending, that a training step touches; None: all
@@ -54,7 +54,7 @@ class Tables(NamedTuple):
 class Reading(NamedTuple):
     """What the session says at each position t: queries, and log-weights of the components at (t, s <= t)."""
 
-    queries: dict[str, Tensor]  # (B, L, D), the channel's scale in them
+    queries: dict[str, Tensor]  # (B, L, D), the channel's scale in them; of the content (B, L, D + 1)
     weights: dict[str, Tensor]  # (B, L, L); also "copy"
     seen: Tensor  # (B, L, L) logit of the share that an item loses, at (t, where it was seen last); elsewhere NEVER
     popular: Tensor  # () log-weight
@@ -99,7 +99,8 @@ class SessionModel(nn.Module):
             self.register_buffer("content", torch.as_tensor(content, dtype=torch.float32))
             self.project = nn.Linear(config.content_dim, config.dim, bias=False)
             self.channels["content"] = Channel(config.dim, config.max_prefix, config.parts)
-            self.stranger = nn.Parameter(torch.zeros(2))  # prior of an item without training events: content, popularity
+            # log-weight of a stranger, in place of a popularity: to the content of a known item, to that of another stranger, and to all
+            self.stranger = nn.Parameter(torch.zeros(3))
         if config.ids:
             self.ids = nn.Embedding(config.items, config.dim)
             nn.init.normal_(self.ids.weight, std=0.1)
@@ -144,9 +145,9 @@ class SessionModel(nn.Module):
         vectors, priors = {}, {}
         if "content" in self.channels:
             content = dropout(self.content[some], self.config.content_dropout, generator)
-            vectors["content"] = F.normalize(self.project(content), dim=-1)
-            priors["content"] = torch.where(known, self.channel("content").popularity * self.log_count, self.stranger[0]) + level
-            priors["popular"] = torch.where(known, self.popularity * self.log_count, self.stranger[1])
+            vectors["content"] = torch.cat([F.normalize(self.project(content), dim=-1), ~known[some, None]], -1)
+            priors["content"] = self.channel("content").popularity * self.log_count * known + level
+            priors["popular"] = torch.where(known, self.popularity * self.log_count, self.stranger[2])
         else:
             priors["popular"] = (self.popularity * self.log_count).masked_fill(~known, NEVER)
         if "id" in self.channels:
@@ -187,8 +188,11 @@ class SessionModel(nn.Module):
         item = rows.clamp(min=0)
         queries, weights = {}, {}
         for name, channel in self.channels.items():
-            states = tables.of(name, item) * real[..., None]
+            states = tables.of(name, item)[..., : self.config.dim] * real[..., None]
             queries[name], weights[name] = channel(states, rows, real)
+        if "content" in queries:
+            to_stranger = torch.where(tables.known[item], self.stranger[0], self.stranger[1])
+            queries["content"] = torch.cat([queries["content"], to_stranger[..., None]], -1)
         if "id" in weights:
             weights["id"] = weights["id"].masked_fill(~tables.known[item][:, None, :], NEVER)
         back = steps_back(rows.shape[1], rows.device)

@@ -119,6 +119,7 @@ class Ranker:
     def __init__(self, config: ModelConfig, arrays: Arrays) -> None:
         """`arrays`: the `state_dict` of a `SessionModel`."""
         self.max_prefix, self.known = config.max_prefix, arrays["known"]
+        self.stranger = arrays.get("stranger", np.zeros(3, np.float32))
         self.vectors, self.priors = tables(arrays)
         self.channels = Channels([below(arrays, f"channels.{name}") for name in self.vectors], config.dim)
         names = dict.fromkeys(key.split(".")[1] for key in arrays if key.startswith("pairs."))
@@ -138,8 +139,11 @@ class Ranker:
         place = np.arange(len(rows))
         back = place[:, None] - place  # (L, L) below 0: not yet
         before, after = transitions(rows, back >= 0)
-        states = np.stack([vectors.take(rows, 0) for vectors in self.vectors.values()])
+        states = np.stack([vectors.take(rows, 0)[:, : self.channels.dim] for vectors in self.vectors.values()])
         queries, weights = (dict(zip(self.vectors, found, strict=True)) for found in self.channels.read(states, before, after, back))
+        if "content" in queries:
+            to_stranger = np.where(self.known[rows, None], self.stranger[0], self.stranger[1])
+            queries["content"] = np.concatenate([queries["content"], to_stranger], 1)
         if "id" in weights:
             weights["id"] = np.where(self.known[rows], weights["id"], NEVER)
         others, gains = [rows], [np.zeros(len(rows))]
@@ -198,10 +202,9 @@ def tables(arrays: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]
     vectors, priors = {}, {}
     popular = arrays.get("popularity", np.float32(0)) * count
     if "channels.content.log_scale" in arrays:
-        vectors["content"] = unit(arrays["content"] @ arrays["project.weight"].T)
-        prior = arrays.get("channels.content.popularity", np.float32(0)) * count
-        priors["content"] = np.where(known, prior, arrays["stranger"][0]) + level
-        popular = np.where(known, popular, arrays["stranger"][1])
+        vectors["content"] = np.concatenate([unit(arrays["content"] @ arrays["project.weight"].T), ~known[:, None]], 1, dtype=np.float32)
+        priors["content"] = arrays.get("channels.content.popularity", np.float32(0)) * count * known + level
+        popular = np.where(known, popular, arrays["stranger"][2])
     else:
         popular = np.where(known, popular, np.float32(NEVER))
     if "channels.id.log_scale" in arrays:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,13 @@ from recommender.models import MODELS, Model, chosen
 from recommender.models.sequence import SequenceModel
 from recommender.published import write_model
 from recommender.sessions import DeviceWindows, Windows, batches
+from recommender.settle import settle
 from recommender.shape import ModelConfig, Parts
 from recommender.steplog import Diverged, StepLog
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
 MANY_ITEMS = 5_000  # above, a softmax over all of them costs more than it gives
-COPY_SHIFTS = (0.0, 1.0, 2.0, 3.0, -1.0)  # of equally good ones the first is taken
 SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
 Watch = Callable[[list[float]], None]  # told the validation scores of the epochs so far, each time there is one more
 
@@ -70,7 +71,9 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     if trials:
         need_optuna()
     inputs = load_inputs(config, run, data)
-    empty_index(config.sbr.index, len(inputs.catalog), config.sbr.dim + 1)  # now, and not after the training
+    names, items = chosen(config.sbr.models), len(inputs.catalog)
+    to_publish = "full" if "full" in names else "ID-only"
+    check_index(to_publish, config.sbr, items)  # now, and not after the training
     accelerator = make_accelerator()
     folder = run / "sbr-train"
     with alone(folder, accelerator):
@@ -80,7 +83,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         windows = inputs.windows(config.data.max_prefix)
         if trials:
             search(config, inputs, windows[:2], accelerator, run, trials)
-        names, seeds = chosen(config.sbr.models), range(config.seed, config.seed + config.sbr.seeds)
+        seeds = range(config.seed, config.seed + config.sbr.seeds)
         own = settings_for(names, config, inputs, run)
         prints = [model_fingerprint(name, seed, own[name], inputs) for name in names for seed in seeds]
         whole = hashlib.sha256(canonical_json(prints)).hexdigest()
@@ -96,8 +99,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         runs: dict[str, list[Metrics]] = {}
         ranks: dict[str, np.ndarray] = {}  # of the first seed
         best: SessionModel | None = None
-        to_publish = "full" if "full" in names else "ID-only"
-        empty_index(config.sbr.index, len(inputs.catalog), own[to_publish].sbr.dim + 1)
+        check_index(to_publish, own[to_publish].sbr, items)
         for name, seed in itertools.product(names, seeds):
             model = train_model(name, seed, own[name], inputs, windows[:2], accelerator, folder, fresh)
             found = gather_ranks(model, windows[2], accelerator)
@@ -119,6 +121,12 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             version = published(run / "sbr", "sbr") or _missing(run)
             metrics = json.loads((version.path / "metrics.json").read_text(encoding="utf-8"))
         return SbrSummary(version, True, metrics)
+
+
+def check_index(name: str, settings: SbrConfig, items: int) -> None:
+    """Refuses an index that cannot be built over the vectors of a model's channels: see `build_indexes`."""
+    for more in (1, 2) if MODELS[name].content else (1,):
+        empty_index(settings.index, items, settings.dim + more)
 
 
 def _missing(run: Path) -> Version:
@@ -225,19 +233,9 @@ def train_model(
             if watch is not None:
                 watch(state["scores"])
     model.load_state_dict(best, strict=False)
-    if isinstance(model, SessionModel) and model.copy is not None:
-        settle_copies(model, model.copy, valid, accelerator)
+    if isinstance(model, SessionModel) and watch is None:
+        settle(model, partial(gather_ranks, model, valid, accelerator))
     return model
-
-
-def settle_copies(model: SessionModel, copy: Tensor, valid: Windows, accelerator: Accelerator) -> None:
-    """Shifts the log-weights of an item of the prefix coming again, by what ranks validation best. In training the other components
-    know much of what comes next by heart, so that their word against a repeat counts for more than it is worth."""
-    trained, scores = copy.detach().clone(), {}
-    for shift in COPY_SHIFTS:
-        copy.data = trained + shift
-        scores[shift] = summarise(gather_ranks(model, valid, accelerator))["MRR@20"]  # of one item's place; HR hardly moves with it
-    copy.data = trained + max(scores, key=lambda shift: scores[shift])
 
 
 def share_sampled(settings: SbrConfig, counts: np.ndarray) -> Tensor | None:

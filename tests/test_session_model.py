@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from recommender.model import SessionModel
 from recommender.pairs import Pairs
 from recommender.ranker import PairCounts, Ranker
 from recommender.sessions import PAD, pack, pad_prefixes
+from recommender.settle import settle
 from recommender.shape import LEAST_MASS, ModelConfig, Parts
-from recommender.train import make_accelerator, settle_copies
 from recommender.whitening import fit_whitening
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
@@ -269,15 +270,30 @@ def test_it_learns_that_visitors_do_not_come_back_to_an_item(repeat: bool) -> No
 
 def test_how_much_a_repeat_is_worth_is_settled_on_validation() -> None:
     """Whatever training made of it, whose other parts know training sessions by heart."""
-    accelerator = make_accelerator()
     for again in (True, False):
         model = build()
         assert model.copy is not None
         model.copy.fill_(-1.0)
         sessions = [[a, b, a, b, a, b] if again else [a, b, 20 + a, 20 + b, 30 + a, 35] for a in range(5) for b in range(5, 9)]
         valid = pack(np.concatenate(sessions).astype(np.int32), np.arange(0, 121, 6), 8)
-        settle_copies(model, model.copy, valid, accelerator)
+        settle(model, partial(model_ranks, model, valid))
         assert bool((model.copy >= 0).all() if again else (model.copy <= -1).all())
+
+
+def test_how_often_a_stranger_comes_is_settled_on_validation() -> None:
+    """After a known item and after another stranger: of that ID dropout, which hides items at random, knows nothing."""
+    known, new = range(0, 20), range(ITEMS - COLD, ITEMS)
+    for together in (True, False):
+        model = build()
+        model.stranger.zero_()
+        sessions = []
+        for a in range(10):
+            old, late = [known[a], known[a + 10], known[19 - a]], [new[(a + n) % COLD] for n in range(3)]
+            sessions += [old, late] if together else [[old[0], late[0], old[1]], [old[1], late[1], old[2]]]
+        valid = pack(np.concatenate(sessions).astype(np.int32), np.arange(0, 61, 3), 8)
+        settle(model, partial(model_ranks, model, valid))
+        after_known, after_stranger, _ = model.stranger.tolist()
+        assert after_known < 0 < after_stranger if together else after_known > 0 > after_stranger
 
 
 def test_a_cold_item_ranks_by_its_content() -> None:
