@@ -35,7 +35,7 @@ from pipeline.mllm import Mllm
 from pipeline.prompts import Prompts, View
 
 IMAGE_TOKENS = ["<image>", "<fake_token_around_image>", "<global-img>"]
-SIDE, PATCH, MERGE = 48, 6, 2  # 64 patches a picture, 16 image tokens
+SIDE, PATCH = 48, 6  # 64 patches a picture
 # SmolLM2's own format, for content in parts as models that see have it; its template takes text alone
 CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>
@@ -51,20 +51,23 @@ def gguf() -> Path:
     return next(Path(found.origin).parent.glob("*.gguf"))
 
 
-def assemble() -> Backbone:
-    """SmolLM2 as the text model of an Idefics3 whose vision tower is drawn at random."""
+def assemble(layers: int | None, merge: int) -> Backbone:
+    """SmolLM2, or the first so many of its 30 layers, as the text model of an Idefics3 whose vision tower is drawn at random."""
     file = gguf()
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.add_special_tokens({"additional_special_tokens": IMAGE_TOKENS})
     tokenizer.chat_template = CHAT
     language = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    if layers:
+        language.model.layers = language.model.layers[:layers]
+        language.config.num_hidden_layers = layers
     text = {name: value for name, value in language.config.to_dict().items() if name != "quantization_config"}
     config = Idefics3Config(
         vision_config=VISION | {"image_size": SIDE, "patch_size": PATCH},
         text_config=LlamaConfig(**text | {"vocab_size": len(tokenizer)}),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[0]),
-        scale_factor=MERGE,
+        scale_factor=merge,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
@@ -115,8 +118,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300, help="of the warm start")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--layers", type=int, help="only the first so many of the language model's 30")
+    parser.add_argument("--merge", type=int, default=2, help="this squared of a picture's 64 patches are one image token")
     given = parser.parse_args()
-    backbone = assemble()
+    backbone = assemble(given.layers, given.merge)
     warm(backbone, given.data, given.steps, given.batch)
     for part in (backbone.model, backbone.tokenizer, backbone.image_processor):
         part.save_pretrained(given.out)
