@@ -20,15 +20,20 @@ def settle(model: SessionModel, ranks: Ranks) -> None:
     items at random, where new ones come in their own number, and together."""
     numbers: list[tuple[Tensor, float]] = [] if model.copy is None else [(model.copy, COPY_STEP)]
     numbers += [(model.stranger[which], STRANGER_STEP) for which in range(2)] if model.config.content_dim else []
+
+    def score() -> np.ndarray:
+        return case_values(ranks(), "MRR@20")  # it tells one place from the next, as HR does not
+
     with torch.no_grad():
+        now = score() if numbers else np.empty(0)
         for number, step in numbers:
-            shift(number, step, lambda: case_values(ranks(), "MRR@20"))  # it tells one place from the next, as HR does not
+            now = shift(number, step, now, score)
 
 
-def shift(number: Tensor, step: float, score: Callable[[], np.ndarray]) -> None:
-    """Moves `number` by steps to where the mean of the score (cases,) is highest or, nearer to where it stood, within a standard
-    error of that (Breiman et al., 1984): a difference that is chance moves nothing."""
-    start, found = number.clone(), {0: score()}
+def shift(number: Tensor, step: float, now: np.ndarray, score: Callable[[], np.ndarray]) -> np.ndarray:
+    """Moves `number` by steps to where the mean of the score (cases,), `now` as it stands, is highest or, nearer to that, within a
+    standard error of the highest (Breiman et al., 1984): a difference that is chance moves nothing. Returns the score there."""
+    start, found = number.clone(), {0: now}
     for way in (1, -1):
         for at in range(way, way * (FARTHEST + 1), way):
             number.copy_(start + at * step)
@@ -41,4 +46,6 @@ def shift(number: Tensor, step: float, score: Callable[[], np.ndarray]) -> None:
         less = best - found[at]
         return bool(less.mean() <= less.std() / len(less) ** 0.5)
 
-    number.copy_(start + min(filter(as_good, found), key=abs) * step)
+    nearest = min(filter(as_good, found), key=abs)
+    number.copy_(start + nearest * step)
+    return found[nearest]
