@@ -108,7 +108,7 @@ def distill(
             torch.manual_seed(config.seed)
             heads = [head for of in kind.heads.values() for head in of]
             mllm = Mllm(backbone.model, heads, config.distill.dim)
-            begin(mllm, kind, base, weights, config.distill.transfer.start)
+            begin(mllm, phase, base, weights)
             if kind is Align and config.distill.align.token_distill:
                 mllm.teacher = below("backbone.", weights["transfer"])
             checkpoints = Checkpoints(folder / kind.name, fingerprint)
@@ -166,15 +166,15 @@ def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts,
     cache.refresh()
 
 
-def begin(mllm: Mllm, kind: type[Phase], base: Tensors, weights: dict[str, Tensors], transfer_start: str) -> None:
-    """The weights a phase starts from: the base model's or K's; a new head starts as a copy of K's head."""
+def begin(mllm: Mllm, phase: Phase, base: Tensors, weights: dict[str, Tensors]) -> None:
+    """The weights a phase starts from: the base model's, or K's, a new head then as a copy of K's head."""
     state: Tensors = dict(base)
-    if kind is Align or (kind is Transfer and transfer_start == "knowledge"):
+    if phase.from_knowledge:
         known = weights["knowledge"]
         head = below("heads.knowledge.", known)
-        state |= known | {f"heads.{new}.{name}": w for new in kind.new for name, w in head.items()}
+        state |= known | {f"heads.{new}.{name}": w for new in phase.new for name, w in head.items()}
     own = trainable_state(mllm)
-    load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, kind.name)
+    load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, phase.name)
 
 
 def _fingerprints(

@@ -25,11 +25,11 @@ IMAGE_CACHE_BYTES = 1 << 30  # of encoded images kept, so that an epoch after th
 
 @dataclass
 class Encoded:
-    """One sequence: token ids, the pictures in it, the positions features are read at, and which tokens are answers."""
+    """One sequence: token ids, the pictures in it, where features are read, and which tokens are answers."""
 
     ids: list[int] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
-    reads: list[int] = field(default_factory=list)
+    reads: list[range] = field(default_factory=list)  # by feature, the positions it is the mean over
     answers: list[int] = field(default_factory=list)  # positions of the tokens to be written
     intents: list[int] = field(default_factory=list)  # and of those that say what a session's items have in common
 
@@ -111,13 +111,19 @@ class Encoder:
             elif part.kind == "turn":
                 out.ids += self.tail
             elif part.kind == "read":
-                out.reads.append(len(out.ids) - 1)
+                out.reads.append(range(self._read_from(out), len(out.ids)))
             else:
                 answer = self.answer(part.text)
                 written = out.answers if part.kind == "answer" else out.intents
                 written += range(len(out.ids), len(out.ids) + len(answer))
                 out.ids += answer
         return out
+
+    def _read_from(self, out: Encoded) -> int:
+        """Of the feature that is read at the end of `out`, the first token it is read at."""
+        if self.config.pooling == "last":
+            return len(out.ids) - 1
+        return out.reads[-1].stop if out.reads else len(self.head)
 
     def decode(self, ids: Tensor) -> list[str]:
         """(B, n) written tokens -> texts, in one line each."""
@@ -178,8 +184,9 @@ class Encoder:
     def collate(self, batches: Mapping[str, Sequence[Encoded]], round_to: int = 1) -> dict[str, dict[str, Tensor]]:
         """Right-padded tensors of each batch of B sequences of at most L tokens, and the pictures of all of them.
 
-        A batch: `input_ids`, `attention_mask` (B, L); `read_at` (R,) and `answer_at` (A,), flat positions in (B * L) of the
-        features to read and of the tokens before each answer token; `answers` (A,); `intent_at` and `intents` likewise;
+        A batch: `input_ids`, `attention_mask` (B, L); `read_at` (M,) and `answer_at` (A,), flat positions in (B * L) of the
+        tokens features are read at and of those before each answer token; `read_over` (R,), how many tokens each feature is the mean
+        over; `answers` (A,); `intent_at` and `intents` likewise;
         `picture_at` (I,), which picture each image in it is, in their order; `position_ids` (3, B, L) where the family has them and
         there are pictures. "pictures": what the vision tower takes for the distinct ones; "kept": what it has made of those,
         numbered after the former, that need not go through it. L is a multiple of `round_to`.
@@ -197,10 +204,13 @@ class Encoder:
         length = math.ceil(max(map(len, sequences)) / round_to) * round_to
         ids = np.full((len(sequences), length), self.pad, np.int64)
         mask = np.zeros((len(sequences), length), np.int64)
-        reads, before, answers, before_intents, intents = [], [], [], [], []
+        reads: list[int] = []
+        over: list[int] = []
+        before, answers, before_intents, intents = [], [], [], []
         for b, s in enumerate(sequences):
             ids[b, : len(s)], mask[b, : len(s)] = s.ids, 1
-            reads += [b * length + at for at in s.reads]
+            reads += [b * length + at for read in s.reads for at in read]
+            over += map(len, s.reads)
             before += [b * length + at - 1 for at in s.answers]
             answers += [s.ids[at] for at in s.answers]
             before_intents += [b * length + at - 1 for at in s.intents]
@@ -210,6 +220,7 @@ class Encoder:
             "input_ids": ids,
             "attention_mask": mask,
             "read_at": reads,
+            "read_over": over,
             "answer_at": before,
             "answers": answers,
             "intent_at": before_intents,

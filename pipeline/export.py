@@ -41,6 +41,7 @@ RECIPE = {  # what else than its content makes an item's vector, and how to say 
     "on_bad_image": "what is done about bad images",
     "neighbours": "the neighbours of items that lack something",
 }
+POOLING = {"last": "last attended token", "mean": "mean of the tokens"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _manifest(
         "revision": settings["backbone"]["revision"],
         "weights_sha256": next(f["sha256"] for f in model.manifest["files"] if f["name"] == "weights.safetensors"),
         "prompts": {"version": prompts.VERSION, "text": shown, "templates": settings["templates"]},
-        "pooling": "last attended token",
+        "pooling": POOLING[settings["backbone"].get("pooling", "last")],
         "sessions_sha256": model.manifest["sessions_sha256"],
     }
     if (halves := [half for half in HALVES if half in settings["heads"]]) != list(HALVES):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.batches import cut
 from pipeline.embeddings import HALVES
 from pipeline.encoder import Encoded, Encoder
-from pipeline.mllm import Mllm
+from pipeline.mllm import Mllm, pooled
 
 SAMPLE = 256  # items, at most
 
@@ -45,7 +45,7 @@ def measure(mllm: Mllm, encoder: Encoder, sequences: Sequence[Encoded], token_bu
             batch = tensors["items"]
             vision, text = ((batch["input_ids"] == image) == seen for seen in (True, False))
             text &= batch["attention_mask"].bool()
-            read = [decoder.norm(states).flatten(0, 1)[batch["read_at"]].float() for states in layers]
+            read = [pooled(decoder.norm(states).flatten(0, 1), batch) for states in layers]
             vectors = [[F.normalize(mllm.heads[head](r), dim=-1) for head in heads] for r in read]
             cosines = [[(ours * theirs).sum(-1) for ours, theirs in zip(v, vectors[-1], strict=True)] for v in vectors]
             rows = [torch.stack([apart(s, vision, text), *cosine], -1) for s, cosine in zip(layers, cosines, strict=True)]

@@ -1,6 +1,6 @@
 """The multimodal LLM: a picture and a text become a vector here.
 
-`Mllm` is the backbone with named linear heads on the last hidden state, over the sequences that `Encoder` makes. Of all batches of a
+`Mllm` is the backbone with named linear heads on the last hidden states, over the sequences that `Encoder` makes. Of all batches of a
 step, each distinct picture goes through the vision tower once.
 """
 
@@ -64,7 +64,7 @@ class Mllm(nn.Module):
         taught = self._taught(batches) if self.training and self.teacher is not None else {}
         for name, states in self.hidden(batches).items():
             batch = batches[name]
-            read = states[batch["read_at"]].float()
+            read = pooled(states, batch)
             for head in heads[name]:
                 out[f"{name}.{head}"] = F.normalize(self.heads[head](read), dim=-1)
                 if head == "session":
@@ -98,12 +98,13 @@ class Mllm(nn.Module):
             _put(self.backbone, own)
             self.train()
 
-    def centre(self, head: str, mean: Tensor) -> None:
-        """Shifts a new head so that `mean` (D,), the mean of its raw outputs, becomes zero.
+    def turn(self, head: str, directions: Tensor) -> None:
+        """A head that has learned nothing yet reads these directions (n <= D, d)."""
+        with torch.no_grad():
+            self.heads[head][1].weight[: len(directions)] = directions  # type: ignore[index]
 
-        Last hidden states share one large direction: without this every item begins with nearly the same feature, and
-        contrastive losses spend their first hundreds of steps on that.
-        """
+    def centre(self, head: str, mean: Tensor) -> None:
+        """Shifts a new head so that `mean` (D,), the mean of its raw outputs, becomes zero."""
         with torch.no_grad():
             self.heads[head][1].bias.sub_(mean)  # type: ignore[index]
 
@@ -127,6 +128,14 @@ class Mllm(nn.Module):
         inputs = _inputs(batch | left, see(self.backbone.model, batches))
         written: Tensor = self.backbone.generate(**inputs, generation_config=greedy)
         return written[:, length:]
+
+
+def pooled(states: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """(R, d) fp32, the features h of a batch from its hidden states (B * L, d): of a token each, or means over tokens."""
+    read = states[batch["read_at"]].float()
+    if len(read) == len(over := batch["read_over"]):
+        return read
+    return torch.segment_reduce(read, "mean", lengths=over, unsafe=True)  # adds in one order, also on a GPU
 
 
 def _inputs(batch: dict[str, Tensor], seen: Seen | None) -> dict[str, Any]:

@@ -114,6 +114,11 @@ class Phase:
     new: ClassVar[tuple[str, ...]]  # heads that no earlier phase has trained
 
     @property
+    def from_knowledge(self) -> bool:
+        """Whether it starts from K's weights, and its new heads from K's head; or from the backbone as it came."""
+        return True
+
+    @property
     def settings(self) -> PhaseConfig:
         settings: PhaseConfig = getattr(self.config.distill, self.name)
         return settings
@@ -164,6 +169,10 @@ class Knowledge(Phase):
     heads: ClassVar = {"items": ("knowledge",)}
     new = ("knowledge",)
 
+    @property
+    def from_knowledge(self) -> bool:
+        return False
+
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
         rows = self.drawn(len(self.prompts), step)
         pairs = [self.prompts.pair(int(row), self.rng(step, n)) for n, row in enumerate(rows)]
@@ -204,6 +213,10 @@ class Transfer(Phase):
     name, number = "transfer", 1
     heads: ClassVar = {"sessions": ("session",), "items": ("transition", "content")}
     new = ("session", "transition", "content")
+
+    @property
+    def from_knowledge(self) -> bool:
+        return self.config.distill.transfer.start == "knowledge"
 
     @cached_property
     def asked(self) -> np.ndarray:

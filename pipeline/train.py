@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -22,11 +23,14 @@ from pipeline.chunks import Chunk, backward, features, look_once
 from pipeline.config import PhaseConfig
 from pipeline.errors import USAGE, UserError
 from pipeline.loading import loaded_ahead
-from pipeline.mllm import Mllm, embed_batches, load_trainable, trainable_state
+from pipeline.mllm import Mllm, embed_batches, load_trainable, pooled, trainable_state
 from pipeline.phases import DROPOUT, Critics, Phase, Tensors
 from pipeline.progress import Steps
 from pipeline.steplog import Metrics
 from pipeline.vision import is_frozen
+
+READS = 8  # features a dimension by which heads are whitened, at least where a phase has the steps
+SMALLEST = 1e-6  # variance of a direction, beside the largest one's, below which it is no more scaled up
 
 
 def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: Metrics) -> None:
@@ -60,7 +64,7 @@ def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints:
         for name, critic in critics.items():
             critic.load(below(f"critic/{name}/", tensors), state["critics"][name])
     else:
-        centre_heads(phase, mllm)
+        start_heads(phase, mllm)
     began = time.perf_counter()
     metrics.resume(phase.name, start)
     loader = loaded_ahead(phase.__getitem__, range(start, settings.steps), phase.config.distill.workers)
@@ -140,23 +144,53 @@ def parameter_groups(mllm: Mllm, settings: PhaseConfig) -> list[dict[str, Any]]:
     return [group for group in groups.values() if group["params"]]
 
 
-def centre_heads(phase: Phase, mllm: Mllm) -> None:
-    """Centres the new heads on the features of the first step."""
-    device = phase.group.accelerator.device
-    chunks, facts = phase[0]
-    reads: dict[str, list[Tensor]] = {}
+def start_heads(phase: Phase, mllm: Mllm) -> None:
+    """New heads start with features that differ from item to item, as measured on the sequences of the first steps.
+
+    Hidden states share one large direction, and have a few more that tell what is withheld rather than what the item is: before
+    a contrastive loss finds another, it makes all features equal, of a published backbone for good. So heads start whitened, along
+    the main directions of the items' states (BERT-whitening, arXiv 2103.15316); copies of K's head, which has learned, centred.
+    """
+    group, drawn = phase.group, not phase.from_knowledge
+    reads = first_reads(phase, mllm, math.ceil(READS * phase.config.distill.dim / phase.settings.batch) if drawn else 1)
     with torch.no_grad():
-        for chunk in (send_to_device(chunk, device, non_blocking=True) for chunk in chunks):
-            for name, states in mllm.hidden(chunk).items():
-                reads.setdefault(name, []).append(states[chunk[name]["read_at"]].float())
-        for name, found in reads.items():
-            read = torch.cat(found)
+        if drawn:
+            normed = F.layer_norm(reads["items"], reads["items"].shape[-1:]).double()
+            count = group.total(torch.tensor(float(len(normed)), device=normed.device))
+            mean = group.total(normed.sum(0)) / count
+            directions = whitening(group.total(normed.T @ normed) / count - mean.outer(mean), phase.config.distill.dim)
+        for name, read in reads.items():
+            for head in set(phase.heads[name]) & set(phase.new):
+                if drawn:
+                    mllm.turn(head, directions)
+                raw = mllm.heads[head](read)
+                mllm.centre(head, group.total(raw.sum(0)) / group.total(torch.tensor(float(len(raw)), device=raw.device)))
+
+
+def first_reads(phase: Phase, mllm: Mllm, steps: int) -> Tensors:
+    """By name of the sequences, (R, d), the states h of this process's share of the first steps."""
+    reads: dict[str, list[Tensor]] = {}
+    for step in range(min(steps, len(phase))):
+        chunks, facts = send_to_device(phase[step], phase.group.accelerator.device, non_blocking=True)
+        found: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for chunk in chunks:
+                for name, states in mllm.hidden(chunk).items():
+                    found.setdefault(name, []).append(pooled(states, chunk[name]))
+        for name, parts in found.items():
+            read = torch.cat(parts)
             if name == "items" and "candidates" in facts:  # without the repeated ones that only fill up the processes' shares
                 read = read[: max(0, len(facts["candidates"]) - phase.group.rank * len(read))]
-            for head in set(phase.heads[name]) & set(phase.new):
-                raw = mllm.heads[head](read)
-                count = torch.tensor(float(len(raw)), device=device)
-                mllm.centre(head, phase.group.total(raw.sum(0)) / phase.group.total(count))
+            reads.setdefault(name, []).append(read)
+    return {name: torch.cat(of) for name, of in reads.items()}
+
+
+def whitening(covariance: Tensor, dim: int) -> Tensor:
+    """(min(dim, d), d) the main directions of a covariance (d, d), each scaled to variance one unless it has next to none."""
+    variances, directions = torch.linalg.eigh(covariance.cpu())
+    variances, directions = variances[-dim:].flip(0), directions[:, -dim:].flip(1)
+    scaled: Tensor = directions / variances.clamp(min=SMALLEST * variances[0]).sqrt()
+    return scaled.T.to(covariance.device, torch.float32)
 
 
 def probe(phase: Phase, mllm: Mllm, facts: Tensors, critics: Critics) -> dict[str, float]:

@@ -112,6 +112,17 @@ def test_every_loss_is_finite_and_falls(tiny_data: Path, tmp_path: Path) -> None
             assert late < early, f"{name} of {phase}: {early} -> {late}"
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_heads_start_where_items_differ(tiny_data: Path, tmp_path: Path, pooling: str) -> None:
+    """What is withheld from a view outweighs, in a backbone's states, what the item is: a loss far above that of features which are all
+    equal, log N, is soonest lowered by making them so."""
+    batch = 16
+    steps = [f"distill.{phase}.steps={n}" for phase, n in zip(PHASES, (8, 1, 1), strict=True)]
+    distill_run(tmp_path, tiny_data, *steps, f"distill.knowledge.batch={batch}", "distill.variant=frozen", f"backbone.pooling={pooling}")
+    view = losses(tmp_path)["knowledge", 0]["view"] / settings().distill.knowledge.view
+    assert view < 1.5 * np.log(batch)
+
+
 def test_an_epoch_takes_every_item_once() -> None:
     taken = np.concatenate([drawn(50, 8, step, 0, 1) for step in range(25)])
     for epoch in range(4):

@@ -133,6 +133,26 @@ def test_a_session_reads_one_feature_for_every_item_it_asks_for(made: Made) -> N
     assert (one[2] - two[2]).abs().max() > 1e-3
 
 
+def test_a_mean_feature_is_the_mean_over_the_tokens_of_its_item(data: Path, folders: Path) -> None:
+    """In a session: over those since the item before, so that each prefix still sees nothing of what comes after it."""
+    made = make(data, folders, "tiny", "backbone.pooling=mean")
+    rows = [ROW[item] for item in ("red", "no-picture", "long", "blue")]
+    sequences = [made.encoder.encode(made.prompts.session(rows)), *made.items("no-text", "long")]
+    batches = made.encoder.collate({"s": sequences})
+    with torch.no_grad():
+        features = made.mllm.eval()(batches, {"s": ("knowledge",)})["s.knowledge"]
+        states = made.mllm.hidden(batches)["s"].unflatten(0, (len(sequences), -1))
+        frame, session = len(made.encoder.head), sequences[0]
+        asked = [made.encoder.length(made.prompts.session(rows[:n])[:-3]) for n in (2, 3)]  # without the turn, the read and the answer
+        ends = [*asked, len(session) - len(session.answers)]
+        means = [states[0, begin:end].mean(0) for begin, end in zip([frame, *ends], ends, strict=False)]
+        means += [states[b, frame : len(sequences[b])].mean(0) for b in (1, 2)]
+        expected = torch.nn.functional.normalize(made.mllm.heads["knowledge"](torch.stack(means)), dim=-1)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+    alone = made.features([sequences[2]], 1)
+    np.testing.assert_allclose(features[-1:], alone, atol=1e-5)
+
+
 def test_long_texts_are_cut(data: Path, folders: Path, tiny: Made) -> None:
     cut = make(data, folders, "tiny", "backbone.max_text_tokens=4")
     assert len(cut.items("long")[0]) < len(tiny.items("long")[0])
