@@ -45,6 +45,7 @@ OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folde
 
 LOCK_SECONDS = 10.0  # for so long the workers of a process that was killed may hold its lock
 TABLE_ROWS = 4096  # items embedded at a time for a table
+ALIKE = 0.9  # mean cosine of features beyond which they have collapsed: those of trained runs are at 0.2 to 0.7
 
 
 def distill(
@@ -228,14 +229,21 @@ def _check_batches(config: Config, world: int) -> None:
 
 
 def feature_table(mllm: Mllm, phase: Phase, head: str) -> Tensor:
-    """(N, D): one feature an item."""
+    """(N, D): one feature an item. A warning where they hardly differ, for then what is trained on them cannot learn."""
     count, parts = len(phase.prompts), []
     with Steps(f"{head} table", count, show=phase.group.rank == 0) as progress:
         for first in range(0, count, TABLE_ROWS):
             rows = np.arange(first, min(first + TABLE_ROWS, count))
             parts.append(item_features(mllm, phase, rows, (head,), phase.config.distill.workers)[head])
             progress.advance(by=len(rows))
-    return torch.cat(parts)
+    table = torch.cat(parts)
+    if phase.group.rank == 0 and (alike := float(table.mean(0).square().sum())) > ALIKE:  # of unit vectors, the mean of all cosines
+        print(
+            f"warning: the {head} features of two items have a cosine of {alike:.3f} on average, so that they hardly tell items apart "
+            f"({phase.name}); see that the texts and pictures differ (data.text), or take more steps (distill.{phase.name}.steps)",
+            file=sys.stderr,
+        )
+    return table
 
 
 def measure_layers(mllm: Mllm, phase: Phase, before: int) -> list[dict[str, float]]:

@@ -99,7 +99,7 @@ class Mllm(nn.Module):
             self.train()
 
     def turn(self, head: str, directions: Tensor) -> None:
-        """A head that has learned nothing yet reads these directions (n <= D, d)."""
+        """Lets a head that has learned nothing yet read these directions (n <= D, d) first."""
         with torch.no_grad():
             self.heads[head][1].weight[: len(directions)] = directions  # type: ignore[index]
 

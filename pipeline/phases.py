@@ -52,7 +52,7 @@ class Group:
         if self.world == 1:
             return x
         summed: Tensor = self.accelerator.reduce(x.detach().clone(), "sum")
-        return summed + x - x.detach()
+        return summed + x - x.detach() if x.requires_grad else summed  # to the bit the same everywhere
 
     def most(self, count: int) -> int:
         """The greatest of the processes' counts."""

@@ -30,7 +30,7 @@ from pipeline.steplog import Metrics
 from pipeline.vision import is_frozen
 
 READS = 8  # features a dimension by which heads are whitened, at least where a phase has the steps
-SMALLEST = 1e-6  # variance of a direction, beside the largest one's, below which it is no more scaled up
+SMALLEST = 1e-9  # share of a direction in the states' variance, below which it is rounding
 
 
 def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: Metrics) -> None:
@@ -170,8 +170,8 @@ def start_heads(phase: Phase, mllm: Mllm) -> None:
 def first_reads(phase: Phase, mllm: Mllm, steps: int) -> Tensors:
     """By name of the sequences, (R, d), the states h of this process's share of the first steps."""
     reads: dict[str, list[Tensor]] = {}
-    for step in range(min(steps, len(phase))):
-        chunks, facts = send_to_device(phase[step], phase.group.accelerator.device, non_blocking=True)
+    for made in loaded_ahead(phase.__getitem__, range(min(steps, len(phase))), phase.config.distill.workers):
+        chunks, facts = send_to_device(made, phase.group.accelerator.device, non_blocking=True)
         found: dict[str, list[Tensor]] = {}
         with torch.no_grad():
             for chunk in chunks:
@@ -186,10 +186,10 @@ def first_reads(phase: Phase, mllm: Mllm, steps: int) -> Tensors:
 
 
 def whitening(covariance: Tensor, dim: int) -> Tensor:
-    """(min(dim, d), d) the main directions of a covariance (d, d), each scaled to variance one unless it has next to none."""
+    """(n <= dim, d) the main directions of a covariance (d, d) of layer-normed states, each scaled to variance one; none without any."""
     variances, directions = torch.linalg.eigh(covariance.cpu())
-    variances, directions = variances[-dim:].flip(0), directions[:, -dim:].flip(1)
-    scaled: Tensor = directions / variances.clamp(min=SMALLEST * variances[0]).sqrt()
+    main = (variances > SMALLEST * len(variances)).nonzero().flatten()[-dim:].flip(0)
+    scaled: Tensor = directions[:, main] / variances[main].sqrt()
     return scaled.T.to(covariance.device, torch.float32)
 
 

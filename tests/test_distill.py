@@ -123,6 +123,16 @@ def test_heads_start_where_items_differ(tiny_data: Path, tmp_path: Path, pooling
     assert view < 1.5 * np.log(batch)
 
 
+def test_features_that_hardly_differ_are_told_of(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = range(pq.read_metadata(tiny_data / "items.parquet").num_rows)
+    equal = change_items(tiny_data, tmp_path / "equal", dict.fromkeys(rows), dict.fromkeys(rows, "a mug"))
+    distill_run(tmp_path / "run", equal)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.split()[2] for line in warned] == ["knowledge", "transition"]
+    distill_run(tmp_path / "other", tiny_data)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_an_epoch_takes_every_item_once() -> None:
     taken = np.concatenate([drawn(50, 8, step, 0, 1) for step in range(25)])
     for epoch in range(4):
