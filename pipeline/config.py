@@ -112,8 +112,8 @@ class BackboneConfig(Section):
     lora: LoraSettings | None = None  # null trains every weight, as the tiny model needs
     # nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; tried with random weights alone
     quantize: Literal["nf4"] | None = None
-    # an item's feature: the last hidden state of its prompt's last token; or the mean over its tokens, which a language model that was
-    # never asked for one vector gives away sooner. In a session: over the tokens since the item before
+    # an item's feature: the last hidden state of its prompt's last token; or the mean over its tokens (in a session, over those since the
+    # item before), which may be the better start where the language model was never asked for one vector
     pooling: Literal["last", "mean"] = "last"
     max_text_tokens: Positive = 96  # the text of one item is cut to so many tokens
     max_pixels: Positive | None = None  # pictures are scaled down to so many pixels, in the Qwen families; null: the processor's default

@@ -148,9 +148,9 @@ def start_heads(phase: Phase, mllm: Mllm) -> None:
     """New heads start with features that differ from item to item, as measured on the sequences of the first steps.
 
     All are centred, for hidden states share one large direction. Those of a published backbone have another, which tells what is
-    withheld rather than what the item is (94 % of the variance, in SmolLM2): before a contrastive loss finds the rest, it makes all
-    features equal, for good. So heads that read them start whitened, along their main directions (BERT-whitening, arXiv
-    2103.15316); but not copies of K's head, which has learned, nor those of the tiny model, whose states say nothing yet.
+    withheld rather than what the item is: before a contrastive loss finds the rest, it makes all features equal, for good. So heads
+    that read them start whitened, along their main directions (BERT-whitening, arXiv 2103.15316); but not copies of K's head,
+    which has learned, nor those of the tiny model, whose states say nothing yet.
     """
     group, whiten = phase.group, phase.config.backbone.name != "tiny" and not phase.from_knowledge
     reads = first_reads(phase, mllm, math.ceil(READS * phase.config.distill.dim / phase.settings.batch) if whiten else 1)
