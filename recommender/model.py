@@ -15,7 +15,9 @@ knows nothing about the case has a low weight and does no harm. It is also what 
 of the items seen, for one reason.
 
 An item without training events has no id vector: the id channel neither reads nor offers it. ID dropout shows the
-model such items during training, strangers below. Position t reads only events up to t, so one pass answers every prefix of a session.
+model such items during training, strangers below. How often an item comes is what was counted and, beside it, a share of what its
+content lets expect. In training neither holds the event to be told. Position t reads only events up to t, so one pass answers every
+prefix of a session.
 """
 
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from recommender.candidates import Candidates, gbce, log_partition
 from recommender.channels import Channel, packed, padded
+from recommender.expected import expected_log_counts
 from recommender.pairs import Pairs, causal, find, steps_back
 from recommender.sessions import PAD
 from recommender.shape import LEAST_MASS, NEVER, SEEN_RATE, ModelConfig, Parts
@@ -83,24 +86,31 @@ class SessionModel(nn.Module):
 
     content: Tensor
     known: Tensor
-    log_count: Tensor
+    counts: Tensor
+    event: Tensor
+    expects: Tensor
+    expected: Tensor
 
     def __init__(self, config: ModelConfig, content: np.ndarray | None, rows: np.ndarray, offsets: np.ndarray) -> None:
         super().__init__()
         self.config = config
         counts = np.bincount(rows, minlength=config.items)
         known = torch.as_tensor(counts > 0)
-        log_count = torch.as_tensor(np.maximum(counts, 1), dtype=torch.float32).log()
         self.register_buffer("known", known)
-        self.register_buffer("log_count", log_count - log_count[known].mean())
+        # events in training over their geometric mean, and one event on that scale
+        self.register_buffer("event", torch.as_tensor(counts[counts > 0], dtype=torch.float32).log().mean().neg().exp())
+        self.register_buffer("counts", torch.as_tensor(counts, dtype=torch.float32) * self.event)
         self.channels = nn.ModuleDict()
         self.pairs = nn.ModuleDict()
         if config.content_dim:
             self.register_buffer("content", torch.as_tensor(content, dtype=torch.float32))
             self.project = nn.Linear(config.content_dim, config.dim, bias=False)
             self.channels["content"] = Channel(config.dim, config.max_prefix, config.parts)
-            # log-weight of a stranger, in place of a popularity: to the content of a known item, to that of another stranger, and to all
+            # log-weight of a stranger beside how often it is expected: to the content of a known item, to that of a stranger, and to all
             self.stranger = nn.Parameter(torch.zeros(3))
+            expects, expected = expected_log_counts(self.content.numpy(), self.counts.numpy(), counts > 0)
+            self.register_buffer("expects", torch.as_tensor(expects))
+            self.register_buffer("expected", torch.as_tensor(expected))
         if config.ids:
             self.ids = nn.Embedding(config.items, config.dim)
             nn.init.normal_(self.ids.weight, std=0.1)
@@ -109,6 +119,7 @@ class SessionModel(nn.Module):
                 self.pairs[name] = Pairs(rows, offsets, config.items, config.max_prefix, steps)
         self.copy = nn.Parameter(torch.full((config.max_prefix,), -4.0)) if config.parts.repeat else None
         self.seen = nn.Parameter(torch.zeros(config.max_prefix)) if config.parts.repeat else None
+        self.belief = nn.Parameter(torch.tensor(-2.0))  # log of the share of an item's expected events that stands beside those it had
         self.popular = nn.Parameter(torch.tensor(-1.0))
         self.popularity = nn.Parameter(torch.tensor(0.5)) if config.parts.popularity else 0.0
 
@@ -126,8 +137,10 @@ class SessionModel(nn.Module):
         """The same model over another catalogue: `rows` (N,) says which item here each of its items is, -1 for a new one,
         which is then known by its `content` (N, content_dim) alone, as one without training events is."""
         tensors, count, old = dict(self.state_dict()), len(rows), rows.clamp(min=0)
-        tensors |= {"known": self.known[old] & (rows >= 0), "log_count": self.log_count[old]}
-        tensors |= {"content": content} if content is not None else {}
+        tensors |= {"known": self.known[old] & (rows >= 0), "counts": self.counts[old]}
+        if content is not None:
+            expected = torch.where(tensors["known"], self.expected[old], content @ self.expects)
+            tensors |= {"content": content, "expected": expected}
         if self.config.ids:
             place = torch.full((self.config.items,), -1)
             place[rows[rows >= 0]] = (rows >= 0).nonzero()[:, 0]
@@ -141,21 +154,29 @@ class SessionModel(nn.Module):
         are made for all items or for `items` (M,) alone."""
         some = slice(None) if items is None else items
         known = self.known if known is None else known
+        log_count = self.log_counts(known)
         level = -float(np.log(max(int(self.known.sum()), 1)))  # a channel starts near a distribution, level with the others
         vectors, priors = {}, {}
         if "content" in self.channels:
             content = dropout(self.content[some], self.config.content_dropout, generator)
             vectors["content"] = torch.cat([F.normalize(self.project(content), dim=-1), ~known[some, None]], -1)
-            priors["content"] = self.channel("content").popularity * self.log_count * known + level
-            priors["popular"] = torch.where(known, self.popularity * self.log_count, self.stranger[2])
+            priors["content"] = self.channel("content").popularity * log_count + level
+            priors["popular"] = self.popularity * log_count + self.stranger[2] * ~known
         else:
-            priors["popular"] = (self.popularity * self.log_count).masked_fill(~known, NEVER)
+            priors["popular"] = (self.popularity * log_count).masked_fill(~known, NEVER)
         if "id" in self.channels:
             ids = self.ids.weight if items is None else self.ids(items)
             vectors["id"] = F.normalize(ids, dim=-1) * known[some, None]
-            priors["id"] = (self.channel("id").popularity * self.log_count + level).masked_fill(~known, NEVER)
+            priors["id"] = (self.channel("id").popularity * log_count + level).masked_fill(~known, NEVER)
         priors["popular"] = priors["popular"] - priors["popular"][self.known].logsumexp(0)
         return Tables(vectors, priors, known, items)
+
+    def log_counts(self, known: Tensor, rows: Tensor | None = None, less: Tensor | int = 0) -> Tensor:
+        """Log of how often the items `rows`, of any shape (None: all), come: their events in training, without `less` of them, and beside
+        them the share of those their content lets expect, which is all there is of a stranger."""
+        some = slice(None) if rows is None else rows
+        expected = self.belief + self.expected[some] if "content" in self.channels else self.belief
+        return ((self.counts[some] - less * self.event).clamp(min=0) * known[some] + expected.exp()).log()
 
     def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
         """The training losses of (B, L) windows, (cases,), whose targets are among the candidates."""
@@ -205,7 +226,7 @@ class SessionModel(nn.Module):
     def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
         """-log P(target | prefix) of every case of (B, L) windows, (cases,), plus `own_loss` times that of each channel on its own,
         without which a channel learns only what the counts leave unexplained, which is mostly noise. What the channels give
-        all items is summed over the `candidates`."""
+        all items is summed over the `candidates`. How often a target comes is counted without its own session, which would tell it."""
         reading = self.read(rows, tables)
         real, case = rows != PAD, targets != PAD
         item, target = rows.clamp(min=0), targets.clamp(min=0)
@@ -213,11 +234,17 @@ class SessionModel(nn.Module):
         over, under = [], []  # log of the target's part, log of everybody's part, (B, t, s)
         shares = []  # of everybody's part, the items of the window: (B, s, u)
         own = torch.zeros((), device=rows.device)
+        events = (targets[:, :, None] == targets[:, None, :]).sum(2) + (targets == rows[:, :1])  # of each target in its own window
+        less = self.log_counts(tables.known, target) - self.log_counts(tables.known, target, events)
         for name, query in reading.queries.items():
             prior, items, correction = tables.priors[name], candidates.items, candidates.correction
             sums = log_partition(packed(query, real), tables.of(name, items), prior[items] + correction)
             total = padded(sums[:, None], real)[..., 0]
-            over.append(reading.weights[name] + tables.of(name, target) @ query.transpose(1, 2) + prior[target][..., None])
+            over.append(
+                reading.weights[name]
+                + tables.of(name, target) @ query.transpose(1, 2)
+                + (prior[target] - self.channel(name).popularity * less)[..., None]
+            )
             under.append(reading.weights[name] + total[:, None, :])
             shares.append((query @ tables.of(name, item).transpose(1, 2) + prior[item][:, None, :] - total[..., None]).clamp(max=0).exp())
             own = own + under[-1][case].logsumexp(-1) - over[-1][case].logsumexp(-1)
@@ -228,7 +255,7 @@ class SessionModel(nn.Module):
             under.append(weights.masked_fill(~known, NEVER))
             shares.append(share[..., :-1] * known)
         popular = tables.priors["popular"] + reading.popular
-        over.append(popular[target][..., None])
+        over.append((popular[target] - self.popularity * less)[..., None])
         logs = torch.cat([*under, reading.popular.expand(*rows.shape, 1), reading.weights["copy"]], -1)[case]
         whole = logs.logsumexp(-1, keepdim=True)  # (cases, 1)
         # what each item of the window, u, is given, as a share of the whole, and what is left when those seen have lost theirs

@@ -197,14 +197,15 @@ class Ranker:
 
 def tables(arrays: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`SessionModel.tables` of all items: vectors (N, D) and priors (N,), by channel, and the priors "popular"."""
-    known, count = arrays["known"], arrays["log_count"]
+    known = arrays["known"]
+    count = np.log(arrays["counts"] * known + np.exp(arrays["belief"] + arrays.get("expected", np.float32(0))))
     level = -float(np.log(max(int(known.sum()), 1)))
     vectors, priors = {}, {}
     popular = arrays.get("popularity", np.float32(0)) * count
     if "channels.content.log_scale" in arrays:
         vectors["content"] = np.concatenate([unit(arrays["content"] @ arrays["project.weight"].T), ~known[:, None]], 1, dtype=np.float32)
-        priors["content"] = arrays.get("channels.content.popularity", np.float32(0)) * count * known + level
-        popular = np.where(known, popular, arrays["stranger"][2])
+        priors["content"] = arrays.get("channels.content.popularity", np.float32(0)) * count + level
+        popular = popular + arrays["stranger"][2] * ~known
     else:
         popular = np.where(known, popular, np.float32(NEVER))
     if "channels.id.log_scale" in arrays:

@@ -11,6 +11,7 @@ import torch
 
 from recommender.candidates import drawn_evenly, everything, gbce, log_partition, sampled, share_drawn
 from recommender.evaluate import model_ranks
+from recommender.expected import expected_log_counts
 from recommender.index import ItemIndex, build_indexes
 from recommender.model import SessionModel
 from recommender.pairs import Pairs
@@ -110,6 +111,7 @@ def test_a_scale_that_ran_away_still_ranks() -> None:
 def test_the_loss_is_the_softmax_of_the_scores(content: bool, ids: bool) -> None:
     """On sessions that are not part of the training log, the counts hold nothing of them to take out."""
     model = build(content, ids)
+    model.event.zero_()
     for _, pairs in model.counted():
         pairs.counts.zero_()
         pairs.totals.zero_()
@@ -268,6 +270,67 @@ def test_it_learns_that_visitors_do_not_come_back_to_an_item(repeat: bool) -> No
     assert all(right) if repeat else not any(right)
 
 
+def trained(model: SessionModel, rows: np.ndarray, offsets: np.ndarray, steps: int = 60) -> SessionModel:
+    windows = pack(rows, offsets, 8)
+    inputs, targets = (torch.tensor(of).long() for of in (windows.inputs, windows.targets))
+    optimizer, generator = torch.optim.Adam(model.parameters(), 0.02), torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            tables = model.tables(model.draw_known(generator))
+            model.losses(inputs, targets, tables, everything(model.known)).mean().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return model.eval()
+
+
+def test_counts_that_are_chance_are_not_learned() -> None:
+    """Every item comes as often as any other, so that one seen more often is no likelier: a count that held the event to be told
+    would say that it is."""
+    rng = np.random.default_rng(0)
+    rows, offsets = rng.integers(0, 300, 600), np.arange(0, 601, 3)
+    parts = Parts(graph=False, attention=False, followers=False, companions=0)
+    torch.manual_seed(0)
+    model = trained(SessionModel(ModelConfig(300, 0, True, dim=8, max_prefix=8, parts=parts), None, rows, offsets), rows, offsets)
+    counts = np.bincount(rows, minlength=300)
+    popular = model.tables().priors["popular"].numpy()
+    gap = popular[counts >= 4].mean() - popular[counts == 1].mean()
+    assert gap < 0.25 * math.log(4)
+
+
+def test_a_new_item_comes_as_often_as_its_content_lets_expect() -> None:
+    """Of new items that go with the session alike, those that are like items often seen come first; where often seen items are like any
+    other, new ones stay as they are."""
+    rng = np.random.default_rng(0)
+    for told in (True, False):
+        kind = np.repeat([0, 1], 20) if told else rng.permutation(np.repeat([0, 1], 20))
+        weights = np.repeat([8.0, 1.0], 20)
+        rows, offsets = rng.choice(40, 900, p=weights / weights.sum()), np.arange(0, 901, 3)
+        content = np.zeros((44, 2), np.float32)
+        content[np.arange(44), np.concatenate([kind, [0, 1, 0, 1]])] = 1.0
+        content -= content[:40].mean(0)
+        torch.manual_seed(0)
+        config = ModelConfig(44, 2, True, dim=8, max_prefix=8, id_dropout=0.2)
+        model = trained(SessionModel(config, content, rows, offsets), rows, offsets)
+        scores = np.mean([model.scores(torch.tensor([[row]]), model.tables())[0, 40:].numpy() for row in range(40)], axis=0)
+        likely, unlikely = scores[[0, 2]].mean(), scores[[1, 3]].mean()
+        assert likely > unlikely + 0.5 if told else abs(likely - unlikely) < 0.5
+
+
+def test_what_content_lets_expect_of_an_item_does_not_know_its_own_count() -> None:
+    rng = np.random.default_rng(0)
+    content, known = rng.normal(size=(60, 5)), np.arange(60) < 50
+    content -= content[known].mean(0)
+    counts = np.where(known, np.exp(content[:, 0] + 0.5 * rng.normal(size=60)), 0.0)
+    _, expected = expected_log_counts(content, counts, known)
+    assert np.corrcoef(expected[known], content[known, 0])[0, 1] > 0.9
+    changed = counts.copy()
+    changed[7] *= 1.5
+    shift = np.abs(expected_log_counts(content, changed, known)[1] - expected)
+    assert shift[7] < 0.2 * np.delete(shift, 7).max()
+    _, of_noise = expected_log_counts(content, np.where(known, np.exp(rng.normal(size=60)), 0.0), known)
+    assert of_noise.std() < 0.3 * expected.std()
+
+
 def test_how_much_a_repeat_is_worth_is_settled_on_validation() -> None:
     """Whatever training made of it, whose other parts know training sessions by heart."""
     for again in (True, False):
@@ -286,6 +349,7 @@ def test_how_often_a_stranger_comes_is_settled_on_validation() -> None:
     for together in (True, False):
         model = build()
         model.stranger.zero_()
+        model.belief.fill_(2.0)  # high enough that there is something to lower
         sessions = []
         for a in range(10):
             old, late = [known[a], known[a + 10], known[19 - a]], [new[(a + n) % COLD] for n in range(3)]

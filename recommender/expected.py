@@ -1,0 +1,29 @@
+"""How often an item comes, as far as its content tells: what a new item, and one seen a few times, is expected to do."""
+
+import numpy as np
+
+STRENGTHS = 10.0 ** np.arange(-3, 3.5, 0.5)  # of the ridge, for each item it is fitted on
+
+
+def expected_log_counts(content: np.ndarray, counts: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of the logs of the counts (N,) of the `known` (N,) items, relative to their mean, on their content (N, D), whose
+    mean over them is zero: its weights (D,), and what it expects of each item (N,), of a known one without that one's own count.
+
+    Both follow from one fit, leaving one item out being a division by one less its leverage; the ridge is the one that so expects
+    best (PRESS: Allen, Technometrics 16, 1974). Where content tells nothing of counts, it expects the same of all.
+    """
+    fitted, wanted = content[known].astype(np.float64), np.log(counts[known], dtype=np.float64)
+    wanted -= wanted.mean()
+    variances, axes = np.linalg.eigh(fitted.T @ fitted)
+    turned = fitted @ axes
+    found = []
+    for ridge in STRENGTHS * len(fitted):
+        weights = turned.T @ wanted / (variances + ridge)
+        leverage = turned**2 @ (1 / (variances + ridge))
+        others = wanted - (wanted - turned @ weights) / (1 - leverage)
+        found.append((float(np.square(wanted - others).sum()), weights, others))
+    _, weights, others = min(found, key=lambda of: of[0])
+    expects = (axes @ weights).astype(np.float32)
+    expected = content @ expects
+    expected[known] = others
+    return expects, expected.astype(np.float32)
