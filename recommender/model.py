@@ -16,8 +16,7 @@ of the items seen, for one reason.
 
 An item without training events has no id vector: the id channel neither reads nor offers it. ID dropout shows the
 model such items during training, strangers below. How often an item comes is what was counted and, beside it, a share of what its
-content lets expect. In training neither holds the event to be told. Position t reads only events up to t, so one pass answers every
-prefix of a session.
+content lets expect. Position t reads only events up to t, so one pass answers every prefix of a session.
 """
 
 from collections.abc import Iterator
@@ -87,7 +86,6 @@ class SessionModel(nn.Module):
     content: Tensor
     known: Tensor
     counts: Tensor
-    event: Tensor
     expects: Tensor
     expected: Tensor
 
@@ -97,9 +95,8 @@ class SessionModel(nn.Module):
         counts = np.bincount(rows, minlength=config.items)
         known = torch.as_tensor(counts > 0)
         self.register_buffer("known", known)
-        # events in training over their geometric mean, and one event on that scale
-        self.register_buffer("event", torch.as_tensor(counts[counts > 0], dtype=torch.float32).log().mean().neg().exp())
-        self.register_buffer("counts", torch.as_tensor(counts, dtype=torch.float32) * self.event)
+        events = torch.as_tensor(counts, dtype=torch.float32)
+        self.register_buffer("counts", events / events[known].log().mean().exp())  # over their geometric mean
         self.channels = nn.ModuleDict()
         self.pairs = nn.ModuleDict()
         if config.content_dim:
@@ -171,12 +168,11 @@ class SessionModel(nn.Module):
         priors["popular"] = priors["popular"] - priors["popular"][self.known].logsumexp(0)
         return Tables(vectors, priors, known, items)
 
-    def log_counts(self, known: Tensor, rows: Tensor | None = None, less: Tensor | int = 0) -> Tensor:
-        """Log of how often the items `rows`, of any shape (None: all), come: their events in training, without `less` of them, and beside
-        them the share of those their content lets expect, which is all there is of a stranger."""
-        some = slice(None) if rows is None else rows
-        expected = self.belief + self.expected[some] if "content" in self.channels else self.belief
-        return ((self.counts[some] - less * self.event).clamp(min=0) * known[some] + expected.exp()).log()
+    def log_counts(self, known: Tensor) -> Tensor:
+        """(N,) log of how often each item comes: its events in training, and beside them the share of those its content lets expect,
+        which is all there is of a stranger."""
+        expected = self.belief + self.expected if "content" in self.channels else self.belief
+        return (self.counts * known + expected.exp()).log()
 
     def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
         """The training losses of (B, L) windows, (cases,), whose targets are among the candidates."""
@@ -226,7 +222,7 @@ class SessionModel(nn.Module):
     def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
         """-log P(target | prefix) of every case of (B, L) windows, (cases,), plus `own_loss` times that of each channel on its own,
         without which a channel learns only what the counts leave unexplained, which is mostly noise. What the channels give
-        all items is summed over the `candidates`. How often a target comes is counted without its own session, which would tell it."""
+        all items is summed over the `candidates`."""
         reading = self.read(rows, tables)
         real, case = rows != PAD, targets != PAD
         item, target = rows.clamp(min=0), targets.clamp(min=0)
@@ -234,17 +230,11 @@ class SessionModel(nn.Module):
         over, under = [], []  # log of the target's part, log of everybody's part, (B, t, s)
         shares = []  # of everybody's part, the items of the window: (B, s, u)
         own = torch.zeros((), device=rows.device)
-        events = (targets[:, :, None] == targets[:, None, :]).sum(2) + (targets == rows[:, :1])  # of each target in its own window
-        less = self.log_counts(tables.known, target) - self.log_counts(tables.known, target, events)
         for name, query in reading.queries.items():
             prior, items, correction = tables.priors[name], candidates.items, candidates.correction
             sums = log_partition(packed(query, real), tables.of(name, items), prior[items] + correction)
             total = padded(sums[:, None], real)[..., 0]
-            over.append(
-                reading.weights[name]
-                + tables.of(name, target) @ query.transpose(1, 2)
-                + (prior[target] - self.channel(name).popularity * less)[..., None]
-            )
+            over.append(reading.weights[name] + tables.of(name, target) @ query.transpose(1, 2) + prior[target][..., None])
             under.append(reading.weights[name] + total[:, None, :])
             shares.append((query @ tables.of(name, item).transpose(1, 2) + prior[item][:, None, :] - total[..., None]).clamp(max=0).exp())
             own = own + under[-1][case].logsumexp(-1) - over[-1][case].logsumexp(-1)
@@ -255,7 +245,7 @@ class SessionModel(nn.Module):
             under.append(weights.masked_fill(~known, NEVER))
             shares.append(share[..., :-1] * known)
         popular = tables.priors["popular"] + reading.popular
-        over.append((popular[target] - self.popularity * less)[..., None])
+        over.append(popular[target][..., None])
         logs = torch.cat([*under, reading.popular.expand(*rows.shape, 1), reading.weights["copy"]], -1)[case]
         whole = logs.logsumexp(-1, keepdim=True)  # (cases, 1)
         # what each item of the window, u, is given, as a share of the whole, and what is left when those seen have lost theirs
