@@ -169,10 +169,11 @@ class SessionModel(nn.Module):
         return Tables(vectors, priors, known, items)
 
     def log_counts(self, known: Tensor) -> Tensor:
-        """(N,) log of how often each item comes: its events in training, and beside them the share of those its content lets expect,
-        which is all there is of a stranger."""
-        expected = self.belief + self.expected if "content" in self.channels else self.belief
-        return (self.counts * known + expected.exp()).log()
+        """(N,) log of how often each item comes: its events in training, and beside them a share of those its content lets expect. That is
+        all there is of a stranger; where training shows none, one is as likely as its content lets expect."""
+        expected = self.expected if "content" in self.channels else torch.zeros_like(self.counts)
+        share = self.belief + expected
+        return torch.where(known, (self.counts + share.exp()).log(), share if self.config.hides_ids else expected)
 
     def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
         """The training losses of (B, L) windows, (cases,), whose targets are among the candidates."""
@@ -195,7 +196,7 @@ class SessionModel(nn.Module):
 
     def draw_known(self, generator: torch.Generator) -> Tensor:
         """Whose id is shown in a training step: ID dropout of whole items, from a generator on the CPU; (N,) bool."""
-        if self.config.id_dropout == 0 or len(self.channels) == 1:
+        if not self.config.hides_ids:
             return self.known
         return self.known & (torch.rand(self.config.items, generator=generator) >= self.config.id_dropout).to(self.known.device)
 

@@ -120,7 +120,7 @@ class Ranker:
         """`arrays`: the `state_dict` of a `SessionModel`."""
         self.max_prefix, self.known = config.max_prefix, arrays["known"]
         self.stranger = arrays.get("stranger", np.zeros(3, np.float32))
-        self.vectors, self.priors = tables(arrays)
+        self.vectors, self.priors = tables(config, arrays)
         self.channels = Channels([below(arrays, f"channels.{name}") for name in self.vectors], config.dim)
         names = dict.fromkeys(key.split(".")[1] for key in arrays if key.startswith("pairs."))
         self.pairs = {name: PairCounts(below(arrays, f"pairs.{name}")) for name in names}
@@ -195,10 +195,11 @@ class Ranker:
         return {name: pairs.shares(read.rows, items) for name, pairs in self.pairs.items()}
 
 
-def tables(arrays: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def tables(config: ModelConfig, arrays: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`SessionModel.tables` of all items: vectors (N, D) and priors (N,), by channel, and the priors "popular"."""
-    known = arrays["known"]
-    count = np.log(arrays["counts"] * known + np.exp(arrays["belief"] + arrays.get("expected", np.float32(0))))
+    known, expected = arrays["known"], arrays.get("expected", np.float32(0))
+    share = arrays["belief"] + expected
+    count = np.where(known, np.log(arrays["counts"] + np.exp(share)), share if config.hides_ids else expected)
     level = -float(np.log(max(int(known.sum()), 1)))
     vectors, priors = {}, {}
     popular = arrays.get("popularity", np.float32(0)) * count

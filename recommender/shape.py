@@ -40,6 +40,11 @@ class ModelConfig:
     parts: Parts = field(default_factory=Parts)
     form: int = FORM
 
+    @property
+    def hides_ids(self) -> bool:
+        """Whether training shows some known items as strangers, by their content alone."""
+        return self.ids and self.content_dim > 0 and self.id_dropout > 0
+
 
 def config_of(folder: Path) -> ModelConfig:
     """Of a published session model. Raises `UserError` (4)."""

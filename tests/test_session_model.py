@@ -334,7 +334,7 @@ def test_how_often_a_stranger_comes_is_settled_on_validation() -> None:
     for together in (True, False):
         model = build()
         model.stranger.zero_()
-        model.belief.fill_(2.0)  # high enough that there is something to lower
+        model.expected.fill_(1.0)  # high enough that there is something to lower
         sessions = []
         for a in range(10):
             old, late = [known[a], known[a + 10], known[19 - a]], [new[(a + n) % COLD] for n in range(3)]
