@@ -105,7 +105,7 @@ class SessionModel(nn.Module):
             self.channels["content"] = Channel(config.dim, config.max_prefix, config.parts)
             # log-weight of a stranger beside how often it is expected: to the content of a known item, to that of a stranger, and to all
             self.stranger = nn.Parameter(torch.zeros(3))
-            expects, expected = expected_log_counts(self.content.numpy(), self.counts.numpy(), counts > 0)
+            expects, expected = expected_log_counts(self.content.numpy(), self.counts.numpy())
             self.register_buffer("expects", torch.as_tensor(expects))
             self.register_buffer("expected", torch.as_tensor(expected))
         if config.ids:
