@@ -35,7 +35,7 @@ from pipeline.errors import ENVIRONMENT, UserError
 from recommender.gate import FAULT, MAX_AT_ONCE, MAX_BODY, Gate, Problem, log_to_stderr
 from recommender.recommend import Recommendation
 from recommender.service import Refused, Served, Service
-from recommender.workers import share
+from recommender.workers import ENDS, share
 
 NAMED = 80  # letters of a key that a message repeats
 MAX_SESSION, MAX_BATCH, MAX_K, MAX_PAGE = 1000, 64, 500, 100
@@ -181,6 +181,7 @@ def describe(error: RequestValidationError) -> str:
 def create_app(service: Service, key: str | None) -> Gate:
     @asynccontextmanager
     async def watching(_: FastAPI) -> AsyncIterator[None]:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
         task = asyncio.create_task(service.watch())
         yield
         task.cancel()
@@ -366,6 +367,7 @@ def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, w
             listener.listen(BACKLOG)
         except OSError as error:  # another one bound it too, while neither listened
             raise cannot_listen(error, host, port) from None
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # until the server heeds them (`watching`): one in between may be lost
         say(f"serving {service.now.version}: http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run([listener])
 

@@ -58,6 +58,8 @@ def share(listener: socket.socket, workers: int, work: Callable[[Say], None], sa
 
 def _work(work: Callable[[Say], None], told: Connection, parent: int) -> None:
     end_with(parent)
+    for number in ENDS:
+        signal.signal(number, signal.SIG_DFL)  # what a handler raises may be lost, and this process would stay, and the first one wait
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     try:
         work(told.send)
