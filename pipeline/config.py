@@ -278,8 +278,8 @@ class SbrConfig(Section):
     batch: Positive = 128  # sessions a step, over all processes together; one longer than data.max_prefix counts as several
     lr: Rate = 3e-3
     weight_decay: Weight = 1e-4
+    content_decay: Weight = 0.5  # weight decay of the matrix that reads the vectors: what of them tells nothing of sessions fades
     id_dropout: Share = 0.2  # share of the items whose id is hidden in a training step, as a new item's is
-    content_dropout: Share = 0.0  # of the numbers of the whitened embeddings
     dropout: Share = 0.2  # in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)
     select: Literal["HR@10", "HR@20", "MRR@10", "MRR@20", "NDCG@10", "NDCG@20"] = "MRR@20"  # on validation: which epoch is taken
     patience: Positive = 3  # epochs without a better one before it stops

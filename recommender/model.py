@@ -146,17 +146,16 @@ class SessionModel(nn.Module):
                 tensors |= {f"pairs.{name}.{key}": value for key, value in pairs.over(place, count).items()}
         return SessionModel.restored(replace(self.config, items=count), tensors)
 
-    def tables(self, known: Tensor | None = None, generator: torch.Generator | None = None, items: Tensor | None = None) -> Tables:
-        """The item tables. `known` (N,) says whose id may be used (training: a random part); `generator` draws dropout; vectors
-        are made for all items or for `items` (M,) alone."""
+    def tables(self, known: Tensor | None = None, items: Tensor | None = None) -> Tables:
+        """The item tables. `known` (N,) says whose id may be used (training: a random part); vectors are made for all items or for
+        `items` (M,) alone."""
         some = slice(None) if items is None else items
         known = self.known if known is None else known
         log_count = self.log_counts(known)
         level = -float(np.log(max(int(self.known.sum()), 1)))  # a channel starts near a distribution, level with the others
         vectors, priors = {}, {}
         if "content" in self.channels:
-            content = dropout(self.content[some], self.config.content_dropout, generator)
-            vectors["content"] = torch.cat([F.normalize(self.project(content), dim=-1), ~known[some, None]], -1)
+            vectors["content"] = torch.cat([F.normalize(self.project(self.content[some]), dim=-1), ~known[some, None]], -1)
             priors["content"] = self.channel("content").popularity * log_count + level
             priors["popular"] = self.popularity * log_count + self.stranger[2] * ~known
         else:
@@ -181,7 +180,7 @@ class SessionModel(nn.Module):
         if len(candidates.items) < self.config.items / 2:
             touched = torch.cat([candidates.items, rows[rows != PAD]]).unique()  # type: ignore[no-untyped-call]
         losses = self.losses if candidates.beta is None else self.binary_losses
-        return losses(rows, targets, self.tables(known, generator, touched), candidates)
+        return losses(rows, targets, self.tables(known, touched), candidates)
 
     def channel(self, name: str) -> Channel:
         found = self.channels[name]
@@ -334,11 +333,3 @@ def seen_last(rows: Tensor) -> Tensor:
     later = (rows[:, :, None] == rows[:, None, :]) & (place > place[:, None])
     following = torch.where(later, place, rows.shape[1]).amin(2)  # (B, s) when the item of s comes again
     return place[:, None] < following[:, None, :]
-
-
-def dropout(values: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Dropout drawn on the CPU from `generator`, the same on every device and process; none without a generator."""
-    if generator is None or rate == 0:
-        return values
-    kept = torch.rand(values.shape, generator=generator) >= rate
-    return values * kept.to(values.device) / (1 - rate)

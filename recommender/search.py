@@ -39,13 +39,15 @@ def space(name: str, settings: SbrConfig) -> "dict[str, BaseDistribution]":
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     recipe = MODELS[name]
-    ours = ["content_dropout"] * recipe.content + ["id_dropout"] * (recipe.content and recipe.ids)
+    shares = ["dropout"] if recipe.encoder is not None else ["id_dropout"] * (recipe.content and recipe.ids)
+    decay = {"content_decay": FloatDistribution(0.0, max(2.0, settings.content_decay))} if recipe.content else {}
     return {
         "lr": FloatDistribution(settings.lr / 10, settings.lr * 4, log=True),
         "weight_decay": CategoricalDistribution(sorted({*DECAYS, settings.weight_decay})),
         "epochs": IntDistribution(math.ceil(settings.epochs / 2), settings.epochs),
         **{key: CategoricalDistribution(_around(getattr(settings, key))) for key in ("dim", "batch")},
-        **{key: FloatDistribution(0.0, max(0.5, getattr(settings, key))) for key in (ours if recipe.encoder is None else ["dropout"])},
+        **{key: FloatDistribution(0.0, max(0.5, getattr(settings, key))) for key in shares},
+        **decay,
     }
 
 

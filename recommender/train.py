@@ -257,7 +257,6 @@ def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
         ids=recipe.ids,
         dim=settings.dim,
         max_prefix=config.data.max_prefix,
-        content_dropout=settings.content_dropout,
         id_dropout=settings.id_dropout,
         own_loss=settings.own_loss,
         parts=Parts(**settings.parts.model_dump(exclude={"whitening"})),
@@ -266,15 +265,20 @@ def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
 
 
 def build_optimizer(model: Model, settings: SbrConfig) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW in two groups: matrices with weight decay, scalars and vectors without and, of our model, at a higher rate; and the
-    parameters' names."""
-    named = sorted(model.named_parameters(), key=lambda entry: entry[1].ndim < 2)
-    rate = SCALAR_RATE if isinstance(model, SessionModel) else 1.0
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay, "rate": 1.0},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0, "rate": rate},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True), [n for n, _ in named]
+    """AdamW in up to three groups, and the parameters' names: matrices; the one that reads the vectors, whose decay is what keeps the
+    many numbers that tell nothing of sessions from being learned by heart; scalars and vectors, without decay and, of our model, at a
+    higher rate."""
+    groups: dict[str, dict[str, Any]] = {
+        "matrices": {"weight_decay": settings.weight_decay, "rate": 1.0},
+        "content": {"weight_decay": settings.content_decay, "rate": 1.0},
+        "vectors": {"weight_decay": 0.0, "rate": SCALAR_RATE if isinstance(model, SessionModel) else 1.0},
+    }
+    members: dict[str, dict[str, torch.nn.Parameter]] = {group: {} for group in groups}
+    for name, parameter in model.named_parameters():
+        group = "vectors" if parameter.ndim < 2 else "content" if name == "project.weight" else "matrices"
+        members[group][name] = parameter
+    grouped = [{"params": list(of.values()), **groups[group]} for group, of in members.items() if of]
+    return torch.optim.AdamW(grouped, lr=settings.lr, fused=True), [name for of in members.values() for name in of]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from standin_run import publish_embeddings, write_data
+from standin_run import DIM, GROUPS, publish_embeddings, write_data
 
 from pipeline.artifact import locked
 from pipeline.config import Config, load_config
@@ -87,6 +87,23 @@ def test_the_table_has_every_model_and_the_full_one_is_not_below_its_halves(trai
         assert mean["full"]["all"]["HR@10"] > mean[half]["all"]["HR@10"]
     assert mean["full"]["cold"]["HR@20"] > 0.5
     assert mean["ID-only"]["cold"]["HR@20"] < 0.1
+
+
+def test_numbers_that_tell_nothing_fade(tmp_path: Path) -> None:
+    group = write_data(tmp_path / "data")
+    rng = np.random.default_rng(0)
+    telling = np.eye(GROUPS)[group] @ rng.normal(size=(GROUPS, DIM)) + 0.2 * rng.normal(size=(len(group), DIM))
+    halves = np.stack([telling, rng.normal(size=telling.shape)]).astype(np.float32)
+
+    def share_of_noise(decay: float) -> float:
+        """Of the matrix that reads the vectors."""
+        run, config = tmp_path / str(decay), settings("sbr.models=[full]", f"sbr.content_decay={decay}")
+        publish_embeddings(run, tmp_path / "data", group, config, halves=halves)
+        train_sbr(config, run, tmp_path / "data")
+        size = weights(run)["project.weight"].square().sum(0)
+        return float(size[DIM:].sum() / size.sum())
+
+    assert share_of_noise(20.0) < share_of_noise(0.0) / 2
 
 
 def test_one_line_of_metrics_per_step(trained: Path) -> None:
