@@ -5,6 +5,7 @@ What a phase is, is in `phases.py`; the loop that trains one in `train.py`.
 
 import hashlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline import fsdp, layers, prompts
 from pipeline.artifact import canonical_json, locked, published, stage
 from pipeline.backbone import TOKENIZER, Backbone, build_backbone, weights_sha256
 from pipeline.catalog import load_catalog
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, Interrupt
 from pipeline.config import Config
 from pipeline.encoder import Encoder
 from pipeline.errors import ENVIRONMENT, USAGE, UserError
@@ -44,7 +45,7 @@ from pipeline.vision import Cache, Picture, is_frozen, pack_attention
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
 LOCK_SECONDS = 10.0  # for so long the workers of a process that was killed may hold its lock
-TABLE_ROWS = 4096  # items embedded at a time for a table
+TABLE, TABLE_ROWS, SAVE_SECONDS = "table", 4096, 120.0  # its folder; items embedded at a time for one; between two saves
 ALIKE = 0.9  # mean cosine of features beyond which they have collapsed: those of trained runs are at 0.2 to 0.7
 
 
@@ -113,10 +114,13 @@ def distill(
             if kind is Align and config.distill.align.token_distill:
                 mllm.teacher = below("backbone.", weights["transfer"])
             checkpoints = Checkpoints(folder / kind.name, fingerprint)
-            if fresh and accelerator.is_main_process:
-                checkpoints.clear()
-            elif accelerator.is_main_process:
-                any(checkpoints.take_over(sibling / "distill" / kind.name, phase.settings.steps) for sibling in siblings)
+            kept = Checkpoints(folder / kind.name / TABLE, fingerprint, keep=1)
+            if accelerator.is_main_process:
+                for of, whole in ((checkpoints, phase.settings.steps), (kept, len(views))):
+                    if fresh:
+                        of.clear()
+                    else:
+                        any(of.take_over(sibling / of.folder.relative_to(run), whole) for sibling in siblings)
             accelerator.wait_for_everyone()
             accelerator.free_memory()
             train_phase(phase, mllm, accelerator, checkpoints, metrics)
@@ -127,7 +131,7 @@ def distill(
             if kind.name == variant.last:
                 break
             head = heads[0] if kind is Knowledge else "transition"
-            tables[head] = feature_table(mllm, phase, head)
+            tables[head] = feature_table(mllm, phase, head, kept)
         for name, parameter in backbone.model.named_parameters():
             parameter.requires_grad_(f"backbone.{name}" in base)  # frozen or not, they are published
         unified: Mllm | SideBySide = mllm
@@ -228,16 +232,24 @@ def _check_batches(config: Config, world: int) -> None:
             raise UserError(f"distill.{kind.name}.batch = {batch} does not divide by {world} processes (config); make it a multiple", USAGE)
 
 
-def feature_table(mllm: Mllm, phase: Phase, head: str) -> Tensor:
-    """(N, D): one feature an item. A warning where they hardly differ, for then what is trained on them cannot learn."""
-    count, parts = len(phase.prompts), []
-    with Steps(f"{head} table", count, show=phase.group.rank == 0) as progress:
-        for first in range(0, count, TABLE_ROWS):
+def feature_table(mllm: Mllm, phase: Phase, head: str, kept: Checkpoints) -> Tensor:
+    """(N, D): one feature an item, as far as `kept` has them from there, and kept in it. A warning where they hardly differ, for then
+    what is trained on them cannot learn."""
+    accelerator, count, main = phase.group.accelerator, len(phase.prompts), phase.group.rank == 0
+    done, tensors, _ = kept.newest() or (0, {head: torch.empty(0, phase.config.distill.dim)}, {})
+    table, saved = tensors[head].to(accelerator.device), time.monotonic()
+    with Interrupt() as interrupt, Steps(f"{head} table", count, done, show=main) as progress:
+        for first in range(done, count, TABLE_ROWS):
             rows = np.arange(first, min(first + TABLE_ROWS, count))
-            parts.append(item_features(mllm, phase, rows, (head,), phase.config.distill.workers)[head])
+            table = torch.cat([table, item_features(mllm, phase, rows, (head,), phase.config.distill.workers)[head]])
             progress.advance(by=len(rows))
-    table = torch.cat(parts)
-    if phase.group.rank == 0 and (alike := float(table.mean(0).square().sum())) > ALIKE:  # of unit vectors, the mean of all cosines
+            stop = interrupt.agreed(accelerator)
+            if main and (stop or len(table) == count or time.monotonic() - saved > SAVE_SECONDS):
+                kept.save(len(table), {head: table}, {})
+                saved = time.monotonic()
+            if stop:
+                raise interrupt.exit()
+    if main and (alike := float(table.mean(0).square().sum())) > ALIKE:  # of unit vectors, the mean of all cosines
         print(
             f"warning: the {head} features of two items have a cosine of {alike:.3f} on average, so that they hardly tell items apart "
             f"({phase.name}); see that the texts and pictures differ (data.text), or take more steps (distill.{phase.name}.steps)",

@@ -1,5 +1,6 @@
 """`distill` on a small shop: it learns, a kill costs nothing, only training sessions count, and processes share the work."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from tiny_run import (
     PHASES,
     SETTINGS,
@@ -39,6 +41,7 @@ from typer.testing import CliRunner
 import cli
 from pipeline.artifact import locked
 from pipeline.catalog import load_catalog
+from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config, load_config
 from pipeline.distill import _check_batches
 from pipeline.embeddings import read_embeddings
@@ -247,6 +250,27 @@ def test_killed_with_a_learned_critic_and_a_teacher_it_goes_on_with_those_it_had
     assert distill_run(run, tiny_data, *OPTIONS)
     assert same(weights(run), weights(options_run))
     assert losses(run) == losses(options_run)
+
+
+def test_a_table_of_features_is_made_once_and_goes_on_where_it_was(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = without_align(tiny_run, tmp_path / "run")
+    folder = run / "distill" / "transfer" / "table"
+    (whole,) = folder.iterdir()
+    state = json.loads((whole / "state.json").read_bytes())["entry"]
+    features = load_file(whole / "tensors.safetensors")["transition"]
+    shutil.rmtree(whole)
+    Checkpoints(folder, state["fingerprint"]).save(10, {"transition": features[:10]}, {})
+    capsys.readouterr()
+    assert distill_run(run, tiny_data)
+    told = capsys.readouterr().err
+    assert "knowledge table" not in told
+    assert f"transition table: {len(features)}/{len(features)}" in told
+    assert [path.name for path in folder.iterdir()] == [whole.name]
+    again = load_file(whole / "tensors.safetensors")["transition"]
+    assert torch.equal(again[:10], features[:10])
+    assert torch.allclose(again, features, atol=1e-5)  # in other batches
 
 
 def test_asked_to_stop_it_saves_and_exits_143_and_goes_on_later(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
