@@ -60,6 +60,8 @@ class ShopConfig(Section):
     items: Annotated[Positive, Field(ge=20)] = 1200
     sessions: Annotated[Positive, Field(ge=20)] = 13500
     image_size: Positive = 48  # pixels a side
+    cold_items: Share = 0.15  # share of the items launched after the training sessions, which no training session holds
+    launch: Literal["validation", "test"] = "validation"  # the first sessions in which they are for sale
     seed: Seed = 0
 
 

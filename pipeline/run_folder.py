@@ -95,11 +95,13 @@ def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Pa
 
 def drawn_otherwise(data: Path, settings: "Config") -> bool:
     """Whether this is a sample shop, but not that of the settings."""
+    from pipeline.config import ShopConfig
+
     try:
-        shop = json.loads((data / "ceiling.json").read_bytes())["shop"]
-    except (OSError, ValueError, KeyError, TypeError):
+        shop = ShopConfig.model_validate(json.loads((data / "ceiling.json").read_bytes())["shop"])
+    except (OSError, ValueError, KeyError, TypeError):  # pydantic's errors are ValueErrors
         return False
-    return bool(shop != settings.shop.model_dump())
+    return shop != settings.shop
 
 
 def find_pictures(data: Path | None, run: Path) -> Path | None:

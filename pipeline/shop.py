@@ -9,7 +9,7 @@ an earlier one):
 
 R multiplies one affinity table per property (kinds that go together, the same or the partner style or colour):
 seen by whoever reads text and pictures. C is a few companions drawn for each item without any reason: seen only in
-the log. Items launched late never occur in a training session (cold); they have no companions.
+the log. Items launched late, at the first validation or test session, never occur in a training session (cold); they have no companions.
 `ceiling.json` holds what the true law itself scores on the test sessions.
 """
 
@@ -33,7 +33,6 @@ MOTIFS = ("plain", "stripes", "dots", "checks")
 
 RULE, COMPANION, NOISE = 0.65, 0.2, 0.15  # shares of the law
 LAST = 0.75  # probability that the next item follows from the last one, not from an earlier one
-COLD = 0.15  # share of the items launched after the training sessions
 COMPANIONS = (0.5, 0.3, 0.2)
 # Silhouettes on a unit square: polygons (lists of points) and ellipses (two corners).
 SHAPES: dict[str, list[tuple[str, tuple[float, ...]]]] = {
@@ -109,7 +108,7 @@ def build_law(config: ShopConfig, unseen: dict[str, np.ndarray] | None = None) -
     n = config.items
     kind, style, colour, motif, model = (rng.integers(len(v), size=n) for v in (KINDS, STYLES, COLOURS, MOTIFS, MODELS))
     cold = np.zeros(n, bool)
-    cold[rng.choice(n, int(COLD * n), replace=False)] = True
+    cold[rng.choice(n, int(config.cold_items * n), replace=False)] = True
     popularity = (1 + rng.permutation(n)) ** -0.4
     # each kind goes with itself and two others; a style or colour with itself and one partner
     rule = (
@@ -185,7 +184,7 @@ def _sessions(law: Law, shop: ShopConfig, data: DataConfig) -> tuple[list[np.nda
     """Sessions in order of time, as rows of items, and their start times in seconds."""
     rng = np.random.default_rng(shop.seed + 1)
     count = shop.sessions
-    launch = count - _held_out(shop, data.test) - _held_out(shop, data.valid)
+    launch = count - _held_out(shop, data.test) - (_held_out(shop, data.valid) if shop.launch == "validation" else 0)
     lengths = np.minimum(2 + rng.geometric(0.3, size=count), 15)
     late = np.arange(count) >= launch
     before, after = law.before.cumsum(1), law.after.cumsum(1)
