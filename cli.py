@@ -6,11 +6,13 @@ and its exit code; results go to stdout, everything else to stderr.
 
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +23,7 @@ from pipeline.run_folder import find_pictures, open_run, remember, say
 
 if TYPE_CHECKING:
     from pipeline.config import Config, VariantName
+    from pipeline.export import Exported
     from pipeline.session_log import SessionLog
     from recommender.recommend import Item, Recommender
     from recommender.teacher import Teacher
@@ -90,6 +93,11 @@ def distill(
 
         made = run_stages(settings, run, folder, fresh, open_teacher=open_teacher)
         say(f"unified MLLM: {run / 'mllm'}{'' if made else ' (up to date)'}")
+        if settings.distill.refit:
+            from pipeline.embeddings import REFIT
+
+            made = run_stages(settings, run / REFIT, folder, fresh, open_teacher=open_teacher, everything=True)
+            say(f"unified MLLM of all sessions: {run / REFIT / 'mllm'}{'' if made else ' (up to date)'}")
         following("export-embeddings", run)
 
 
@@ -116,21 +124,30 @@ def export_embeddings(
     overrides = [*(set_ or []), *(f"export.{key}={value}" for key, value in flags.items() if value is not None)]
     with errors(debug), open_run(config, data, run, overrides) as (settings, folder):
         share = parse_shard(shard)
-        from pipeline.embeddings import halves_of
+        from pipeline.embeddings import REFIT
         from pipeline.export import export
 
-        found = export(settings, run, folder, update, share)
-        for note in found.notes:
-            say(note)
-        if (done := found.work).items:
-            speed = f"{done.items} items in {done.seconds:.1f} s, {done.items / done.seconds:.1f} a second"
-            say(f"{speed}; {done.padding:.1%} of the tokens padding; the model at work {done.computing / done.seconds:.0%} of the time")
-        if found.version is None:
-            say(f"{found.left} of {found.parts} parts are left, for the other shards or `tpad export-embeddings`")
-            return
-        size = f"{found.rows} items x ({' + '.join(f'{found.dim} {half}' for half in halves_of(found.version.manifest))})"
-        say(f"{size}: {found.version.path}{'' if found.made else ' (up to date)'}")
-        following("index" if update and (run / "sbr" / "current").exists() and not found.notes else "train-sbr", run)
+        exports = [export(settings, part, folder, update, share) for part in ([run, run / REFIT] if settings.distill.refit else [run])]
+        for found in exports:
+            tell_export(found)
+        if all(found.version for found in exports):
+            noted = any(found.notes for found in exports)
+            following("index" if update and (run / "sbr" / "current").exists() and not noted else "train-sbr", run)
+
+
+def tell_export(found: "Exported") -> None:
+    from pipeline.embeddings import halves_of
+
+    for note in found.notes:
+        say(note)
+    if (done := found.work).items:
+        speed = f"{done.items} items in {done.seconds:.1f} s, {done.items / done.seconds:.1f} a second"
+        say(f"{speed}; {done.padding:.1%} of the tokens padding; the model at work {done.computing / done.seconds:.0%} of the time")
+    if found.version is None:
+        say(f"{found.left} of {found.parts} parts are left, for the other shards or `tpad export-embeddings`")
+        return
+    size = f"{found.rows} items x ({' + '.join(f'{found.dim} {half}' for half in halves_of(found.version.manifest))})"
+    say(f"{size}: {found.version.path}{'' if found.made else ' (up to date)'}")
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
@@ -149,11 +166,24 @@ def train_sbr(
     search: Annotated[
         int, typer.Option(metavar="N", min=0, help="First try N settings of each model, on validation. What is found stays until --fresh.")
     ] = 0,
+    update: Annotated[
+        bool, typer.Option("--update", help="Go on from the published model with the new sessions, and publish if it is not worse.")
+    ] = False,
     fresh: Fresh = False,
     debug: Debug = False,
 ) -> None:
     """Train the session model beside its baselines: embeddings + sessions -> session model, index, table of results."""
     with errors(debug), open_run(config, data, run, set_) as (settings, folder):
+        if update:
+            if search or fresh:
+                raise UserError("--update goes on from the published model (command line); give it without --search and --fresh", USAGE)
+            from recommender.update import update_sbr
+
+            updated = update_sbr(settings, run, folder)
+            say(updated.told)
+            say(f"session model: {updated.version.path} ({f'{updated.sessions} sessions learned' if updated.sessions else 'as it was'})")
+            following("recommend", run)
+            return
         from recommender.train import train_sbr as run_training
 
         found = run_training(settings, run, folder, fresh, search)
@@ -186,7 +216,7 @@ def index(
     with errors(debug), open_run(config, data, run, set_) as (settings, folder):
         from recommender.refresh import refresh
 
-        found = refresh(run, folder, settings.sbr.index, rebuild)
+        found = refresh(run, folder, settings.sbr.index, settings.sbr.new_items, rebuild)
         changes = f"{found.added} items added, {found.removed} removed" if found.made else "up to date"
         facts = found.version.manifest["index"]
         quality = "exact" if facts["exact"] else f"recall@20 {facts['recall@20']:.4f} on {facts['sessions']} test sessions"
@@ -204,7 +234,13 @@ def recommend(
         list[str] | None,
         typer.Option("--filter", metavar="COLUMN=VALUE", help="Only items with this value; repeatable: any of a column's, all columns."),
     ] = None,
-    diversify: Annotated[float, typer.Option(help="0 to 1: how much an item loses for being like those above it.")] = 0.0,
+    diversify: Annotated[float, typer.Option(help="Diversity by MMR, from 0 (relevance only) to 1 (diversity only).")] = 0.0,
+    new_items: Annotated[
+        float | None, typer.Option(metavar="SHIFT", help="Log-odds added to items without training events. Default: sbr.new_items.")
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only items available then: ISO 8601 (UTC) or Unix seconds. Default: now.")
+    ] = None,
     sessions: Annotated[
         Path | None, typer.Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")
     ] = None,
@@ -225,6 +261,7 @@ def recommend(
                 raise UserError(f"{option} {text!r} is not UTF-8 (command line); give ids and values as the catalogue has them", USAGE)
         from recommender.recommend import Recommender
 
+        moment = None if at is None else parse_time(at)
         filters: dict[str, list[str]] = {}
         for wish in filter_ or []:
             column, equals, value = wish.partition("=")
@@ -236,7 +273,7 @@ def recommend(
             from recommender.batch import recommend_file
 
             share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-            done = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, share)
+            done = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share)
             say(f"{done.sessions} sessions, {done.rows} rows: {done.out}")
             if done.popular or done.unknown_events:
                 say(f"events of items not in the catalogue, left out: {done.unknown_events}")
@@ -249,7 +286,7 @@ def recommend(
             items = [item for part in session.split(",") if (item := part.strip())]
         if not items:
             raise UserError("--session names no item (command line); give item_ids, e.g. --session a,b,c", USAGE)
-        answer = recommender.recommend(items, k, exclude_seen, filters, diversify)
+        answer = recommender.recommend(items, k, exclude_seen, filters, diversify, new_items, moment)
         if as_json:
             ranked = [item._asdict() for item in answer.items]
             typer.echo(
@@ -264,6 +301,17 @@ def recommend(
         print_items(recommender, answer.items)
         if session is None:
             results_line(recommender)
+
+
+def parse_time(text: str) -> int:
+    """ISO 8601, in UTC without a zone, or Unix seconds -> Unix seconds."""
+    try:
+        if re.fullmatch(r"[+-]?\d{1,12}", text):
+            return int(text)
+        moment = datetime.fromisoformat(text)
+        return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError):
+        raise UserError(f"--at {text!r} is no time (command line); give e.g. 2026-11-30T12:00 or Unix seconds", USAGE) from None
 
 
 @app.command()
@@ -315,6 +363,7 @@ def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]
     from pipeline.export import export
     from recommender.train import train_sbr as run_training
 
+    settings = settings.model_copy(update={"sbr": settings.sbr.model_copy(update={"refit": False})})  # nothing here is for use
     remember(run, data, settings)
     run_stages(settings, run, data, siblings=siblings, open_teacher=open_teacher)
     work = export(settings, run, data).work
@@ -329,6 +378,9 @@ def evaluate(
         str | None, typer.Option(metavar="time|user-hash|last-out|paper-max", help="How sessions are split. Default: as in the run.")
     ] = None,
     models: Annotated[str | None, typer.Option(metavar="A,B,...", help="Models and baselines. Default: every one there is.")] = None,
+    windows: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Evaluate over N cut-off times inside the log: mean and spread of every figure.")
+    ] = 0,
     seeds: Annotated[int | None, typer.Option(min=1, help="How often each model is trained (sbr.seeds).")] = None,
     against: Annotated[str | None, typer.Option(help="What the others are held against. Default: full, else ID-only.")] = None,
     config: ConfigFile = None,
@@ -349,7 +401,14 @@ def evaluate(
         names = None if models is None else chosen_models(models)
         if seeds is not None:
             settings = settings.model_copy(update={"sbr": settings.sbr.model_copy(update={"seeds": seeds})})
-        version, text, left_out = run_evaluation(settings, run, folder, protocol, names, against, fresh)
+        if windows:
+            if protocol != "time":
+                raise UserError(f"--windows cuts the log by time (--protocol {protocol}); leave --protocol out", USAGE)
+            from recommender.rolling import evaluate_windows
+
+            version, text, left_out = evaluate_windows(settings, run, folder, windows, names, against, fresh)
+        else:
+            version, text, left_out = run_evaluation(settings, run, folder, protocol, names, against, fresh)
         typer.echo(text.partition("\n## Distinct")[0])
         if left_out:
             say(f"left out: {left_out}")
@@ -484,10 +543,11 @@ def print_items(recommender: "Recommender", items: "list[Item]") -> None:
 
 def results_line(recommender: "Recommender") -> None:
     """One line of the table that `tpad train-sbr` printed."""
-    results = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))["results"]
+    metrics = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))
+    results, twin = metrics["results"], ", trained without the newest sessions" if metrics["facts"].get("refit") else ""
     names = {"full": "session model", "popularity": "popularity", "ID-only": "ID-only", "ceiling": "ceiling"}
     shown = [f"{name} {results[key]['mean']['all']['HR@10']:.3f}" for key, name in names.items() if key in results]
-    typer.echo(f"HR@10 on the test sessions: {', '.join(shown)}")
+    typer.echo(f"HR@10 on the test sessions{twin}: {', '.join(shown)}")
 
 
 def start_processes() -> None:

@@ -28,7 +28,7 @@ from pipeline.config import Config, load_config
 from recommender.evaluate import cases_of, model_ranks, prefixes_of
 from recommender.metrics import summarise, target_ranks
 from recommender.sessions import PAD, DeviceWindows, batches, pack
-from recommender.train import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
+from recommender.trainer import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
 
 PREFIX, CONTENT = 20, 128
 SRGNN_BATCH, RECBOLE_BATCH = 100, 2048  # samples, by default

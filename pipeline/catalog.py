@@ -23,12 +23,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.artifact import sha256_file
+from pipeline.availability import COLUMNS as AVAILABILITY
+from pipeline.availability import Availability, read_availability
+from pipeline.clock import PREPARE
 from pipeline.errors import DATA, UserError
 from pipeline.images import FORMATS, decode_image, read_image_file
 
 ITEMS, SESSIONS = "items.parquet", "sessions.parquet"
 MAX_ID_BYTES = 512
-PREPARE = "`tpad prepare` writes such a file"
 CACHE_BYTES = 256 * 1024 * 1024  # of image row groups ...
 STREAM_BYTES = 16 * 1024 * 1024  # ... and of the columns of a catalogue that is gone through once, in order
 CONTROL = "[\\x00-\\x1f\\x7f\\x{80}-\\x{9f}\\x{2028}\\x{2029}]"  # in the syntax of RE2, which Arrow uses
@@ -112,11 +114,12 @@ class Catalog:
     path: Path
     sha256: str  # of the file, and of the sizes of pictures beside it
     item_ids: list[str]
-    columns: list[str]  # those that can be read as text: every one but item_id, image and other binary ones
+    columns: list[str]  # those that can be read as text: every one but item_id, image, availability and binary ones
     text_columns: list[str]  # of them, those that are texts, or lists of texts
     _texts: Mapping[str, pa.Array | _Column] = field(repr=False)
     _images: _Column | None = field(repr=False)
     _present: np.ndarray = field(repr=False)  # (N,) bool: who has an image
+    availability: Availability | None = None  # None: every item may always be recommended
     by_path: bool = False  # some images are files beside the catalogue, of which its sha256 knows no more than the size
 
     def __len__(self) -> int:
@@ -133,9 +136,10 @@ class Catalog:
 
     def only(self, item_ids: list[str]) -> "Catalog":
         """These of the items, in this order, with their texts and no image. Not of a catalogue that is streamed."""
-        rows = pa.array([self.row[item] for item in item_ids], pa.int64())
-        texts = {name: column.take(rows) for name, column in self._texts.items() if isinstance(column, pa.Array)}
-        return replace(self, item_ids=item_ids, _texts=texts, _images=None, _present=np.zeros(len(item_ids), bool))
+        rows = np.array([self.row[item] for item in item_ids], np.int64)
+        texts = {name: column.take(pa.array(rows)) for name, column in self._texts.items() if isinstance(column, pa.Array)}
+        available = self.availability and self.availability.take(rows)
+        return replace(self, item_ids=item_ids, _texts=texts, _images=None, _present=np.zeros(len(item_ids), bool), availability=available)
 
     def attributes(self) -> dict[str, pa.Array]:
         """What items can be told apart by, all but title and description: a text each, or a list of texts. Not of a streamed one."""
@@ -206,11 +210,12 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
     images = "image" in schema.names
     if images:
         need_columns(path, schema, {"image": is_image})
-    columns = [f.name for f in schema if f.name not in ("item_id", "image") and not has_binary(f.type)]
+    columns = [f.name for f in schema if f.name not in ("item_id", "image", *AVAILABILITY) and not has_binary(f.type)]
+    limits = [name for name in AVAILABILITY if name in schema.names]
     cache_bytes = STREAM_BYTES if stream else CACHE_BYTES
     try:
         sha256 = sha256_file(path)
-        table = file.read(columns=["item_id"] if stream else ["item_id", *columns], use_threads=False)
+        table = file.read(columns=["item_id", *limits, *([] if stream else columns)], use_threads=False)
         table.validate(full=True)
         present, linked = _present(file, path.parent) if images else (np.zeros(len(table), bool), b"")
         image_column = _Column(path, file, "image", cache_bytes) if images else None
@@ -227,7 +232,8 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
     if linked:
         sha256 = hashlib.sha256(sha256.encode() + linked).hexdigest()
     text_columns = [name for name in columns if is_text(inner(schema.field(name).type))]
-    return Catalog(path, sha256, item_ids, columns, text_columns, texts, image_column, present, bool(linked))
+    available = read_availability(path, table)
+    return Catalog(path, sha256, item_ids, columns, text_columns, texts, image_column, present, available, bool(linked))
 
 
 def raise_duplicate(item_ids: list[str], where: Callable[[int], str]) -> None:
@@ -293,10 +299,6 @@ def is_image(kind: pa.DataType) -> bool:
     parts = {part.name: part.type for part in kind}
     fits = {"bytes": is_binary, "path": is_text}
     return bool(parts) and all(name in fits and (fits[name](part) or pa.types.is_null(part)) for name, part in parts.items())
-
-
-def is_clock(kind: pa.DataType) -> bool:
-    return bool((pa.types.is_integer(kind) and kind != pa.uint64()) or pa.types.is_timestamp(kind))
 
 
 def has_binary(kind: pa.DataType) -> bool:

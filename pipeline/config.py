@@ -230,6 +230,8 @@ class MergeConfig(Section):
 
 class DistillConfig(Section):
     dim: Positive = 64  # D: length of k(v), and of p(v)
+    # a second MLLM, trained on all sessions, whose vectors the published session model reads (with sbr.refit); twice the time
+    refit: bool = False
     variant: VariantName = "full"  # an ablation: what of the method is left out, see pipeline/variants.py
     merge: MergeConfig = MergeConfig()
     checkpoint_every: Positive = 100  # steps
@@ -292,6 +294,10 @@ class SbrConfig(Section):
     own_loss: Weight = 0.0  # weight of the loss of each channel of our model, ids and vectors, on its own
     parts: PartsConfig = PartsConfig()
     precision: Literal["no", "bf16"] = "no"  # bf16: matrix products of the training in bfloat16, for GPUs that have it
+    # what is published is trained again on all sessions, validation and test too; its figures are those of the model before
+    refit: bool = True
+    # log-odds added to items without training events when recommending; `--new-items` and a request's "new_items" take its place
+    new_items: Annotated[float, Field(ge=-20, le=20)] = 0.0
     seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published
     index: str = "auto"  # auto: by the catalogue's size; flat (exact), hnsw, ivf, or a factory string of FAISS; `tpad index` changes it
     # those that are trained: of recommender/models also e.g. SASRec, SASRec on vectors. The first of full, ID-only is published

@@ -50,25 +50,33 @@ ALIKE = 0.9  # mean cosine of features beyond which they have collapsed: those o
 
 
 def distill(
-    config: Config, run: Path, data: Path, fresh: bool = False, siblings: Sequence[Path] = (), open_teacher: OpenTeacher | None = None
+    config: Config,
+    run: Path,
+    data: Path,
+    fresh: bool = False,
+    siblings: Sequence[Path] = (),
+    open_teacher: OpenTeacher | None = None,
+    everything: bool = False,
 ) -> bool:
-    """Both stages, from a data folder to `run/mllm`. False if the published MLLM was already made from the same inputs.
+    """Both stages, from a data folder to `run/mllm`. False if the published MLLM was already made from the same inputs. With
+    `everything` all sessions are for training: for vectors that are published, and no figure is made with.
 
     A phase that one of the runs `siblings` has finished with the same settings and data is taken over from there.
     `open_teacher` gives the session model of another run, where `distill.transfer.teacher` names one.
     """
     variant, config = VARIANTS[config.distill.variant], varied(config)
     catalog = load_catalog(data)
-    split = split_sessions(load_sessions(data, catalog), config.data)
-    neighbours = load_neighbours(config.data.neighbours, catalog, split.train.ids_sha256())
+    log = load_sessions(data, catalog)
+    train = log if everything else split_sessions(log, config.data).train
+    neighbours = load_neighbours(config.data.neighbours, catalog, train.ids_sha256())
     check_columns(catalog, config.data)
     views = Prompts(catalog, config.data, load_templates(config.data.prompts), neighbours)
     teacher = None
     if (named := config.distill.transfer.teacher) is not None:
         assert open_teacher is not None, "a teacher is named, and who opens it is not"
-        teacher = open_teacher(Path(named), catalog.item_ids, split.train)
+        teacher = open_teacher(Path(named), catalog.item_ids, train)
     made_from = weights_sha256(config.backbone)  # gigabytes to read: once
-    prints = _fingerprints(config, views, teacher, catalog.sha256, _log_sha256(split.train), made_from)
+    prints = _fingerprints(config, views, teacher, catalog.sha256, _log_sha256(train), made_from)
     version = published(run / "mllm", "mllm")
     if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
         return False
@@ -106,7 +114,7 @@ def distill(
         if config.distill.vision_cache_gb:
             keep_pictures(config, run, backbone, views, encoder, group)
         for kind, fingerprint in zip(PHASES, prints, strict=False):
-            phase = kind(config, views, encoder, split.train, group, tables, teacher, summaries)
+            phase = kind(config, views, encoder, train, group, tables, teacher, summaries)
             torch.manual_seed(config.seed)
             heads = [head for of in kind.heads.values() for head in of]
             mllm = Mllm(backbone.model, heads, config.distill.dim)
@@ -141,7 +149,7 @@ def distill(
             unified = side_by_side(backbone, weights, config.distill.dim)
         measured = measure_layers(unified, phase, metrics.before) if isinstance(unified, Mllm) else []
         if accelerator.is_main_process:
-            publish(run, config, views, unified, backbone, made_from, measured, split.train.ids_sha256(), prints[-1])
+            publish(run, config, views, unified, backbone, made_from, measured, train.ids_sha256(), prints[-1])
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return True

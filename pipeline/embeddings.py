@@ -10,11 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import MANIFEST, Version, damaged, following, replacing
+from pipeline.config import Config
 
+REFIT = "refit"  # folder in that of a run: the MLLM that has seen all sessions (distill.refit), and its embeddings
 ROW_GROUP = 1024  # rows: fixed, so that the same rows always give the same bytes
 HALVES = ("knowledge", "transition")
 Dtype = Literal["float32", "float16", "int8"]
 VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
+
+
+def published_in(config: Config) -> str:
+    """The folder, in that of a run, with the embeddings that a published session model reads."""
+    return REFIT if config.distill.refit else "."
 
 
 def embeddings_schema(dim: int, dtype: Dtype, halves: Sequence[str] = HALVES) -> pa.Schema:

@@ -19,11 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import fsync_path
+from pipeline.availability import COLUMNS as AVAILABILITY
+from pipeline.availability import read_availability
 from pipeline.catalog import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, plain_text, raise_duplicate
 from pipeline.errors import DATA, ENVIRONMENT, USAGE, UserError
 from pipeline.images import ImageError, decode_image, read_image_file
 from pipeline.progress import Steps
-from pipeline.sessionizer import SessionRules, build_sessions
+from pipeline.sessionizer import SessionRules, build_sessions, read_times
 from pipeline.tables import Source, open_source
 
 ITEM_NAMES = {  # column of ours -> what others call it, by lower-case letters and digits alone, the likeliest first
@@ -31,6 +33,8 @@ ITEM_NAMES = {  # column of ours -> what others call it, by lower-case letters a
     "title": "title name itemname productname producttitle itemtitle productdisplayname headline",
     "description": "description desc productdescription itemdescription plot overview",
     "image": "image img picture photo poster imagepath imagefile imagebytes",
+    "available_from": "availablefrom",
+    "available_until": "availableuntil",
 }
 EVENT_NAMES = {
     "session_id": "sessionid session sid visitid",
@@ -159,6 +163,11 @@ def _texts(source: Source, columns: dict[str, str], summary: PrepareSummary) -> 
     table = {"item_id": item_ids, "title": _strings(source.column(source.need(columns, "title")))}
     if "description" in columns:
         table["description"] = _strings(source.column(columns["description"]))
+    for name in AVAILABILITY:
+        if name in columns:
+            ticks, unit, known = read_times(source, columns[name], summary.notes.append)
+            table[name] = pa.array(ticks // unit, pa.timestamp("s"), mask=~known)
+    read_availability(source.path, pa.table({name: table[name] for name in AVAILABILITY if name in table}))
     for name, kind in zip(source.schema.names, source.schema.types, strict=True):
         if name in columns.values():
             continue

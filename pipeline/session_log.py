@@ -1,21 +1,16 @@
 """`sessions.parquet`: events grouped to sessions, in order, each of an item of the catalogue."""
 
 import hashlib
-import os
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.catalog import ITEMS, PREPARE, SESSIONS, Catalog, check_ids, is_clock, is_text, need_columns, open_parquet, unreadable
+from pipeline.catalog import ITEMS, SESSIONS, Catalog, check_ids, is_text, need_columns, open_parquet, unreadable
+from pipeline.clock import is_clock, read_clock
 from pipeline.errors import DATA, UserError
-
-MILLISECONDS = 10**11  # a timestamp above is not in seconds (that would be the year 5138) ...
-MICROSECONDS = 10**14  # ... and one above this is not in milliseconds either
 
 
 @dataclass(frozen=True)
@@ -26,6 +21,7 @@ class SessionLog:
     rows: np.ndarray  # (E,) int32, the items' rows, session after session
     offsets: np.ndarray  # (S + 1,) int64, where each session begins
     start: np.ndarray  # (S,) int64 seconds
+    times: np.ndarray  # (E,) int64 seconds, of each event
     dropped: int = 0  # sessions of one event, left out: nothing follows in them
     users: list[str] = field(default_factory=list)  # (S,) whose each is, where the file says so; else empty
     last_out: bool = False  # a part of the protocol last-out: held out is the last item of each session, not the session
@@ -43,7 +39,7 @@ class SessionLog:
         lengths = np.diff(self.offsets)[which]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         events = np.arange(offsets[-1]) + np.repeat(self.offsets[which] - offsets[:-1], lengths)
-        return replace(self._named(which), rows=self.rows[events], offsets=offsets, dropped=0)
+        return replace(self._named(which), rows=self.rows[events], times=self.times[events], offsets=offsets, dropped=0)
 
     def keep(self, events: np.ndarray) -> "SessionLog":
         """With these events (E,) bool alone; a session that keeps fewer than two goes. ValueError where none is left."""
@@ -53,7 +49,8 @@ class SessionLog:
         if not len(which):
             raise ValueError("no session of two events")
         offsets = np.concatenate([[0], np.cumsum(count[which])]).astype(np.int64)
-        return replace(self._named(which), rows=self.rows[events & np.repeat(count >= 2, lengths)], offsets=offsets)
+        events = events & np.repeat(count >= 2, lengths)
+        return replace(self._named(which), rows=self.rows[events], times=self.times[events], offsets=offsets)
 
     def moved(self, place: np.ndarray, training: bool = False) -> "SessionLog":
         """With the items' new rows `place` (N,), without the events of those at -1; whether this is the part for training. ValueError
@@ -103,7 +100,7 @@ def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
             "add the item or drop the events, as `tpad prepare` does",
             DATA,
         )
-    clock, unit = event_clock(path, table["timestamp"])
+    clock, unit = read_clock(path, table["timestamp"], "timestamp")
     return _sessions(path, session, session_ids, rows, clock, unit, table["user_id"] if users else None)
 
 
@@ -114,26 +111,6 @@ def _codes(path: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, 
     whole = encoded.unify_dictionaries().combine_chunks()
     whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
     return whole.indices.to_numpy().astype(np.int64), whole.dictionary.to_pylist()
-
-
-def event_clock(path: Path, column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
-    """(E,) int64 times, and how many of their units make a second."""
-    row = pc.index(pc.is_null(column), True).as_py()
-    if row >= 0:
-        raise UserError(f"timestamp is empty ({path} row {row}); every event needs one", DATA)
-    if pa.types.is_timestamp(column.type):
-        unit = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
-        return column.cast(pa.int64()).to_numpy().astype(np.int64), unit
-    clock = column.cast(pa.int64()).to_numpy().astype(np.int64)
-    if clock.max() >= MICROSECONDS:
-        raise UserError(f"timestamp is neither in seconds nor in milliseconds ({path} row {clock.argmax()}); {PREPARE}", DATA)
-    if clock.max() < MILLISECONDS:
-        return clock, 1
-    if clock.min() < MILLISECONDS // 10:  # 1970-04 in milliseconds: rather a time in seconds
-        raise UserError(f"timestamps are partly in seconds, partly in milliseconds ({path} row {clock.argmin()}); use one unit", DATA)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"note: timestamps of {path} are read as milliseconds", file=sys.stderr)
-    return clock, 1000
 
 
 def _sessions(
@@ -156,4 +133,4 @@ def _sessions(
     names = order["id"].to_pylist()
     users = [] if user is None else user.take(events[offsets[:-1]]).to_pylist()  # of the first event
     users = [whose or name for whose, name in zip(users, names, strict=False)]
-    return SessionLog(names, rows[events], offsets, start[sessions] // unit, int(len(ids) - len(kept)), users)
+    return SessionLog(names, rows[events], offsets, start[sessions] // unit, clock[events] // unit, int(len(ids) - len(kept)), users)

@@ -108,7 +108,7 @@ def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
 def _order(source: Source, columns: dict[str, str], note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
     """(E,) what orders the events, units of it a second, (E,) where it is known."""
     if "timestamp" in columns:
-        return _times(source, columns["timestamp"], note)
+        return read_times(source, columns["timestamp"], note)
     said = f"column `{columns['position']}`" if "position" in columns else "order of the file"
     note(f"{source.path}: no time; events are in the {said}, sessions in that of the file, and numbered instead of timed")
     if "position" not in columns:
@@ -136,7 +136,7 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def _times(source: Source, name: str, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+def read_times(source: Source, name: str, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
     """(E,) int64 times, units of them a second, (E,) where there is one."""
     values = source.column(name)
     kind = values.type

@@ -42,6 +42,17 @@ def split_by_time(log: SessionLog, valid: float, test: float) -> Split:
     return _split(log, part)
 
 
+def split_window(log: SessionLog, data: DataConfig, number: int, count: int) -> Split:
+    """One of `count` windows of time: the held-out share of the log is cut into count + 1 stretches of equal length; the training sessions
+    are all before stretch `number`, validation is that stretch, and the test the next one."""
+    held = sum(max(1, int(len(log) * share + 0.5)) if share > 0 else 0 for share in (data.valid, data.test))
+    ends = len(log) - held + np.linspace(0, held, count + 2).astype(np.int64)
+    part = np.full(len(log), 3)  # after the test: not used
+    for value, end in ((2, ends[number + 2]), (1, ends[number + 1]), (0, ends[number])):
+        part[:end] = value
+    return _split(log, part)
+
+
 def split_by_user(log: SessionLog, valid: float, test: float) -> Split:
     """About these shares of the users, whatever else is in the log: a user's part does not change as it grows."""
     share = np.array([int.from_bytes(hashlib.sha256(whose.encode()).digest()[:8], "big") / 2**64 for whose in log.users or log.session_ids])

@@ -55,6 +55,8 @@ def recommend_file(
     exclude_seen: bool = False,
     filters: Filters | None = None,
     diversify: float = 0.0,
+    new_items: float | None = None,
+    at: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> BatchSummary:
     """Sessions by first appearance, events by (timestamp, row). `out` is replaced whole at the end, or not at all. `share`
@@ -75,7 +77,9 @@ def recommend_file(
                 prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
                 popular += sum(not prefix for prefix in prefixes)
                 unknown += int((chunk.rows < 0).sum())
-                table = _ranked_table(recommender, chunk.names, recommender.rank(prefixes, k, exclude_seen, filters, diversify))
+                table = _ranked_table(
+                    recommender, chunk.names, recommender.rank(prefixes, k, exclude_seen, filters, diversify, new_items, at)
+                )
                 writer.write_table(table)
                 rows += len(table)
                 shown.advance(by=len(chunk.names))

@@ -19,6 +19,21 @@ class Candidates(NamedTuple):
     items: Tensor  # (C,)
     correction: Tensor  # (C,)
     beta: float | None = None  # of gBCE; None: of a softmax
+    begin: Tensor | None = None  # (C,) Unix seconds from which each may be recommended; None: all always
+    end: Tensor | None = None  # (C,) and until which
+
+    def within(self, limits: tuple[Tensor, Tensor] | None) -> "Candidates":
+        """The same, each only from the first to the second of the `limits`, (N,) both, of all items."""
+        return self if limits is None else self._replace(begin=limits[0][self.items], end=limits[1][self.items])
+
+    def hidden(self, times: Tensor | None, targets: Tensor) -> Tensor | None:
+        """(E, C) bool: which candidates are no negatives of the cases (E,), for they cannot be recommended at their times (E,). A target
+        always counts, and where there is none (PAD), nothing is hidden. None: nothing is hidden at all."""
+        if self.begin is None or self.end is None or times is None:
+            return None
+        hidden = (self.begin > times[:, None]) | (self.end <= times[:, None])
+        hidden &= (targets != PAD)[:, None] & (self.items != targets[:, None])
+        return hidden
 
 
 def everything(known: Tensor) -> Candidates:
@@ -67,19 +82,22 @@ def drawn_evenly(known: Tensor, targets: Tensor, negatives: int, calibration: fl
     return Candidates(items.to(targets.device), correction.to(targets.device), beta)
 
 
-def gbce(logits: Tensor, targets: Tensor, candidates: Candidates) -> Tensor:
+def gbce(logits: Tensor, targets: Tensor, candidates: Candidates, hidden: Tensor | None = None) -> Tensor:
     """Logits of the candidates, (E, C), and each case's target, (E,), one of them -> losses (E,). A sum over the candidates, where
     the paper has a mean: of thousands of them the gradients of a mean are too small for Adam to tell from nothing."""
-    items, correction, beta = candidates
+    items, correction, beta = candidates.items, candidates.correction, candidates.beta
     assert beta is not None
     place, logits = torch.searchsorted(items, targets)[:, None], logits.float()
     others = (logits + correction).scatter(1, place, -torch.inf)
+    if hidden is not None:
+        others = others.masked_fill(hidden, -torch.inf)
     return beta * F.softplus(-logits.gather(1, place)[:, 0]) + F.softplus(others).sum(1)
 
 
-def log_partition(queries: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
-    """log sum_c exp(queries_e . vectors_c + bias_c): queries (E, D), vectors (C, D), bias (C,) -> (E,) float32."""
-    found: Tensor = _LogPartition.apply(queries, vectors, bias)  # type: ignore[no-untyped-call]
+def log_partition(queries: Tensor, vectors: Tensor, bias: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """log sum_c exp(queries_e . vectors_c + bias_c): queries (E, D), vectors (C, D), bias (C,) -> (E,) float32. The `hidden` (E, C) count
+    for nothing."""
+    found: Tensor = _LogPartition.apply(queries, vectors, bias, hidden)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -88,9 +106,11 @@ class _LogPartition(torch.autograd.Function):
     here it is made once, and gradients are products of it with what is small. A second derivative has none."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, vectors: Tensor, bias: Tensor, hidden: Tensor | None) -> Tensor:
         logits = queries @ vectors.T  # under autocast in bf16, as are the products below then
         share = logits.float().add_(bias)
+        if hidden is not None:
+            share.masked_fill_(hidden, -torch.inf)
         greatest = share.amax(1, keepdim=True)
         total = share.sub_(greatest).exp_().sum(1, keepdim=True)  # 1 at least
         ctx.save_for_backward(queries, vectors, share.to(logits.dtype), total)
@@ -98,10 +118,10 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, vectors, share, total = ctx.saved_tensors
         weight = grad[:, None] / total
         of_queries = (share @ vectors.to(share.dtype)) * weight
         of_vectors = share.T @ (queries * weight).to(share.dtype)
         of_bias = weight.to(share.dtype).T @ share
-        return of_queries.to(queries.dtype), of_vectors.to(vectors.dtype), of_bias[0].float()
+        return of_queries.to(queries.dtype), of_vectors.to(vectors.dtype), of_bias[0].float(), None

@@ -25,10 +25,10 @@ class Dense:
         self.entries = sum(map(np.diff, begins), np.zeros(config.items, int))  # (N,) of each item, in the tables of pairs
 
     def best(
-        self, sessions: list[list[int]], wanted: Mapping[int, int], items: np.ndarray | None
+        self, sessions: list[list[int]], wanted: Mapping[int, int], items: np.ndarray | None, new_items: float = 0.0
     ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
         """(n, (scores, rows)) of the n-th session, for every n in `wanted`, which says how many of the best there must be at least,
-        of `items` (C,), ascending; None: of all."""
+        of `items` (C,), ascending; None: of all. `new_items`: log-odds added to cold items."""
         length, count = self.model.config.max_prefix, self.model.config.items if items is None else len(items)
         order = sorted(wanted, key=lambda n: len(sessions[n]))  # like lengths together: less padding
         cost = np.cumsum([length * count + ENTRY * int(self.entries[sessions[n][-length:]].sum()) for n in order])
@@ -37,6 +37,8 @@ class Dense:
             rows = torch.as_tensor(pad_prefixes([sessions[n] for n in numbers], length)).long()
             with torch.inference_mode():
                 scores = self.model.scores(rows, self.tables, items=None if items is None else torch.as_tensor(items))
+                if new_items:
+                    scores += new_items * ~(self.model.known if items is None else self.model.known[torch.as_tensor(items)])
                 best, places = greatest(scores, max(wanted[n] for n in numbers))
             for line, n in enumerate(numbers):
                 yield n, (best[line], places[line] if items is None else items[places[line]])

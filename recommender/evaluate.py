@@ -1,6 +1,7 @@
 """Models and baselines held against the same cases, and the table of what came out.
 
-A case is every position of a test session from the second on; all items of the catalogue are ranked, cold ones too.
+A case is every position of a test session from the second on. All items of the catalogue are ranked, cold ones too, as far as they are
+available at the time of the case.
 """
 
 import json
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pipeline.availability import Availability
 from pipeline.config import DataConfig
 from pipeline.session_log import SessionLog
 from pipeline.split import Split
@@ -37,16 +39,16 @@ ROWS = (*BASELINES, *MODELS, "ceiling")
 Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
 
 
-def cases_of(log: SessionLog, max_prefix: int) -> Windows:
-    """Every position of each session, or its last one alone, where the others were trained on."""
-    windows = pack(log.rows, log.offsets, max_prefix)
+def cases_of(log: SessionLog, max_prefix: int, timed: bool = False) -> Windows:
+    """Every position of each session, or its last one alone, where the others were trained on; if `timed`, with the targets' times."""
+    windows = pack(log.rows, log.offsets, max_prefix, times=log.times if timed else None)
     if not log.last_out:
         return windows
     last = np.flatnonzero(np.diff(windows.session, append=-1))  # the window of each session that ends it
     inputs, line, place = windows.inputs[last], np.arange(len(last)), (windows.inputs[last] != PAD).sum(1) - 1
     targets = np.full_like(inputs, PAD)
     targets[line, place] = windows.targets[last, place]
-    return Windows(inputs, targets, windows.session[last])
+    return Windows(inputs, targets, windows.session[last], None if windows.times is None else windows.times[last])
 
 
 def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndarray]:
@@ -57,9 +59,9 @@ def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndar
     return session, np.diff(log.offsets)[session] - to_go
 
 
-def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None = None) -> np.ndarray:
-    """The target's rank in every case of the windows, (cases,), in their order. `recommended` (N,) counts in how many cases
-    each item is among the first `TOP`."""
+def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None = None, available: Availability | None = None) -> np.ndarray:
+    """The target's rank in every case of the windows, (cases,), in their order, among the items `available` at its time (None: all).
+    `recommended` (N,) counts in how many cases each item is among the first `TOP`."""
     model.eval()
     case = windows.targets != PAD
     number = np.cumsum(case).reshape(case.shape) - 1  # of a case
@@ -70,7 +72,8 @@ def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None =
     def rank(which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found, counts = [], np.zeros(len(model.known), np.int64)
         with torch.inference_mode():
-            for scores, targets in scored(model, tables, windows.take(which)):
+            for scores, targets, times in scored(model, tables, windows.take(which)):
+                hide_unavailable(scores, targets, times, available)
                 found.append(target_ranks(scores, targets))
                 if recommended is not None:
                     count_top(scores, counts)
@@ -107,9 +110,11 @@ def alike(windows: Windows, most: int) -> Iterator[np.ndarray]:
         yield from (which[start : start + size] for start in range(0, len(which), size))
 
 
-def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores (cases, N), or what ranks the same, and targets (cases,) of windows that are alike, some windows at a time."""
+def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Scores (cases, N), or what ranks the same, targets (cases,) and their times (cases,) of windows that are alike, some windows at
+    a time."""
     rows, targets = (torch.as_tensor(a, device=model.known.device).long() for a in (windows.inputs, windows.targets))
+    times = None if windows.times is None else torch.as_tensor(windows.times, device=model.known.device)
     real = targets != PAD
     size = max(1, SCORES_AT_ONCE // len(model.known) // rows.shape[1])
     parts = [slice(start, start + size) for start in range(0, len(rows), size)]
@@ -118,14 +123,37 @@ def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor
         scores = (model.masses(mixture.of(part), tables) for part in parts)
     else:
         scores = (model.scores(rows[part], tables, real[part]) for part in parts)
-    return zip(scores, (targets[part][real[part]] for part in parts), strict=True)
+    of_cases = (None if times is None else times[part][real[part]] for part in parts)
+    return zip(scores, (targets[part][real[part]] for part in parts), of_cases, strict=True)
 
 
-def baseline_ranks(score: Scorer, windows: Windows, recommended: np.ndarray | None = None) -> np.ndarray:
+def hide_unavailable(scores: Tensor, targets: Tensor, times: Tensor | None, available: Availability | None) -> None:
+    """Puts the items that are not available at the times (B,) below all others in scores (B, N); None: those that never are. A target was
+    clicked, so it stays."""
+    if available is None:
+        return
+    begin, end = (torch.as_tensor(limit, device=scores.device) for limit in available)
+    now = torch.zeros((1, 1), device=scores.device, dtype=torch.long) if times is None else times[:, None]
+    of_target = scores.gather(1, targets[:, None])
+    scores.masked_fill_((begin > now) | (end <= now), -torch.inf)
+    scores.scatter_(1, targets[:, None], of_target)
+
+
+def baseline_ranks(
+    score: Scorer, windows: Windows, recommended: np.ndarray | None = None, available: Availability | None = None
+) -> np.ndarray:
     """`model_ranks` of a baseline."""
     prefixes, targets = prefixes_of(windows)
+    times = None if windows.times is None else torch.as_tensor(windows.times[windows.targets != PAD])
     found = [np.empty(0)]
     for part in (slice(start, start + PREFIXES_AT_ONCE) for start in range(0, len(targets), PREFIXES_AT_ONCE)):
+        if available is not None:
+            scores, target = torch.as_tensor(score(prefixes[part])), torch.as_tensor(targets[part]).long()
+            hide_unavailable(scores, target, None if times is None else times[part], available)
+            found.append(target_ranks(scores, target).numpy())
+            if recommended is not None:
+                count_top(scores, recommended)
+            continue
         found.append(score.ranks(prefixes[part], targets[part]))
         if recommended is not None:
             recommended += np.bincount(score.top(prefixes[part], TOP).flatten(), minlength=len(recommended))
@@ -222,11 +250,13 @@ def collect_results(
     buckets: Mapping[str, np.ndarray],
     runs: Mapping[str, list[Metrics]],
     ceiling: Metrics | None,
+    available: Availability | None,
 ) -> dict[str, Any]:
     """Baselines, the trained models' `runs` and the ceiling, as metrics.json holds them. `test` are the windows of split.test."""
     train, items = split.train, len(counts)
     scorers = {name: build(train.rows, train.offsets, items) for name, build in BASELINES.items()}
-    found = {name: [summarise_buckets(baseline_ranks(score, test), buckets)] for name, score in scorers.items()} | dict(runs)
+    ranks = {name: baseline_ranks(score, test, available=available) for name, score in scorers.items()}
+    found = {name: [summarise_buckets(each, buckets)] for name, each in ranks.items()} | dict(runs)
     results = {name: dict(zip(("mean", "std"), average(each), strict=True)) | {"seeds": len(each)} for name, each in found.items()}
     if ceiling is not None:
         results["ceiling"] = {"mean": ceiling, "std": {}, "seeds": 1}
@@ -266,4 +296,8 @@ def print_results(metrics: dict[str, Any]) -> None:
         f"({facts['test_sessions_also_in_training']} of these also in training, {facts['test_sessions_repeated']} repeated); "
         f"{facts['one_event_sessions_dropped']} of one event left out"
     )
+    if (calibration := facts.get("calibration")) is not None and calibration["told"]:
+        print(calibration["told"])
     print_table(metrics["results"], "Next item, every test position, all items ranked")
+    if facts.get("refit"):
+        print("the figures are of models that have seen the training sessions alone; the published one was then trained on all sessions")

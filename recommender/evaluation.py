@@ -45,7 +45,7 @@ from recommender.metrics import NotANumber, case_values, gini, paired_bootstraps
 from recommender.models import MODELS, Model
 from recommender.search import settings_for, with_settings
 from recommender.sessions import PAD, Windows
-from recommender.train import alone, train_model
+from recommender.trainer import alone, train_model
 
 PAPER_MAX = "paper-max"
 PROTOCOLS = ("time", "user-hash", "last-out", PAPER_MAX)
@@ -68,7 +68,7 @@ class Test:
 
     def __init__(self, inputs: Inputs, max_prefix: int) -> None:
         self.windows = inputs.windows(max_prefix)[2]
-        self.log = inputs.split.test
+        self.log, self.available = inputs.split.test, inputs.available
         self.session, self.position = positions_of(self.windows, self.log)
         trained, group = duplicates(self.log, inputs.split.train)
         self.cluster = group[self.session]  # (cases,) sessions with the same items are one
@@ -94,13 +94,15 @@ def shuffled_prefixes(windows: Windows) -> tuple[np.ndarray, list[Windows]]:
     if len(chosen) > CONTROL_CASES:
         chosen = np.sort(rng.choice(chosen, CONTROL_CASES, replace=False))
     chosen = chosen[np.argsort(length[chosen], kind="stable")]
+    times = None if windows.times is None else windows.times[windows.targets != PAD][chosen, None]
     prefixes, length, line = prefixes[chosen], length[chosen], np.arange(len(chosen))
     only_last = np.full_like(prefixes, PAD)
     only_last[line, length - 1] = targets[chosen]
     place, orders = np.arange(prefixes.shape[1]), []
     for kept in (0, 1):
         key = np.where(place < (length - kept)[:, None], rng.random(prefixes.shape), 1 + place)  # what stays keeps its place
-        orders.append(Windows(np.take_along_axis(prefixes, key.argsort(1), 1), only_last, line))
+        of_target = None if times is None else np.broadcast_to(times, prefixes.shape)
+        orders.append(Windows(np.take_along_axis(prefixes, key.argsort(1), 1), only_last, line, of_target))
     return chosen, orders
 
 
@@ -243,8 +245,9 @@ def found_baseline(score: Scorer, test: Test, store: Checkpoints) -> Found:
     if (before := kept(store)) is not None:
         return before
     recommended = np.zeros(test.facts["items"], np.int64)
-    ranks = baseline_ranks(score, test.windows, recommended)
-    return keep(store, Found(ranks, np.stack([baseline_ranks(score, order) for order in test.orders]), recommended))
+    ranks = baseline_ranks(score, test.windows, recommended, test.available)
+    shuffled = np.stack([baseline_ranks(score, order, available=test.available) for order in test.orders])
+    return keep(store, Found(ranks, shuffled, recommended))
 
 
 def found_model(name: str, seed: int, config: Config, inputs: Inputs, test: Test, accelerator: Accelerator, work: Path) -> Found:
@@ -252,10 +255,11 @@ def found_model(name: str, seed: int, config: Config, inputs: Inputs, test: Test
     if (before := kept(store)) is not None:
         return before
     windows = inputs.windows(config.data.max_prefix)[:2]
-    model = train_model(name, seed, config, inputs, windows, accelerator, work, fresh=False)
+    model = train_model(name, seed, config, inputs, windows, accelerator, work, fresh=False).model
     recommended = np.zeros(test.facts["items"], np.int64)
-    ranks = model_ranks(model, test.windows, recommended)
-    found = keep(store, Found(ranks, np.stack([model_ranks(model, order) for order in test.orders]), recommended))
+    ranks = model_ranks(model, test.windows, recommended, test.available)
+    shuffled = np.stack([model_ranks(model, order, available=test.available) for order in test.orders])
+    found = keep(store, Found(ranks, shuffled, recommended))
     remove(work / "checkpoints" / f"{name}-{seed}")
     return found
 
@@ -272,7 +276,7 @@ def best_on_test(name: str, seed: int, config: Config, inputs: Inputs, test: Tes
         pass
 
     def look(epoch: int, model: Model) -> None:
-        epochs[str(epoch)] = summarise_buckets(model_ranks(model, test.windows), test.buckets)
+        epochs[str(epoch)] = summarise_buckets(model_ranks(model, test.windows, available=test.available), test.buckets)
         write_json(path, {"fingerprint": fingerprint, "epochs": epochs})
 
     if not epochs:

@@ -137,7 +137,9 @@ class ItemIndex:
             size = min(size, count)
             popular = ranker.by_popularity[:size]
             found = [read.others, popular]
-            elsewhere = [ranker.priors["popular"][popular[-1:]] + ranker.popular]  # at most, of what is in no list
+            elsewhere = [
+                ranker.priors["popular"][popular[-1:]] + ranker.popular + max(0.0, read.new_items)
+            ]  # at most, of what is in no list
             for name, (query, weights) in queries.items():
                 index = self.indexes[name]
                 near, entries = index.search(query, min(size, index.ntotal), params=search)
@@ -166,6 +168,8 @@ class ItemIndex:
             asked = read.weights[name] >= least
             if asked.any():
                 scales = np.full((len(queries), 1), scale)
+                if name == "content":  # whose last number meets a 1 of each cold item
+                    queries = queries + np.append(np.zeros(self.ranker.channels.dim, np.float32), np.float32(read.new_items))
                 found[name] = np.concatenate([queries, scales], 1)[asked], read.weights[name][asked]
         return found
 

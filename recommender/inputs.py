@@ -1,24 +1,26 @@
 """What the session models of a run are trained on: catalogue, split sessions and embeddings, read and held against each other."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.artifact import Version, canonical_json
+from pipeline.availability import Availability
 from pipeline.catalog import Catalog, load_catalog
 from pipeline.config import Config
-from pipeline.embeddings import Embeddings, read_embeddings
+from pipeline.embeddings import Embeddings, published_in, read_embeddings
 from pipeline.errors import ARTIFACT, DATA, UserError
 from pipeline.session_log import load_sessions
-from pipeline.split import Split, split_sessions
+from pipeline.split import Split, split_sessions, split_window
 from recommender.evaluate import cases_of
 from recommender.models import MODELS, chosen
 from recommender.sessions import Windows, pack
 from recommender.shape import FORM
 from recommender.whitening import Whitening, fit_whitening
 
+PUBLICATION = {"index", "models", "seeds", "refit", "new_items"}  # settings that no trained model depends on
 SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels", "layers", "neighbours")  # of two manifests: equal content, equal vectors
 
 
@@ -34,22 +36,51 @@ class Inputs:
     embeddings: Version | None  # None, as `content`, where no model reads them
     fingerprint: str  # of the catalogue and the sessions, as they are split and cut
 
+    @property
+    def available(self) -> Availability | None:
+        """When each item may be recommended; None: always."""
+        return self.catalog.availability
+
+    @property
+    def available_in_validation(self) -> Availability | None:
+        """What validation ranks: a cold item that never occurs there may have been launched later, so it is no candidate."""
+        absent = self.counts == 0
+        absent[self.split.valid.rows] = False
+        limits = self.available
+        if not absent.any():
+            return limits
+        return (Availability.unlimited(len(self.counts)) if limits is None else limits).without(absent)
+
     def windows(self, max_prefix: int) -> tuple[Windows, Windows, Windows]:
         """Training, validation and test."""
-        train = pack(self.split.train.rows, self.split.train.offsets, max_prefix, stride=max(max_prefix // 2, 1))
-        return train, cases_of(self.split.valid, max_prefix), cases_of(self.split.test, max_prefix)
+        train, timed = self.split.train, self.available is not None
+        stride = max(max_prefix // 2, 1)
+        training = pack(train.rows, train.offsets, max_prefix, stride, train.times if timed else None)
+        return training, cases_of(self.split.valid, max_prefix, timed), cases_of(self.split.test, max_prefix, timed)
 
 
-def load_inputs(config: Config, run: Path, data: Path) -> Inputs:
+def load_inputs(config: Config, run: Path, data: Path, everything: bool = False, window: tuple[int, int] | None = None) -> Inputs:
     """Everything read and held against each other: embeddings of another catalogue, or ones that have seen the test, are refused.
-    A run whose `sbr.models` know items by their ids alone needs none."""
+    A run whose `sbr.models` know items by their ids alone needs none.
+
+    With `everything` all sessions are for training, as for the model that is published: figures of it would be worthless. Its vectors
+    are those of the held-out MLLM, or, with `distill.refit`, of the one that has seen all sessions too. `window` (number, count) cuts
+    the log as `split_window` does.
+    """
+    run = run / published_in(config) if everything else run
     embeddings = read_embeddings(run / "embeddings") if any(MODELS[name].content for name in chosen(config.sbr.models)) else None
     catalog = load_catalog(data)
     if embeddings is not None:
         check_catalogue(embeddings, catalog, run)
-    split = split_sessions(load_sessions(data, catalog), config.data)
+    log = load_sessions(data, catalog)
+    split = split_sessions(log, config.data)
+    seen = log if everything and config.distill.refit else split.train  # the sessions that the embeddings may have seen
     made_of = embeddings.version.manifest if embeddings is not None else {}
-    if embeddings is not None and made_of["sessions_sha256"] != split.train.ids_sha256():
+    if everything:
+        split = replace(split, train=log)
+    if window is not None:
+        split = split_window(log, config.data, *window)
+    if embeddings is not None and made_of["sessions_sha256"] != seen.ids_sha256():
         raise UserError(
             f"embeddings were distilled from other training sessions ({run / 'embeddings'}, {data}); "
             "run `tpad distill` and `tpad export-embeddings` with the same data, data.protocol, data.valid and data.test",
@@ -93,6 +124,8 @@ def data_fingerprint(catalog: Catalog, split: Split, max_prefix: int) -> str:
     digest = hashlib.sha256(canonical_json([catalog.sha256, catalog.item_ids, max_prefix]))
     for log in (split.train, split.valid, split.test):
         digest.update(canonical_json(log.session_ids) + log.offsets.tobytes() + log.rows.tobytes())
+        if catalog.availability is not None:  # else no time plays a part
+            digest.update(log.times.tobytes())
     return digest.hexdigest()
 
 
@@ -100,7 +133,7 @@ def model_fingerprint(name: str, seed: int, config: Config, inputs: Inputs) -> s
     """All that a trained model depends on, and so what is kept of it: not which others there are, nor how many seeds, nor, of a
     model that knows items by their ids alone, the embeddings."""
     content = MODELS[name].content
-    settings = config.sbr.model_dump(exclude={"index", "models", "seeds", *(() if content else ("components",))})
+    settings = config.sbr.model_dump(exclude={*PUBLICATION, *(() if content else ("components",))})
     embeddings = inputs.embeddings if content else None
     made_of = [FORM, name, seed, settings, inputs.fingerprint, embeddings and embeddings.manifest_sha256]
     return hashlib.sha256(canonical_json(made_of)).hexdigest()

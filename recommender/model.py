@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.candidates import Candidates, gbce, log_partition
+from recommender.candidates import Candidates, log_partition
 from recommender.channels import Channel, packed, padded
 from recommender.expected import expected_log_counts
 from recommender.pairs import Pairs, causal, find, steps_back
@@ -146,6 +146,28 @@ class SessionModel(nn.Module):
                 tensors |= {f"pairs.{name}.{key}": value for key, value in pairs.over(place, count).items()}
         return SessionModel.restored(replace(self.config, items=count), tensors)
 
+    def learning(self, rows: np.ndarray, offsets: np.ndarray, counts: np.ndarray, seed: int) -> "SessionModel":
+        """The same model with the sessions `rows`, `offsets` counted too, so that `counts` (N,) are all events of each item, ready to be
+        trained on. What calibration has set, the weights of repeats and of cold items, stays."""
+        tensors = dict(self.state_dict())
+        known = torch.as_tensor(counts > 0)
+        events = torch.as_tensor(counts, dtype=torch.float32)
+        tensors |= {"known": known, "counts": events / events[known].log().mean().exp()}
+        if self.config.content_dim:
+            expects, expected = expected_log_counts(self.content.numpy(), tensors["counts"].numpy())
+            tensors |= {"expects": torch.as_tensor(expects), "expected": torch.as_tensor(expected)}
+        if self.config.ids:
+            new = known & ~self.known  # which have no vector of their own yet
+            drawn = 0.1 * torch.randn(self.ids.weight.shape, generator=torch.Generator().manual_seed(seed))
+            tensors["ids.weight"] = torch.where(new[:, None], drawn, self.ids.weight)
+            for name, pairs in self.counted():
+                tensors |= {f"pairs.{name}.{key}": value for key, value in pairs.plus(rows, offsets).items()}
+        model = SessionModel.restored(self.config, tensors)
+        for calibrated in (model.copy, model.stranger if self.config.content_dim else None):
+            if calibrated is not None:
+                calibrated.requires_grad_(False)
+        return model
+
     def tables(self, known: Tensor | None = None, items: Tensor | None = None) -> Tables:
         """The item tables. `known` (N,) says whose id may be used (training: a random part); vectors are made for all items or for
         `items` (M,) alone."""
@@ -174,13 +196,14 @@ class SessionModel(nn.Module):
         share = self.belief + expected
         return torch.where(known, (self.counts + share.exp()).log(), share if self.config.hides_ids else expected)
 
-    def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
-        """The training losses of (B, L) windows, (cases,), whose targets are among the candidates."""
+    def forward(
+        self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator, times: Tensor | None = None
+    ) -> Tensor:
+        """The training losses of (B, L) windows, (cases,), whose targets are among the candidates. `times` (B, L) as in `Windows`."""
         touched = None
         if len(candidates.items) < self.config.items / 2:
             touched = torch.cat([candidates.items, rows[rows != PAD]]).unique()  # type: ignore[no-untyped-call]
-        losses = self.losses if candidates.beta is None else self.binary_losses
-        return losses(rows, targets, self.tables(known, touched), candidates)
+        return self.losses(rows, targets, self.tables(known, touched), candidates, times)
 
     def channel(self, name: str) -> Channel:
         found = self.channels[name]
@@ -219,7 +242,7 @@ class SessionModel(nn.Module):
         seen = torch.full_like(copy, NEVER) if self.seen is None else SEEN_RATE * self.seen[back]
         return Reading(queries, weights, seen.masked_fill(~(open_ & seen_last(rows)), NEVER), self.popular)
 
-    def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
+    def losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates, times: Tensor | None = None) -> Tensor:
         """-log P(target | prefix) of every case of (B, L) windows, (cases,), plus `own_loss` times that of each channel on its own,
         without which a channel learns only what the counts leave unexplained, which is mostly noise. What the channels give
         all items is summed over the `candidates`."""
@@ -230,9 +253,11 @@ class SessionModel(nn.Module):
         over, under = [], []  # log of the target's part, log of everybody's part, (B, t, s)
         shares = []  # of everybody's part, the items of the window: (B, s, u)
         own = torch.zeros((), device=rows.device)
+        items, correction = candidates.items, candidates.correction
+        hidden = candidates.hidden(None if times is None else times[real], targets[real])  # (E, C) of the real positions
         for name, query in reading.queries.items():
-            prior, items, correction = tables.priors[name], candidates.items, candidates.correction
-            sums = log_partition(packed(query, real), tables.of(name, items), prior[items] + correction)
+            prior = tables.priors[name]
+            sums = log_partition(packed(query, real), tables.of(name, items), prior[items] + correction, hidden)
             total = padded(sums[:, None], real)[..., 0]
             over.append(reading.weights[name] + tables.of(name, target) @ query.transpose(1, 2) + prior[target][..., None])
             under.append(reading.weights[name] + total[:, None, :])
@@ -246,7 +271,11 @@ class SessionModel(nn.Module):
             shares.append(share[..., :-1] * known)
         popular = tables.priors["popular"] + reading.popular
         over.append(popular[target][..., None])
-        logs = torch.cat([*under, reading.popular.expand(*rows.shape, 1), reading.weights["copy"]], -1)[case]
+        of_popular = reading.popular.expand(*rows.shape, 1)
+        if hidden is not None:  # the share of the popularity prior that is left to the candidates that are available
+            mass = (tables.priors["popular"][items] + correction).exp()
+            of_popular = of_popular + padded((1 - hidden.float() @ mass / mass.sum()).clamp(min=1e-6).log()[:, None], real)
+        logs = torch.cat([*under, of_popular, reading.weights["copy"]], -1)[case]
         whole = logs.logsumexp(-1, keepdim=True)  # (cases, 1)
         # what each item of the window, u, is given, as a share of the whole, and what is left when those seen have lost theirs
         share = torch.cat(shares, 1)
@@ -259,27 +288,6 @@ class SessionModel(nn.Module):
         copied = reading.weights["copy"].masked_fill(~again, NEVER)[case]
         part = torch.cat([torch.cat(over, -1)[case] + kept, copied], -1).logsumexp(-1)
         return left - part + self.config.own_loss * own
-
-    def binary_losses(self, rows: Tensor, targets: Tensor, tables: Tables, candidates: Candidates) -> Tensor:
-        """gBCE in place of the softmax: of each item, how likely it is by itself. It needs the score of every candidate in every case,
-        for which several numbers (B, L, C) are held."""
-        reading, items, wanted = self.read(rows, tables), candidates.items, targets != PAD
-        total = (tables.priors["popular"][items] + reading.popular).exp()  # of the candidates, (C,), soon (B, L, C): exp of their scores
-        own = torch.zeros((), device=rows.device)
-
-        def losses(part: Tensor) -> Tensor:
-            return gbce(part[wanted].clamp(min=1e-30).log(), targets[wanted], candidates)
-
-        for name, query in reading.queries.items():
-            part = reading.weights[name].exp() @ (query @ tables.of(name, items).T + tables.priors[name][items]).exp()
-            total, own = total + part, own + losses(part)
-        for _, pairs in self.counted():
-            share, weights = pairs.among(rows, targets, items)
-            weights = weights.masked_fill(~tables.known[rows.clamp(min=0)][:, None, :], NEVER)
-            total = total + weights.exp() @ (share * tables.known[items])
-        seen = (rows[:, :, None] == items).float()
-        total = total * (1 - reading.seen.sigmoid() @ seen) + reading.weights["copy"].exp() @ seen
-        return losses(total) + self.config.own_loss * own
 
     def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None) -> Tensor:
         """Scores (cases, N) for the positions where `cases` (B, L) holds; None: the last one of each prefix, none of them

@@ -45,19 +45,6 @@ class Pairs(nn.Module):
         _, _, count, total, distinct = self.without(rows, targets)
         return self.share(count, total[..., None], distinct[..., None]), self.weights(rows, total)
 
-    def among(self, rows: Tensor, targets: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """As above, with the share of each of `items` (C,), ascending: (B, L, C)."""
-        whole, own, _, total, distinct = self.without(rows, targets)
-        session, position = (rows != PAD).nonzero(as_tuple=True)
-        line, entry = self.entries(rows[session, position])
-        place, there = find(items, self.keys[entry] % self.items, torch.ones_like(entry, dtype=torch.bool))
-        line, entry, place = line[there], entry[there], place[there]
-        session, position = session[line], position[line]
-        gone = (own[session, position] * (whole[session] == items[place][:, None])).sum(1)
-        share = self.share(self.counts[entry] - gone, total[session, position], distinct[session, position])
-        found = torch.zeros(*rows.shape, len(items), device=rows.device).index_put((session, position, place), share)
-        return found, self.weights(rows, total)
-
     def without(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of (B, L) windows: their items with the last target, (B, L + 1); how often each has one of these, v, so many steps after the
         item of a position, s, and how often the other windows have the one item after the other, (B, L, L + 1) both; and what the
@@ -111,6 +98,14 @@ class Pairs(nn.Module):
         keys, order = (ends[0] * items + ends[1])[kept].sort()
         counts = self.counts[kept][order]
         totals, distinct = tally(keys, counts, items)
+        return {"keys": keys, "counts": counts, "totals": totals, "distinct": distinct}
+
+    def plus(self, rows: np.ndarray, offsets: np.ndarray) -> dict[str, Tensor]:
+        """The buffers of the table with the pairs of more sessions."""
+        more = torch.as_tensor(np.concatenate([pairs(rows, offsets, self.items, step) for step in self.steps]))
+        keys, place = torch.cat([self.keys, more]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        counts = torch.bincount(place, weights=torch.cat([self.counts, torch.ones(len(more))]), minlength=len(keys)).float()
+        totals, distinct = tally(keys, counts, self.items)
         return {"keys": keys, "counts": counts, "totals": totals, "distinct": distinct}
 
     def entries(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ def write_model(
     (folder / "config.json").write_bytes(canonical_json(asdict(model.config)))
     (folder / "samples.json").write_bytes(canonical_json(samples))
     items = {"item_id": pa.array(catalog.item_ids, pa.string()), "title": catalog.titles, "count": pa.array(counts, pa.int64())}
+    items |= catalog.availability.columns() if catalog.availability else {}
     pq.write_table(pa.table(items), folder / "items.parquet", write_page_checksum=True)
     pq.write_table(pa.table(catalog.attributes()), folder / "attributes.parquet", write_page_checksum=True)
     ranker = Ranker.of(model)

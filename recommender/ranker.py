@@ -27,6 +27,7 @@ class Read(NamedTuple):
     gains: np.ndarray  # (P,) what having stood there adds to exp(score) of each
     lost: np.ndarray  # (L,) the share of what all that gives it that an item loses for having been seen
     copied: np.ndarray  # (L,) what having been seen adds to exp(score) then
+    new_items: float = 0.0  # log-odds added to items without training events
 
 
 class Channels:
@@ -133,8 +134,8 @@ class Ranker:
         """Of a `SessionModel`, whose tensors it views: they may not change."""
         return cls(model.config, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
 
-    def read(self, session: list[int]) -> Read:
-        """A session of rows, not empty, of which the model reads the last `max_prefix`."""
+    def read(self, session: list[int], new_items: float = 0.0) -> Read:
+        """A session of rows, not empty, of which the model reads the last `max_prefix`. `new_items`: log-odds added to cold items."""
         rows = np.array(session[-self.max_prefix :])
         place = np.arange(len(rows))
         back = place[:, None] - place  # (L, L) below 0: not yet
@@ -155,7 +156,7 @@ class Ranker:
         copied = np.zeros(len(rows)) if self.copy is None else np.exp(self.copy[back[-1]])
         again = ((rows[:, None] == rows) & (back < 0)).any(1)  # of the events after it, one is of the same item
         lost = np.zeros(len(rows)) if self.lost is None else np.where(again, 0, self.lost[back[-1]])
-        return Read(rows, queries, weights, np.concatenate(others), np.concatenate(gains), lost, copied)
+        return Read(rows, queries, weights, np.concatenate(others), np.concatenate(gains), lost, copied, new_items)
 
     def scores(self, read: Read, items: np.ndarray) -> np.ndarray:
         """Of `items` (C,), ascending; (C,)."""
@@ -168,6 +169,8 @@ class Ranker:
         np.multiply.at(total, place[there], (1 - read.lost[there]).astype(total.dtype))
         np.add.at(total, place[there], read.copied[there].astype(total.dtype))
         found: np.ndarray = np.log(np.maximum(total, LEAST_MASS))
+        if read.new_items:
+            found += np.float32(read.new_items) * ~self.known[items]
         return found
 
     def channel(self, read: Read, name: str, items: np.ndarray) -> np.ndarray:

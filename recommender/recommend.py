@@ -6,8 +6,10 @@ which finds the same items (flat) or nearly all of them (any other index, also o
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,6 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from pipeline.artifact import Version, open_verified
+from pipeline.availability import ALWAYS, NEVER, read_availability
 from pipeline.embeddings import HALVES
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from recommender.index import ItemIndex, first, load_indexes
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 DENSE_ITEMS = 20_000
 TOGETHER = 8  # sessions, from which on one product is quicker than numpy session by session
+MAX_SHIFT = 20.0  # of log-odds
 POOL = 5  # times k: what `diversify` chooses from
 
 Filters = Mapping[str, Sequence[str]]  # column -> values
@@ -72,6 +76,9 @@ class Recommender:
         counts: np.ndarray = np.from_dlpack(items["count"].combine_chunks())
         self.by_count = np.argsort(-counts, kind="stable")
         self.log_share = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)  # one more: of an item never seen too
+        self.new_items = float(version.manifest["settings"].get("new_items", 0.0))  # unless a request says otherwise
+        self.availability = read_availability(version.path / "items.parquet", items)
+        self.kept_availability = (NEVER, NEVER, np.empty(0, bool))  # from when, until when, and who is available then
         self.attributes = attributes  # what items can be filtered by: text, or a list of texts
         self.version = version
         self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
@@ -103,18 +110,37 @@ class Recommender:
         return Dense(self.config, self.arrays)
 
     def recommend(
-        self, session: list[str], k: int = 10, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
+        self,
+        session: list[str],
+        k: int = 10,
+        exclude_seen: bool = False,
+        filters: Filters | None = None,
+        diversify: float = 0.0,
+        new_items: float | None = None,
+        at: int | None = None,
     ) -> Recommendation:
-        """`filters`: column -> values of which an item must have one, of every column. `diversify`, from 0 to 1: how much an
-        item loses for being like those above it."""
-        return self.recommend_batch([session], k, exclude_seen, filters, diversify)[0]
+        """Ranks the k best next items of a session of item_ids, oldest first.
+
+        `filters`: column -> values of which an item must have one, of every column. `diversify`, from 0 (relevance only) to 1 (diversity
+        only), as in `diverse`. `new_items`: log-odds added to items without training events; None: the published `sbr.new_items`.
+        `at`: Unix seconds, at which items must be available; None: now. Raises `UserError` (2) for values out of range.
+        """
+        return self.recommend_batch([session], k, exclude_seen, filters, diversify, new_items, at)[0]
 
     def recommend_batch(
-        self, sessions: list[list[str]], k: int = 10, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
+        self,
+        sessions: list[list[str]],
+        k: int = 10,
+        exclude_seen: bool = False,
+        filters: Filters | None = None,
+        diversify: float = 0.0,
+        new_items: float | None = None,
+        at: int | None = None,
     ) -> list[Recommendation]:
+        """`recommend` of several sessions."""
         known = [[self.row[i] for i in session if i in self.row] for session in sessions]
         found = []
-        ranked = self._ranked(known, k, exclude_seen, filters, diversify)
+        ranked = self._ranked(known, k, exclude_seen, filters, diversify, new_items, at)
         for session, rows, (scores, best, read) in zip(sessions, known, ranked, strict=True):
             names = [(self.item_ids[row], self.titles[row], score) for row, score in zip(best.tolist(), scores.tolist(), strict=True)]
             items = [Item(n, *named, *why) for n, (named, why) in enumerate(zip(names, self._reasons(rows, best, read), strict=True), 1)]
@@ -123,24 +149,43 @@ class Recommender:
         return found
 
     def rank(
-        self, sessions: list[list[int]], k: int, exclude_seen: bool = False, filters: Filters | None = None, diversify: float = 0.0
+        self,
+        sessions: list[list[int]],
+        k: int,
+        exclude_seen: bool = False,
+        filters: Filters | None = None,
+        diversify: float = 0.0,
+        new_items: float | None = None,
+        at: int | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Rows and scores of the k best items of each session of rows, best first; an empty session gets those of most
         training events, with the log of their share of them. Fewer than k only where no more are allowed."""
-        return [(rows, scores) for scores, rows, _ in self._ranked(sessions, k, exclude_seen, filters, diversify)]
+        return [(rows, scores) for scores, rows, _ in self._ranked(sessions, k, exclude_seen, filters, diversify, new_items, at)]
 
-    def _ranked(self, sessions: list[list[int]], k: int, exclude_seen: bool, filters: Filters | None, diversify: float) -> list[Found]:
+    def _ranked(
+        self,
+        sessions: list[list[int]],
+        k: int,
+        exclude_seen: bool,
+        filters: Filters | None,
+        diversify: float,
+        new_items: float | None,
+        at: int | None,
+    ) -> list[Found]:
         if k < 1:
             raise UserError(f"-k {k} is no number of items; give 1 or more", USAGE)
         if not 0 <= diversify <= 1:
             raise UserError(f"--diversify {diversify} is not from 0 to 1; 0 is the plain ranking", USAGE)
-        allowed = self._allowed(filters) if filters else None
+        shift = self.new_items if new_items is None else new_items
+        if not abs(shift) <= MAX_SHIFT:
+            raise UserError(f"--new-items {shift} is not from -{MAX_SHIFT:g} to {MAX_SHIFT:g}; 0 leaves new items as they are", USAGE)
+        allowed = self._allowed(filters or {}, self._available(at))
         count = len(self.item_ids) if allowed is None else int(allowed.sum())
         pool = min(POOL * k if diversify else k, count)
         wanted = {n: min(pool + len(set(s)) if exclude_seen else pool, count) for n, s in enumerate(sessions) if s}
-        found, ranked = self._best(sessions, wanted, allowed), []
+        found, ranked = self._best(sessions, wanted, allowed, shift), []
         for n, session in enumerate(sessions):
-            scores, rows, read = found[n] if session else self._popular(pool, allowed)
+            scores, rows, read = found[n] if session else self._popular(pool, allowed, shift)
             if exclude_seen:
                 kept = ~np.isin(rows, session)
                 scores, rows = scores[kept], rows[kept]
@@ -149,21 +194,25 @@ class Recommender:
             ranked.append((scores[chosen], rows[chosen], read))
         return ranked
 
-    def _popular(self, count: int, allowed: np.ndarray | None) -> Found:
-        rows = (self.by_count if allowed is None else self.by_count[allowed[self.by_count]])[:count]
-        return self.log_share[rows], rows, None
+    def _popular(self, count: int, allowed: np.ndarray | None, new_items: float) -> Found:
+        scores, by_score = self.log_share, self.by_count
+        if new_items:
+            scores = scores + np.float32(new_items) * ~self.ranker.known
+            by_score = np.argsort(-scores, kind="stable")
+        rows = (by_score if allowed is None else by_score[allowed[by_score]])[:count]
+        return scores[rows], rows, None
 
-    def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: np.ndarray | None) -> dict[int, Found]:
+    def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: np.ndarray | None, new_items: float) -> dict[int, Found]:
         """At least the `wanted` best of the allowed items, by number of the session."""
         items = None if allowed is None else np.flatnonzero(allowed)
         count = len(self.item_ids) if items is None else len(items)
         whole = count <= DENSE_ITEMS and (self.index.exact or items is not None)
         if whole and len(wanted) >= TOGETHER:
-            return {n: (*best, None) for n, best in self.dense.best(sessions, wanted, items)}
+            return {n: (*best, None) for n, best in self.dense.best(sessions, wanted, items, new_items)}
         some = np.arange(count) if items is None else items
         found: dict[int, Found] = {}
         for n, most in wanted.items():
-            read = self.ranker.read(sessions[n])
+            read = self.ranker.read(sessions[n], new_items)
             found[n] = *(self._all(read, most, some) if whole else self.index.top(read, most, allowed)), read
         return found
 
@@ -173,9 +222,27 @@ class Recommender:
         best = first(scores, k)
         return scores[best], items[best]
 
-    def _allowed(self, filters: Filters) -> np.ndarray:
-        """(N,) bool"""
-        allowed = np.ones(len(self.item_ids), bool)
+    def _available(self, at: int | None) -> np.ndarray | None:
+        """(N,) bool: which items are available at a time, Unix seconds, None: now. None: all of them."""
+        if self.availability is None:
+            return None
+        moment = int(time.time()) if at is None else at
+        since, until, available = self.kept_availability
+        if not since <= moment < until:  # between two changes of the catalogue the answer is the same
+            available = self.availability.at(moment)
+            changes = np.concatenate(self.availability)
+            since, until = changes[changes <= moment].max(initial=ALWAYS), changes[changes > moment].min(initial=NEVER)
+            self.kept_availability = since, until, available
+        if not available.any():
+            when = datetime.fromtimestamp(moment, UTC).isoformat() if abs(moment) < 10**11 else moment
+            raise UserError(f"no item is available at {when} ({self.version.path}); give another --at", USAGE)
+        return None if available.all() else available
+
+    def _allowed(self, filters: Filters, available: np.ndarray | None) -> np.ndarray | None:
+        """(N,) bool; None: all items."""
+        if not filters:
+            return available
+        allowed = np.ones(len(self.item_ids), bool) if available is None else available.copy()
         for column, values in filters.items():
             if column not in self.attributes.column_names:
                 known = ", ".join(self.attributes.column_names) or "none"
@@ -247,7 +314,7 @@ def check_embeddings(run: Path, version: Version) -> None:
     a model that reads none."""
     if version.manifest["embeddings_manifest_sha256"] is None:
         return
-    pointer = run / "embeddings" / "current"
+    pointer = run / version.manifest.get("embeddings_run", ".") / "embeddings" / "current"
     try:
         current = json.loads(pointer.read_bytes())
         name, digest = current["version"], current["manifest_sha256"]

@@ -24,7 +24,7 @@ from recommender.inputs import Inputs, model_fingerprint
 from recommender.models import MODELS, chosen
 from recommender.sessions import Windows
 from recommender.steplog import Diverged
-from recommender.train import train_model
+from recommender.trainer import train_model
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.catalog import MAX_ID_BYTES
 from pipeline.errors import ENVIRONMENT, UserError
 from recommender.gate import FAULT, MAX_AT_ONCE, MAX_BODY, Gate, Problem, log_to_stderr
-from recommender.recommend import Recommendation
+from recommender.recommend import MAX_SHIFT, Recommendation
 from recommender.service import Refused, Served, Service
 from recommender.workers import ENDS, share
 
@@ -63,7 +63,11 @@ class Wishes(BaseModel):
         dict[Text, Annotated[list[Text], Field(min_length=1)]],
         Field(max_length=MAX_FILTERS, description="attribute -> values, of which an item has one"),
     ] = {}
-    diversify: Annotated[Share, Field(description="how much an item loses for being like those above it")] = 0.0
+    diversify: Annotated[Share, Field(description="0: relevance only, 1: diversity only (MMR)")] = 0.0
+    new_items: Annotated[
+        float | None,
+        Field(ge=-MAX_SHIFT, le=MAX_SHIFT, description="log-odds added to items without training events; null: sbr.new_items"),
+    ] = None
 
 
 class Ask(Wishes):
@@ -135,6 +139,7 @@ class Info(FromVersion):
     embeddings_version: Annotated[str | None, Field(description="null: the model knows items by their ids alone")]
     items: int
     model: dict[str, Any]
+    figures_of: Annotated[str, Field(description="whose figures `tpad train-sbr` printed")]
     loaded_at: float
     refused: Annotated[Refused | None, Field(description="why the newest version does not answer")]
     limits: dict[str, int]
@@ -225,13 +230,13 @@ def create_app(service: Service, key: str | None) -> Gate:
     def name(served: Served, row: int) -> dict[str, Any]:
         return {"item_id": served.recommender.item_ids[row], "title": served.recommender.titles[row]}
 
-    def wishes(served: Served, ask: Wishes) -> tuple[int, bool, dict[str, list[str]], float]:
+    def wishes(served: Served, ask: Wishes) -> tuple[int, bool, dict[str, list[str]], float, float | None]:
         """As the recommender takes them, which would refuse them in the words of the command line."""
         if unknown := [column for column in ask.filters if column not in served.recommender.attributes.column_names]:
             raise HTTPException(404, f"no such attribute: {unknown[0]}")
         if ask.diversify and "knowledge" not in served.recommender.halves:
             raise HTTPException(422, "diversify: the model reads no vectors of what items are")
-        return ask.k, ask.exclude_seen, ask.filters, ask.diversify
+        return ask.k, ask.exclude_seen, ask.filters, ask.diversify, ask.new_items
 
     def ranking(found: Recommendation) -> Ranking:
         service.metrics.sessions.inc()
@@ -302,6 +307,7 @@ def create_app(service: Service, key: str | None) -> Gate:
             embeddings_version=version.manifest["embeddings_version"],
             items=len(served.recommender.item_ids),
             model=asdict(model),
+            figures_of=version.manifest["figures_of"],
             loaded_at=served.loaded_at,
             refused=service.refused,
             limits={"session": MAX_SESSION, "batch": MAX_BATCH, "k": MAX_K, "page": MAX_PAGE, "body": MAX_BODY, "at_once": MAX_AT_ONCE},

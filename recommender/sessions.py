@@ -22,6 +22,7 @@ class Windows:
     inputs: np.ndarray  # (W, L) int32 rows of items
     targets: np.ndarray  # (W, L) int32 row of the item that follows
     session: np.ndarray  # (W,) int64 which session a window is of
+    times: np.ndarray | None = None  # (W, L) int64 seconds, when the target was seen; None where items are always available
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -34,7 +35,8 @@ class Windows:
         """Windows `which`, cut to the longest of them."""
         inputs = self.inputs[which]
         longest = max(1, int((inputs != PAD).sum(1).max(initial=1)))
-        return Windows(inputs[:, :longest], self.targets[which, :longest], self.session[which])
+        times = None if self.times is None else self.times[which, :longest]
+        return Windows(inputs[:, :longest], self.targets[which, :longest], self.session[which], times)
 
 
 class DeviceWindows:
@@ -44,22 +46,23 @@ class DeviceWindows:
     def __init__(self, windows: Windows, device: torch.device) -> None:
         self.inputs = torch.as_tensor(windows.inputs, device=device)  # (W, L) int32
         self.targets = torch.as_tensor(windows.targets, device=device)  # (W, L) int32
+        self.times = None if windows.times is None else torch.as_tensor(windows.times, device=device)  # (W, L) int64
         self.lengths = (windows.inputs != PAD).sum(1)
         self.cases = (windows.targets != PAD).sum(1)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, L) int64 of the windows `which`, cut to the longest of them."""
+    def take(self, which: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, targets and times (B, L) int64 of the windows `which`, cut to the longest of them."""
         place = torch.as_tensor(which, device=self.inputs.device)
         longest = max(1, int(self.lengths[which].max(initial=1)))
         rows, targets = (packed.index_select(0, place)[:, :longest].long() for packed in (self.inputs, self.targets))
-        return rows, targets
+        return rows, targets, None if self.times is None else self.times.index_select(0, place)[:, :longest]
 
 
-def pack(rows: np.ndarray, offsets: np.ndarray, max_prefix: int, stride: int = 1) -> Windows:
-    """Sessions in CSR form (`rows` of session i: offsets[i]:offsets[i + 1]) as windows.
+def pack(rows: np.ndarray, offsets: np.ndarray, max_prefix: int, stride: int = 1, times: np.ndarray | None = None) -> Windows:
+    """Sessions in CSR form (`rows` of session i: offsets[i]:offsets[i + 1]) as windows; `times` (E,) of the events, where they matter.
 
     `stride` is how far windows of a long session are apart. 1 gives every case its whole prefix, as evaluation needs;
     max_prefix / 2 gives it at least half, at a fraction of the cost, which is enough for training.
@@ -77,8 +80,9 @@ def pack(rows: np.ndarray, offsets: np.ndarray, max_prefix: int, stride: int = 1
     real = place < end[:, None]
     event = np.where(real, offsets[session][:, None] + place, 0)
     inputs = np.where(real, rows[event], PAD).astype(np.int32)
-    targets = np.where(real & (place >= answered[:, None]), rows[np.where(real, event + 1, 0)], PAD).astype(np.int32)
-    return Windows(inputs, targets, session)
+    target = np.where(real, event + 1, 0)
+    targets = np.where(real & (place >= answered[:, None]), rows[target], PAD).astype(np.int32)
+    return Windows(inputs, targets, session, None if times is None else times[target])
 
 
 def pad_prefixes(prefixes: list[list[int]], max_prefix: int) -> np.ndarray:

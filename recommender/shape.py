@@ -12,7 +12,7 @@ NEVER = -1e4  # log-weight of what cannot be: exp gives 0, and float32 still add
 SEEN_RATE = 8.0  # of the logits of what an item loses for having been seen: repeats are so rare that these would hardly move else
 MAX_SCALE = 80.0  # of a channel's logits: exp of 89 is no float32
 LEAST_MASS = float(np.finfo(np.float32).tiny)  # exp of the score of an item that no component can bring
-FORM = 5  # of the tensors: models of another one are trained anew
+FORM = 6  # of the tensors: models of another one are trained anew
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Teacher:
         if version.manifest["sessions_sha256"] != train.ids_sha256():
             raise UserError(
                 f"the teacher was trained on other training sessions (distill.transfer.teacher = {run}); "
-                "train it with the same data, data.protocol, data.valid and data.test",
+                "train it with the same data, data.protocol, data.valid and data.test, and with sbr.refit=false",
                 ARTIFACT,
             )
         self.sha256 = version.manifest_sha256

@@ -148,7 +148,7 @@ def test_an_item_is_as_likely_a_candidate_as_the_loss_takes_it_to_be(tiny_data: 
     """The correction of the retrieval loss against drawing: a long session asks for few of its items at a time."""
     config = load_config(None, ["distill.transfer.items=2", f"distill.transfer.summary={summary}"])
     rows = np.array([0, 1, 2, *[3, 4, 5, 6, 7] * 4, 8, 9])
-    train = SessionLog(["a", "b", "c"], rows, np.array([0, 3, 23, 25]), np.arange(3))
+    train = SessionLog(["a", "b", "c"], rows, np.array([0, 3, 23, 25]), np.arange(3), np.arange(25))
     catalog = load_catalog(tiny_data)
     phase = Transfer(config, Prompts(catalog, config.data), None, train, None, {})  # type: ignore[arg-type]
     phase.summaries = defaultdict(str)

@@ -29,7 +29,7 @@ from recommender.evaluation import evaluate, open_inputs, shuffled_prefixes
 from recommender.inputs import load_inputs
 from recommender.metrics import gini, summarise, target_ranks
 from recommender.sessions import PAD, pack
-from recommender.train import train_model
+from recommender.trainer import train_model
 
 NAMES = ["popularity", "last-item repeat", "SKNN", "ID-only", "full"]
 

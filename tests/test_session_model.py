@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from recommender.calibration import calibrate
 from recommender.candidates import drawn_evenly, everything, gbce, log_partition, sampled, share_drawn
 from recommender.evaluate import model_ranks
 from recommender.expected import expected_log_counts
@@ -16,8 +17,7 @@ from recommender.index import ItemIndex, build_indexes
 from recommender.model import SessionModel
 from recommender.pairs import Pairs
 from recommender.ranker import PairCounts, Ranker
-from recommender.sessions import PAD, pack, pad_prefixes
-from recommender.settle import settle
+from recommender.sessions import PAD, Windows, pack, pad_prefixes
 from recommender.shape import LEAST_MASS, ModelConfig, Parts
 from recommender.whitening import fit_whitening
 
@@ -124,21 +124,6 @@ def test_the_loss_is_the_softmax_of_the_scores(content: bool, ids: bool) -> None
     assert torch.allclose(model.losses(rows, targets, tables, candidates), wanted, atol=1e-4)
 
 
-@VERSIONS
-def test_gbce_of_all_items_is_the_binary_cross_entropy_of_the_scores(content: bool, ids: bool) -> None:
-    model = build(content, ids)
-    for _, pairs in model.counted():
-        pairs.counts.zero_()
-        pairs.totals.zero_()
-    rows, targets = torch.tensor([[3, 7, 3, 9], [1, 2, PAD, PAD]]), torch.tensor([[7, 3, 9, 1], [2, 4, PAD, PAD]])
-    candidates = drawn_evenly(model.known, targets, ITEMS, 0.75, torch.Generator())
-    assert candidates.beta == 1 and torch.equal(candidates.items, everything(model.known).items)
-    scores = model.scores(rows, model.tables(), targets != PAD)[:, candidates.items]
-    shown = (candidates.items == targets[targets != PAD][:, None]).float()
-    wanted = torch.nn.functional.binary_cross_entropy_with_logits(scores, shown, reduction="none").sum(1)
-    assert torch.allclose(model.binary_losses(rows, targets, model.tables(), candidates), wanted, rtol=1e-4)
-
-
 def test_gbce_counts_what_was_drawn_and_raises_the_target_s_probability_to_beta() -> None:
     model, targets = build(content=False), torch.tensor([[7, 3, PAD]])
     candidates = drawn_evenly(model.known, targets, 11, 0.5, torch.Generator().manual_seed(0))
@@ -150,21 +135,6 @@ def test_gbce_counts_what_was_drawn_and_raises_the_target_s_probability_to_beta(
     for case, target in enumerate((7, 3)):
         wanted = -np.log(chance[target][case] ** candidates.beta) - sum(np.log(1 - chance[item][case]) for item in drawn - {target})
         assert float(gbce(logits, torch.tensor([7, 3]), candidates)[case]) == pytest.approx(wanted, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["followers", "companions"])
-def test_shares_of_candidates_are_those_of_targets(name: str) -> None:
-    rows, offsets = log()
-    model = SessionModel(ModelConfig(ITEMS, 0, True, dim=16, max_prefix=8), None, rows, offsets)
-    windows, pairs = pack(rows, offsets, 8), dict(model.counted())[name]
-    inputs, targets = torch.tensor(windows.inputs).long(), torch.tensor(windows.targets).long()
-    items = targets.unique()[1:]
-    shares, weights = pairs(inputs, targets)
-    wanted = shares[:, :, 1:].transpose(1, 2)  # of the targets, (t, s)
-    found, same = pairs.among(inputs, targets, items)
-    case = (targets != PAD)[:, :, None] & (inputs != PAD)[:, None, :]  # (t, s)
-    of_targets = found.transpose(1, 2).gather(1, torch.searchsorted(items, targets)[:, :, None].expand_as(wanted))
-    assert torch.allclose(of_targets[case], wanted[case], atol=1e-6) and torch.equal(weights, same)
 
 
 @pytest.mark.parametrize("name", ["followers", "companions"])
@@ -213,7 +183,7 @@ def test_a_sampled_softmax_estimates_the_full_one() -> None:
     whole = everything(model.known)
     wanted, sums = logits[whole.items].exp().sum(), []
     for _ in range(400):
-        items, correction, _ = sampled(share_drawn(counts), targets, 16, generator)
+        items, correction, *_ = sampled(share_drawn(counts), targets, 16, generator)
         assert {3, 7} <= set(items.tolist()) <= set(whole.items.tolist()) and torch.equal(items, items.unique())
         sums.append((logits[items] + correction).exp().sum())
     assert abs(torch.stack(sums).mean() / wanted - 1) < 0.05
@@ -309,33 +279,54 @@ def test_what_content_lets_expect_of_an_item_does_not_know_its_own_count() -> No
     assert of_noise.std() < 0.3 * expected.std()
 
 
-def test_how_much_a_repeat_is_worth_is_settled_on_validation() -> None:
-    """Whatever training made of it, whose other parts know training sessions by heart."""
+def test_the_weight_of_repeats_is_calibrated_on_validation() -> None:
+    """Whatever training made of it, whose ids memorise the training sessions."""
     for again in (True, False):
         model = build()
         assert model.copy is not None
         model.copy.fill_(-1.0)
         sessions = [[a, b, a, b, a, b] if again else [a, b, 20 + a, 20 + b, 30 + a, 35] for a in range(5) for b in range(5, 9)]
         valid = pack(np.concatenate(sessions).astype(np.int32), np.arange(0, 121, 6), 8)
-        settle(model, partial(model_ranks, model, valid))
+        calibrate(model, valid, partial(model_ranks, model, valid))
         assert bool((model.copy >= 0).all() if again else (model.copy <= -1).all())
 
 
-def test_how_often_a_stranger_comes_is_settled_on_validation() -> None:
-    """After a known item and after another stranger: of that ID dropout, which hides items at random, knows nothing."""
-    known, new = range(0, 20), range(ITEMS - COLD, ITEMS)
+def cold_sessions(together: bool, count: int) -> Windows:
+    """Validation sessions in which cold items follow each other, or only warm ones, and `count` cold targets or a few more."""
+    warm, cold = range(0, 20), range(ITEMS - COLD, ITEMS)
+    sessions: list[list[int]] = []
+    for n in range(count // (2 if together else 1)):
+        a = n % 10
+        old, late = [warm[a], warm[a + 10], warm[19 - a]], [cold[(a + m) % COLD] for m in range(3)]
+        sessions += [old, late] if together else [[old[0], late[0], old[1]]]
+    return pack(np.concatenate(sessions).astype(np.int32), np.arange(0, 3 * len(sessions) + 1, 3), 8)
+
+
+def test_the_weights_of_cold_items_are_calibrated_on_validation() -> None:
+    """After a warm item and after another cold one: of that ID dropout, which hides items at random, knows nothing."""
     for together in (True, False):
         model = build()
         model.stranger.zero_()
         model.expected.fill_(1.0)  # high enough that there is something to lower
-        sessions = []
-        for a in range(10):
-            old, late = [known[a], known[a + 10], known[19 - a]], [new[(a + n) % COLD] for n in range(3)]
-            sessions += [old, late] if together else [[old[0], late[0], old[1]], [old[1], late[1], old[2]]]
-        valid = pack(np.concatenate(sessions).astype(np.int32), np.arange(0, 61, 3), 8)
-        settle(model, partial(model_ranks, model, valid))
-        after_known, after_stranger, _ = model.stranger.tolist()
-        assert after_known < 0 < after_stranger if together else after_known > 0 > after_stranger
+        valid = cold_sessions(together, 200)
+        found = calibrate(model, valid, partial(model_ranks, model, valid))
+        after_warm, after_cold, _ = model.stranger.tolist()
+        assert after_warm < 0 < after_cold if together else after_warm > 0
+        assert (found.cold_after_warm, found.cold_after_cold) == (after_warm, after_cold)
+        assert found.cold_targets == 200 and found.cold_targets_after_cold == (200 if together else 0)
+
+
+@pytest.mark.parametrize("count", [0, 98])
+def test_with_few_cold_targets_cold_items_keep_what_id_dropout_taught(count: int) -> None:
+    """A validation before the launch of new items would otherwise rank them lowest of all."""
+    model = build()
+    model.expected.fill_(1.0)
+    before = model.stranger.clone()
+    warm = pack(np.tile(np.arange(6, dtype=np.int32), 40), np.arange(0, 241, 6), 8)
+    valid = cold_sessions(True, count) if count else warm
+    found = calibrate(model, valid, partial(model_ranks, model, valid))
+    assert torch.equal(model.stranger, before) and found.cold_targets == count
+    assert f"cold targets in validation: {count}, fewer than 100" in found.told()
 
 
 def test_a_cold_item_ranks_by_its_content() -> None:

@@ -26,7 +26,7 @@ def log_of(count: int, length: int = 2, users: int = 0) -> SessionLog:
     """Sessions of the items 0, 1, 2, ..., each with a time of its own."""
     offsets, rows = np.arange(count + 1, dtype=np.int64) * length, np.tile(np.arange(length, dtype=np.int32), count)
     whose = [f"u{n % users}" for n in range(count)] if users else []
-    return SessionLog([f"s{n}" for n in range(count)], rows, offsets, np.arange(count, dtype=np.int64), users=whose)
+    return SessionLog([f"s{n}" for n in range(count)], rows, offsets, np.arange(count, dtype=np.int64), np.arange(len(rows)), users=whose)
 
 
 def refused(action: Callable[[], object], *words: str) -> None:
@@ -64,7 +64,7 @@ def test_a_user_is_in_one_part_and_stays_there_as_the_log_grows() -> None:
 
 def test_last_out_holds_out_one_item_of_each_session() -> None:
     rows = np.array([*range(10, 16), *range(20, 24), *range(30, 33), *range(40, 42)], np.int32)
-    log = SessionLog(["a", "b", "c", "d"], rows, np.array([0, 6, 10, 13, 15]), np.arange(4))
+    log = SessionLog(["a", "b", "c", "d"], rows, np.array([0, 6, 10, 13, 15]), np.arange(4), np.arange(15))
     split = split_sessions(log, DataConfig(protocol="last-out"))
     found = [[part.session(i).tolist() for i in range(len(part))] for part in (split.train, split.valid, split.test)]
     assert found[0] == [[10, 11, 12, 13], [20, 21]]

@@ -97,7 +97,7 @@ def test_numbers_that_tell_nothing_fade(tmp_path: Path) -> None:
 
     def share_of_noise(decay: float) -> float:
         """Of the matrix that reads the vectors."""
-        run, config = tmp_path / str(decay), settings("sbr.models=[full]", f"sbr.content_decay={decay}")
+        run, config = tmp_path / str(decay), settings("sbr.models=[full]", f"sbr.content_decay={decay}", "sbr.refit=false")
         publish_embeddings(run, tmp_path / "data", group, config, halves=halves)
         train_sbr(config, run, tmp_path / "data")
         size = weights(run)["project.weight"].square().sum(0)

@@ -44,15 +44,18 @@ class SequenceModel(nn.Module):
             nn.init.normal_(self.project.weight, std=0.1 / content.shape[1] ** 0.5)
         self.encoder = encoder(dim, max_prefix, dropout)
 
-    def forward(self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator) -> Tensor:
-        """The training losses of (B, L) windows among the `candidates`, (cases,)."""
+    def forward(
+        self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator, times: Tensor | None = None
+    ) -> Tensor:
+        """The training losses of (B, L) windows among the `candidates`, (cases,). `times` (B, L) as in `Windows`."""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # the encoder's dropout: by the step, not by what came before
         vectors, items, case = self.tables(), candidates.items, targets != PAD
         queries = self.encode(rows, vectors)[case]
+        hidden = candidates.hidden(None if times is None else times[case], targets[case])
         if candidates.beta is not None:
             # each item begins with a chance of 1 in N, not of 1/2, which would push all of them away at first (Lin et al., ICCV 2017)
-            return gbce(queries @ vectors[items].T - math.log(len(self.known)), targets[case], candidates)
-        return log_partition(queries, vectors[items], candidates.correction) - (queries * vectors[targets[case]]).sum(-1)
+            return gbce(queries @ vectors[items].T - math.log(len(self.known)), targets[case], candidates, hidden)
+        return log_partition(queries, vectors[items], candidates.correction, hidden) - (queries * vectors[targets[case]]).sum(-1)
 
     def draw_known(self, generator: torch.Generator) -> Tensor:
         return self.known

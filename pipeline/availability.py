@@ -1,0 +1,76 @@
+"""Which items may be recommended at a time: the columns `available_from` and `available_until` of items.parquet.
+
+An item is a candidate from `available_from` on and before `available_until`. An empty cell sets no limit. Without both
+columns every item is always a candidate, and nothing is computed.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.clock import is_clock, read_clock
+from pipeline.errors import DATA, UserError
+
+AVAILABLE_FROM, AVAILABLE_UNTIL = COLUMNS = "available_from", "available_until"
+ALWAYS, NEVER = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # seconds
+
+
+class Availability(NamedTuple):
+    begin: np.ndarray  # (N,) int64 Unix seconds: from then on an item may be recommended; ALWAYS: no limit
+    end: np.ndarray  # (N,) int64 Unix seconds: from then on it may not; NEVER: no limit
+
+    @classmethod
+    def unlimited(cls, items: int) -> "Availability":
+        return cls(np.full(items, ALWAYS), np.full(items, NEVER))
+
+    def at(self, time: int) -> np.ndarray:
+        """(N,) bool: which items may be recommended at `time`, Unix seconds."""
+        open_: np.ndarray = (self.begin <= time) & (time < self.end)
+        return open_
+
+    def without(self, excluded: np.ndarray) -> "Availability":
+        """The same, but for the items `excluded` (N,) bool, which may never be recommended."""
+        return Availability(np.where(excluded, NEVER, self.begin), self.end)
+
+    def take(self, rows: np.ndarray) -> "Availability":
+        return Availability(self.begin[rows], self.end[rows])
+
+    def columns(self) -> dict[str, pa.Array]:
+        """As columns of int64 seconds, empty where there is no limit."""
+        return {
+            AVAILABLE_FROM: pa.array(self.begin, mask=self.begin == ALWAYS),
+            AVAILABLE_UNTIL: pa.array(self.end, mask=self.end == NEVER),
+        }
+
+
+def read_availability(path: Path, table: pa.Table) -> Availability | None:
+    """The limits in a table of items; None where it has neither column. Raises `UserError` (3)."""
+    if not set(COLUMNS) & set(table.column_names):
+        return None
+    begin, end = (
+        _seconds(path, table[name], name, missing) if name in table.column_names else np.full(len(table), missing)
+        for name, missing in ((AVAILABLE_FROM, ALWAYS), (AVAILABLE_UNTIL, NEVER))
+    )
+    if (reversed_ := np.flatnonzero(begin >= end)).size:
+        raise UserError(
+            f"an item ends before it begins ({path} row {reversed_[0]}); {AVAILABLE_FROM} must be before {AVAILABLE_UNTIL}", DATA
+        )
+    return Availability(begin, end)
+
+
+def _seconds(path: Path, column: pa.ChunkedArray, name: str, missing: int) -> np.ndarray:
+    """(N,) int64; `missing` for an empty cell."""
+    seconds = np.full(len(column), missing)
+    filled: np.ndarray = (
+        pc.is_valid(column).to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else pc.is_valid(column).to_numpy()
+    )
+    if not filled.any():
+        return seconds
+    if not is_clock(column.type):
+        raise UserError(f"column `{name}` has the wrong type, {column.type} ({path}); give timestamps, or seconds as integers", DATA)
+    ticks, unit = read_clock(path, column.filter(pa.array(filled)), name)
+    seconds[filled] = ticks // unit
+    return seconds

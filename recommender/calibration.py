@@ -1,0 +1,96 @@
+"""Calibrates the weights of repeats and of cold items on the validation sessions, after the training.
+
+Training misjudges both. Ids memorise the training sessions, so that the repeat component looks less useful than it is. ID dropout
+hides random items, so that cold items seem to come as often as any other item, and each alone. A weight moves only where validation
+can tell it: with fewer than `LEAST_CASES` cold targets there, cold items keep the weights that ID dropout taught.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recommender.evaluate import prefixes_of
+from recommender.metrics import case_values
+from recommender.model import SessionModel
+from recommender.sessions import PAD, Windows
+
+LEAST_CASES = 100
+REPEAT_STEP, COLD_STEP = 1.0, 0.5  # of log-weights
+FARTHEST = 6  # steps
+ERRORS = 2.0  # standard errors that a gain on validation must exceed
+METRIC = "MRR@20"  # it tells one rank from the next, as HR does not
+Ranks = Callable[[], np.ndarray]  # of the targets of validation, (cases,), by the model as it is now
+
+
+class Calibration(NamedTuple):
+    """What was added to the log-weights, and how many cases could tell it."""
+
+    repeat: float = 0.0
+    cold_after_warm: float = 0.0  # of cold items, as far as a warm item of the session leads to them
+    cold_after_cold: float = 0.0  # the same for a cold item of the session
+    cold_targets: int = 0  # cases of validation with a cold target
+    cold_targets_after_cold: int = 0  # of them, those whose prefix has a cold item
+
+    def told(self) -> str:
+        """One line for the user."""
+        told = f"cold targets in validation: {self.cold_targets}"
+        if self.cold_targets < LEAST_CASES:
+            return f"{told}, fewer than {LEAST_CASES}; cold items keep the weights that ID dropout taught"
+        told += f"; weight of cold items after warm ones {self.cold_after_warm:+.1f}"
+        if self.cold_targets_after_cold < LEAST_CASES:
+            return f"{told}, after cold ones as ID dropout taught ({self.cold_targets_after_cold} such targets)"
+        return f"{told}, after cold ones {self.cold_after_cold:+.1f} (log-odds, beside what ID dropout taught)"
+
+
+def calibrate(model: SessionModel, windows: Windows, ranks: Ranks) -> Calibration:
+    """Moves the model's weights, one after the other, to where `METRIC` on validation is highest. `windows` are those of validation."""
+    prefixes, targets = prefixes_of(windows)
+    known = model.known.cpu().numpy()
+    cold = ~known[targets]
+    after_cold = cold & ((prefixes != PAD) & ~known[prefixes.clip(min=0)]).any(1)
+    counts = int(cold.sum()), int(after_cold.sum())
+    weights: list[tuple[str, Tensor, float]] = [] if model.copy is None else [("repeat", model.copy, REPEAT_STEP)]
+    if model.config.content_dim:
+        cold_weights = zip(("cold_after_warm", "cold_after_cold"), model.stranger, counts, strict=False)
+        weights += [(name, weight, COLD_STEP) for name, weight, count in cold_weights if count >= LEAST_CASES]
+    shifts = {}
+    with torch.no_grad():
+        scores = case_values(ranks(), METRIC) if weights else np.empty(0)
+        for name, weight, step in weights:
+            shifts[name], scores = line_search(weight, step, scores, lambda: case_values(ranks(), METRIC))
+    return Calibration(**shifts, cold_targets=counts[0], cold_targets_after_cold=counts[1])
+
+
+def apply(model: SessionModel, calibration: Calibration) -> None:
+    """Adds the shifts that another training of the same model was given."""
+    with torch.no_grad():
+        if model.copy is not None:
+            model.copy.add_(calibration.repeat)
+        if model.config.content_dim:
+            model.stranger[0].add_(calibration.cold_after_warm)
+            model.stranger[1].add_(calibration.cold_after_cold)
+
+
+def line_search(weight: Tensor, step: float, now: np.ndarray, scores: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+    """Moves `weight` by steps to where the mean of the scores (cases,), `now` at its start, is highest or, nearer to the start, within
+    `ERRORS` standard errors of the highest (after Breiman et al., 1984): a difference by chance moves nothing. Returns the shift and the
+    scores there."""
+    start, by_steps = weight.clone(), {0: now}
+    for direction in (1, -1):
+        for steps in range(direction, direction * (FARTHEST + 1), direction):
+            weight.copy_(start + steps * step)
+            by_steps[steps] = scores()
+            if by_steps[steps].mean() <= by_steps[steps - direction].mean():
+                break
+    best = max(by_steps.values(), key=lambda values: float(values.mean()))
+
+    def as_good(steps: int) -> bool:
+        less = best - by_steps[steps]
+        return bool(less.mean() <= ERRORS * less.std() / len(less) ** 0.5)
+
+    nearest = min(filter(as_good, by_steps), key=abs)
+    weight.copy_(start + nearest * step)
+    return nearest * step, by_steps[nearest]

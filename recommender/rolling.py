@@ -1,0 +1,144 @@
+"""`tpad evaluate --windows N`: the same models over N cut-off times inside the log, and how far their figures spread.
+
+One split can flatter a model by chance. The held-out share of the log, `data.valid` + `data.test`, is divided into N + 1 stretches of
+equal length. Window n trains on all sessions before stretch n, chooses the epoch on stretch n and is tested on stretch n + 1. No window
+trains on fewer sessions than the ordinary split, so embeddings that were distilled for that split have seen no validation or test
+session of any window.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from pipeline.artifact import LOCK, Version, canonical_json, published, remove, stage, write_json
+from pipeline.config import Config
+from pipeline.errors import USAGE, UserError
+from recommender.baselines import BASELINES
+from recommender.comparison import Figure, table
+from recommender.evaluate import ROWS, Metrics, average, baseline_ranks, buckets_of, model_ranks
+from recommender.evaluation import MAIN, TESTED, chosen_reference, open_inputs, row_of
+from recommender.inputs import Inputs, load_inputs, model_fingerprint
+from recommender.metrics import summarise_buckets
+from recommender.search import settings_for
+from recommender.trainer import alone, train_model
+
+
+def evaluate_windows(
+    config: Config, run: Path, data: Path, count: int, names: Sequence[str] | None, against: str | None, fresh: bool = False
+) -> tuple[Version, str, str]:
+    """The models `names` (None: all that can be evaluated) over `count` windows; returns the published version, its report, and what was
+    left out, or nothing. Resumable: what a window found of a model is kept. Raises `UserError`."""
+    if config.data.protocol != "time":
+        raise UserError(f"--windows cuts the log by time (data.protocol = {config.data.protocol}); take data.protocol = time", USAGE)
+    inputs, neural, left_out = open_inputs(config, run, data, names)
+    config = config.model_copy(update={"sbr": config.sbr.model_copy(update={"models": neural or ["ID-only"]})})
+    plain = [name for name in BASELINES if names is None or name in names]
+    reference = chosen_reference(against, [*plain, *neural])
+    seeds = range(config.seed, config.seed + config.sbr.seeds)
+    settings = settings_for(neural, config, inputs, run)
+    prints = [inputs.fingerprint, *(model_fingerprint(name, seed, settings[name], inputs) for name in neural for seed in seeds)]
+    fingerprint = hashlib.sha256(canonical_json([count, plain, prints, reference])).hexdigest()
+    target = run / "evaluation" / f"windows-{count}"
+    current = published(target, "evaluation")
+    if current is not None and current.manifest["fingerprint"] == fingerprint and not fresh:
+        return current, (current.path / "report.md").read_text(encoding="utf-8"), left_out
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError("tpad evaluate runs in one process (accelerate launch); start it alone", USAGE)
+    work = run / "evaluation-train" / f"windows-{count}"
+    by_model: dict[str, list[Metrics]] = {name: [] for name in [*plain, *neural]}  # of each window, the mean over the seeds
+    facts: list[dict[str, int]] = []
+    with alone(work, accelerator):
+        for path in list(work.iterdir()) if fresh else []:
+            if path.name != LOCK:
+                remove(path)
+        for number in range(count):
+            cut = load_inputs(config, run, data, window=(number, count))
+            facts.append({f"{part}_sessions": len(getattr(cut.split, part)) for part in ("train", "valid", "test")})
+            for name in plain:
+                by_model[name].append(figures_of_baseline(name, cut, config))
+            for name in neural:
+                runs = [figures_of_model(name, seed, settings[name], cut, accelerator, work / str(number)) for seed in seeds]
+                by_model[name].append(average(runs)[0])
+    by_model = dict(sorted(by_model.items(), key=lambda entry: ROWS.index(entry[0])))
+    report = markdown(by_model, facts, len(seeds), reference, left_out)
+    metrics = {
+        "windows": facts,
+        "seeds": list(seeds),
+        "against": reference,
+        "left_out": left_out,
+        "results": {name: dict(zip(("mean", "std"), average(runs), strict=True)) for name, runs in by_model.items()},
+        "by_window": by_model,
+    }
+    with stage(target, "evaluation") as staging:
+        (staging.path / "report.md").write_text(report, encoding="utf-8")
+        (staging.path / "metrics.json").write_bytes(canonical_json(metrics))
+        return staging.publish({"fingerprint": fingerprint, "protocol": f"windows-{count}"}), report, left_out
+
+
+def figures_of_baseline(name: str, inputs: Inputs, config: Config) -> Metrics:
+    test, train = inputs.windows(config.data.max_prefix)[2], inputs.split.train
+    scorer = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
+    return summarise_buckets(baseline_ranks(scorer, test, available=inputs.available), buckets_of(test, inputs.counts))
+
+
+def figures_of_model(name: str, seed: int, config: Config, inputs: Inputs, accelerator: Accelerator, work: Path) -> Metrics:
+    """Of a model trained on the window `inputs`, or as they were kept in `work`."""
+    path, fingerprint = work / f"{name}-{seed}.json", model_fingerprint(name, seed, config, inputs)
+    try:
+        kept = json.loads(path.read_bytes())
+        if kept["fingerprint"] == fingerprint:
+            return dict(kept["metrics"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    windows = inputs.windows(config.data.max_prefix)
+    model = train_model(name, seed, config, inputs, windows[:2], accelerator, work, fresh=False).model
+    metrics = summarise_buckets(model_ranks(model, windows[2], available=inputs.available), buckets_of(windows[2], inputs.counts))
+    write_json(path, {"fingerprint": fingerprint, "metrics": metrics})
+    remove(work / "checkpoints" / f"{name}-{seed}")
+    return metrics
+
+
+def markdown(by_model: dict[str, list[Metrics]], facts: list[dict[str, Any]], seeds: int, reference: str | None, left_out: str) -> str:
+    lines = [f"# Evaluation over {len(facts)} windows of time", ""]
+    lines += [
+        f"- window {n}: {each['train_sessions']} training, {each['valid_sessions']} validation, {each['test_sessions']} test sessions"
+        for n, each in enumerate(facts, 1)
+    ]
+    if left_out:
+        lines += ["", f"Left out: {left_out}."]
+    rows = {name: row_of(runs) for name, runs in by_model.items()}
+    over = f"Means over {seeds} seeds of the trained models" if seeds > 1 else "One seed of the trained models"
+    lines += ["", "## All cases", "", f"Mean ± standard deviation over the windows. {over}.", ""]
+    lines += table(rows, {metric: metric for metric in MAIN})
+    for metric in TESTED:
+        lines += ["", f"## {metric} by window", ""]
+        single = {name: {str(n): Figure([value]) for n, value in enumerate(row[metric].values, 1)} for name, row in rows.items()}
+        lines += table(single, {str(n): f"window {n}" for n in range(1, len(facts) + 1)})
+    if reference is not None:
+        lines += [
+            "",
+            f"## Differences to {reference}",
+            "",
+            "Mean over the windows ± its standard error, and in how many windows it is above 0.",
+            "",
+        ]
+        differences = {
+            name: {metric: told_difference(row[metric].values, rows[reference][metric].values) for metric in TESTED}
+            for name, row in rows.items()
+            if name != reference
+        }
+        lines += ["| model | " + " | ".join(TESTED) + " |", "| --- |" + " --- |" * len(TESTED)]
+        lines += [f"| {name} | " + " | ".join(cells.values()) + " |" for name, cells in differences.items()]
+    return "\n".join(lines) + "\n"
+
+
+def told_difference(values: list[float], reference: list[float]) -> str:
+    difference = np.subtract(values, reference)
+    error = f" ± {difference.std(ddof=1) / len(difference) ** 0.5:.4f}" if len(difference) > 1 else ""
+    return f"{difference.mean():+.4f}{error} ({int((difference > 0).sum())} of {len(difference)})"

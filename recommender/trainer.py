@@ -1,0 +1,360 @@
+"""Trains one session model: the loop over its epochs, its checkpoints, its choice by validation.
+
+Every random draw is a function of (seed, epoch, step), so that a training that was killed goes on to the same weights, and several
+processes (accelerate) take the same steps as one (but for dropout inside the models of the literature, which each process draws for
+its own share of the batch). With `sbr.precision: bf16` matrix products are in bfloat16 under autocast; weights, their
+optimiser, logsumexp and losses stay in float32.
+"""
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch import Tensor
+
+from pipeline.artifact import locked
+from pipeline.availability import Availability
+from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
+from pipeline.config import Config, SbrConfig
+from pipeline.errors import USAGE, UserError
+from pipeline.process import keep_freed_memory
+from pipeline.progress import Steps
+from recommender.calibration import Calibration, calibrate
+from recommender.candidates import Candidates, drawn_evenly, everything, sampled, share_drawn
+from recommender.evaluate import model_ranks
+from recommender.inputs import Inputs, model_fingerprint
+from recommender.metrics import NotANumber, summarise
+from recommender.model import SessionModel
+from recommender.models import MODELS, Model
+from recommender.models.sasrec import SASRec
+from recommender.models.sequence import SequenceModel
+from recommender.sessions import DeviceWindows, Windows, batches
+from recommender.shape import ModelConfig, Parts
+from recommender.steplog import Diverged, StepLog
+
+SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
+MANY_ITEMS = 5_000  # above, a softmax over all of them costs more than it gives
+SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
+Watch = Callable[[list[float]], None]  # told the validation scores of the epochs so far, each time there is one more
+Limits = tuple[Tensor, Tensor]  # from when and until when each item may be recommended, (N,) both, Unix seconds
+
+
+class Trained(NamedTuple):
+    model: Model  # with the weights of its best epoch
+    epochs: int  # up to that one
+    calibration: Calibration | None  # None: of a model of the literature
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside the weights now and the optimiser's state."""
+
+    best: dict[str, Tensor]  # weights of the best epoch so far
+    step: int = 0
+    scores: list[float] = field(default_factory=list)  # of each epoch, the higher the better
+    over: bool = False
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "scores": self.scores, "over": self.over}
+
+
+def make_accelerator() -> Accelerator:
+    keep_freed_memory()
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"no training in {accelerator.mixed_precision} (accelerate launch --mixed_precision); take no or bf16", USAGE)
+    return accelerator
+
+
+def alone(folder: Path, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Refuses a second command that would train in the same folder."""
+    return locked(folder) if accelerator.is_main_process else nullcontext()
+
+
+def train_model(
+    name: str,
+    seed: int,
+    config: Config,
+    inputs: Inputs,
+    windows: tuple[Windows, Windows],
+    accelerator: Accelerator,
+    folder: Path,
+    fresh: bool,
+    watch: Watch | None = None,
+    each_epoch: Callable[[int, Model], None] | None = None,
+) -> Trained:
+    """Trains a model on the first of the `windows`; the second, validation, chooses its epoch and calibrates it.
+
+    `watch` may stop the training by raising, and leaves out the calibration; `each_epoch` is shown every epoch's weights.
+    """
+    settings, valid = config.sbr, windows[1]
+    model = build_model(name, seed, config, inputs)
+    checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}", model_fingerprint(name, seed, config, inputs))
+    ranks = partial(gather_ranks, model, valid, accelerator, inputs.available_in_validation)
+
+    def validate(epoch: int) -> float:
+        if each_epoch is not None:
+            each_epoch(epoch, model)
+        try:
+            return summarise(ranks())[settings.select]
+        except NotANumber:
+            raise Diverged(f"scores hold NaN ({name}, after epoch {epoch}); lower sbr.lr", USAGE) from None
+
+    progress = fit(
+        name,
+        seed,
+        model,
+        settings,
+        inputs.available,
+        inputs.counts,
+        windows[0],
+        accelerator,
+        checkpoints,
+        folder,
+        fresh,
+        settings.epochs,
+        validate,
+        watch,
+    )
+    calibration = calibrate(model, valid, ranks) if isinstance(model, SessionModel) and watch is None else None
+    return Trained(model, 1 + progress.scores.index(max(progress.scores)), calibration)
+
+
+def refit_model(
+    name: str, seed: int, config: Config, inputs: Inputs, accelerator: Accelerator, folder: Path, fresh: bool, epochs: int
+) -> Model:
+    """Trains a model on all sessions, which the training part of `inputs` holds, for the `epochs` that validation chose for its held-out
+    twin, on the same schedule."""
+    model = build_model(name, seed, config, inputs)
+    fingerprint = f"{model_fingerprint(name, seed, config, inputs)} {epochs}"
+    checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}-refit", fingerprint)
+    train = inputs.windows(config.data.max_prefix)[0]
+    limits, counts = inputs.available, inputs.counts
+    fit(f"{name}, refit", seed, model, config.sbr, limits, counts, train, accelerator, checkpoints, folder, fresh, epochs)
+    return model
+
+
+def fit(
+    name: str,
+    seed: int,
+    model: Model,
+    settings: SbrConfig,
+    available: Availability | None,
+    counts: np.ndarray,
+    windows: Windows,
+    accelerator: Accelerator,
+    checkpoints: Checkpoints,
+    folder: Path,
+    fresh: bool,
+    epochs: int,
+    validate: Callable[[int], float] | None = None,
+    watch: Watch | None = None,
+) -> Progress:
+    """Trains the model for at most so many `epochs` of the schedule, and leaves it with the weights of that which `validate` scores best;
+    without validation with those of the last. `counts` (N,): the items' events in all training sessions."""
+    if accelerator.is_main_process:
+        if fresh:
+            checkpoints.clear()
+        elif checkpoints.drop_others():  # a training takes minutes, so that is no question for the user
+            print(f"note: {name} (seed {seed}) is trained anew: its checkpoint is of other settings or data, and dropped", file=sys.stderr)
+    accelerator.wait_for_everyone()
+    with warnings.catch_warnings():  # torch 2.13 has a new name for it, which accelerate cannot pass on yet
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+        wrapped = accelerator.prepare(model)
+    optimizer, names = build_optimizer(model, settings)
+    progress = Progress(weights_of(model))
+    if (checkpoint := checkpoints.newest()) is not None:
+        restore(model, optimizer, names, checkpoint[1], checkpoint[2], progress)
+        if watch is not None and progress.scores:
+            watch(progress.scores)
+    train, limits = DeviceWindows(windows, accelerator.device), limits_of(available, accelerator.device)
+    share = share_sampled(settings, counts)
+    steps = math.ceil(len(train) / settings.batch)  # of an epoch
+    log = StepLog(folder / "metrics.jsonl", name, seed, progress.step, steps, accelerator)
+    saved = time.monotonic()
+    with (
+        Interrupt() as interrupt,
+        Steps(f"{name} (seed {seed})", epochs * steps, progress.step, accelerator.is_main_process) as shown,
+    ):
+        while not progress.over:
+            epoch, begin = divmod(progress.step, steps)
+            model.train()
+            for number, which in enumerate(batches(len(train), settings.batch, seed, epoch)):
+                if number < begin:
+                    continue
+                set_rate(optimizer, settings.lr * schedule(progress.step, steps * settings.epochs))
+                log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings, share, limits))
+                progress.step += 1
+                facts = [] if math.isnan(log.last) else [f"loss {log.last:.3f}"]  # it comes a few steps at a time
+                facts += [f"validation {settings.select} {max(progress.scores):.4f}"] if progress.scores and validate is not None else []
+                shown.advance(", ".join(facts))
+                if log.due and number + 1 < steps:
+                    log.write()
+                    stopped = interrupt.agreed(accelerator)
+                    if accelerator.is_main_process and (stopped or time.monotonic() - saved > SAVE_SECONDS):
+                        save(checkpoints, model, optimizer, names, progress)
+                        saved = time.monotonic()
+                    if stopped:
+                        raise interrupt.exit()
+            log.write()
+            score = float(epoch) if validate is None else validate(epoch)
+            if score > max(progress.scores, default=-1.0):
+                progress.best = weights_of(model)
+            progress.scores.append(score)
+            waited = epoch - progress.scores.index(max(progress.scores))
+            progress.over = epoch + 1 >= epochs or waited >= settings.patience
+            if accelerator.is_main_process:
+                save(checkpoints, model, optimizer, names, progress)
+                saved = time.monotonic()
+            if interrupt.agreed(accelerator):
+                raise interrupt.exit()
+            if watch is not None:
+                watch(progress.scores)
+    model.load_state_dict(progress.best, strict=False)
+    return progress
+
+
+def limits_of(available: Availability | None, device: torch.device) -> Limits | None:
+    if available is None:
+        return None
+    return torch.as_tensor(available.begin, device=device), torch.as_tensor(available.end, device=device)
+
+
+def share_sampled(settings: SbrConfig, counts: np.ndarray) -> Tensor | None:
+    """(N,) how likely an item is drawn as a candidate; None: all are candidates."""
+    sampling = settings.loss == "sampled" or (settings.loss != "softmax" and len(counts) > MANY_ITEMS)
+    return share_drawn(counts) if sampling else None
+
+
+def draw_candidates(
+    model: Model, shown: Tensor, targets: Tensor, settings: SbrConfig, share: Tensor | None, generator: torch.Generator
+) -> Candidates:
+    """The items that a step compares with. gBCE is for SASRec, where its paper has it; the other models take their softmax. `shown`: the
+    items of the batch, targets too; `share` as `share_sampled` gives it."""
+    if settings.loss == "gbce" and isinstance(model, SequenceModel) and isinstance(model.encoder, SASRec):
+        return drawn_evenly(model.known, targets, settings.negatives, settings.calibration, generator)
+    return everything(model.known) if share is None else sampled(share, shown, settings.negatives, generator)
+
+
+def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
+    recipe, settings = MODELS[name], config.sbr
+    content = inputs.content if recipe.content else None
+    assert content is not None or not recipe.content
+    torch.manual_seed(seed)
+    if recipe.encoder is not None:
+        return SequenceModel(recipe.encoder, inputs.counts, content, recipe.ids, settings.dim, config.data.max_prefix, settings.dropout)
+    shape = ModelConfig(
+        items=len(inputs.catalog),
+        content_dim=0 if content is None else content.shape[1],
+        ids=recipe.ids,
+        dim=settings.dim,
+        max_prefix=config.data.max_prefix,
+        id_dropout=settings.id_dropout,
+        own_loss=settings.own_loss,
+        parts=Parts(**settings.parts.model_dump(exclude={"whitening"})),
+    )
+    return SessionModel(shape, content, inputs.split.train.rows, inputs.split.train.offsets)
+
+
+def build_optimizer(model: Model, settings: SbrConfig) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW in up to three groups, and the parameters' names: matrices; the one that reads the vectors, whose decay is what keeps the
+    many numbers that tell nothing of sessions from being learned by heart; scalars and vectors, without decay and, of our model, at a
+    higher rate."""
+    groups: dict[str, dict[str, Any]] = {
+        "matrices": {"weight_decay": settings.weight_decay, "rate": 1.0},
+        "content": {"weight_decay": settings.content_decay, "rate": 1.0},
+        "vectors": {"weight_decay": 0.0, "rate": SCALAR_RATE if isinstance(model, SessionModel) else 1.0},
+    }
+    members: dict[str, dict[str, torch.nn.Parameter]] = {group: {} for group in groups}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group = "vectors" if parameter.ndim < 2 else "content" if name == "project.weight" else "matrices"
+        members[group][name] = parameter
+    grouped = [{"params": list(of.values()), **groups[group]} for group, of in members.items() if of]
+    return torch.optim.AdamW(grouped, lr=settings.lr, fused=True), [name for of in members.values() for name in of]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: a warm-up over 5 % of the steps, then a cosine to zero."""
+    return min(1.0, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train_step(
+    wrapped: torch.nn.Module,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    train: DeviceWindows,
+    which: np.ndarray,
+    draw: tuple[int, int, int],
+    accelerator: Accelerator,
+    settings: SbrConfig,
+    share: Tensor | None,
+    limits: Limits | None = None,
+) -> Tensor:
+    """One step on the windows `which`, of which each process takes its share; returns that share's part of the mean loss, ().
+    `share` as `share_sampled` gives it; `limits`: an item is a negative only in between."""
+    rows, targets, times = train.take(which)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
+    known = model.draw_known(generator)
+    candidates = draw_candidates(model, torch.cat([rows, targets]), targets, settings, share, generator).within(limits)
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        losses = wrapped(rows[mine], targets[mine], known, candidates, generator, None if times is None else times[mine])
+    total: Tensor = losses.float().sum() / int(train.cases[which].sum())
+    optimizer.zero_grad()
+    accelerator.backward(total * accelerator.num_processes)  # processes average their gradients
+    optimizer.step()
+    return total.detach()
+
+
+def gather_ranks(model: Model, windows: Windows, accelerator: Accelerator, available: Availability | None) -> np.ndarray:
+    """`model_ranks` of all windows, each process ranking a stretch of them."""
+    bounds = np.linspace(0, len(windows), accelerator.num_processes + 1).astype(int)
+    index = accelerator.process_index
+    ranks = model_ranks(model, windows.take(np.arange(bounds[index], bounds[index + 1])), available=available)
+    return ranks if accelerator.num_processes == 1 else np.concatenate(gather_object([ranks]))
+
+
+def weights_of(model: Model) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def save(checkpoints: Checkpoints, model: Model, optimizer: torch.optim.Optimizer, names: list[str], progress: Progress) -> None:
+    moments, packed = pack_optimizer(optimizer, names)
+    tensors = {f"now/{n}": w for n, w in weights_of(model).items()} | {f"best/{n}": w for n, w in progress.best.items()} | moments
+    checkpoints.save(progress.step, tensors, progress.state | {"optimizer": packed})
+
+
+def restore(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Puts a checkpoint back into the model, its optimiser and the `progress`."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"now/{name}"])
+    unpack_optimizer(optimizer, names, tensors, state["optimizer"])
+    progress.best = {name: tensors[f"best/{name}"].to(p.device) for name, p in model.named_parameters()}
+    progress.step, progress.scores, progress.over = state["step"], state["scores"], state["over"]

@@ -1,0 +1,91 @@
+"""`tpad train-sbr --update`: the nightly run. The published session model learns the sessions that are new since its training.
+
+It is put over the items as they are now (as by `tpad index`), the new sessions are counted, and its weights are trained for a short
+while on the new sessions and on the newest old ones, which keeps it from forgetting (experience replay). Its calibration stays. The
+newest tenth of the new sessions is held back: the result is published only if it ranks them no worse than the model that serves, and
+the next update trains on them.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.artifact import Version, canonical_json, remove
+from pipeline.catalog import load_catalog
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import Config
+from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.session_log import SessionLog, load_sessions
+from recommender.evaluate import cases_of, model_ranks
+from recommender.metrics import case_values
+from recommender.refresh import open_current
+from recommender.sessions import pack
+from recommender.trainer import alone, fit, make_accelerator
+
+LEAST_SESSIONS = 10  # new ones: with fewer there is no tenth to check on
+REPLAY = 4  # old sessions trained on beside each new one
+EPOCHS, RATE = 2, 0.3  # of the short training; share of the learning rate
+
+
+@dataclass(frozen=True)
+class Updated:
+    version: Version  # that serves from now on
+    sessions: int  # new ones that it has learned
+    told: str  # one line for the user
+
+
+def update_sbr(config: Config, run: Path, data: Path) -> Updated:
+    """Publishes the updated model of `run/sbr`, or leaves it as it is. Resumable. Raises `UserError`."""
+    accelerator = make_accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError("--update runs in one process (accelerate launch); start it alone", USAGE)
+    folder = run / "sbr-train"
+    with alone(folder, accelerator):
+        current = open_current(run, data)
+        before = current.before
+        if before.manifest["refit"] is None:
+            raise UserError(f"the published model has not seen all sessions ({run}); train it with sbr.refit=true to update it", ARTIFACT)
+        log = sessions_of(current.catalog.item_ids, data)
+        new = np.flatnonzero(log.start > before.manifest["newest_session"])
+        if len(new) < LEAST_SESSIONS:
+            return Updated(before, 0, f"{len(new)} new sessions, fewer than {LEAST_SESSIONS}: nothing to learn yet")
+        held_back = len(new) // 10
+        learned, checked = log.select(new[:-held_back]), log.select(new[-held_back:])
+        replayed = np.arange(max(0, int(new[0]) - REPLAY * len(learned)), new[0])  # sessions are in order of time
+        served, counts = current.model(), current.counts + np.bincount(learned.rows, minlength=len(current.rows))
+        model = served.learning(learned.rows, learned.offsets, counts, config.seed)
+        settings = config.sbr.model_copy(update={"epochs": EPOCHS, "lr": RATE * config.sbr.lr, "patience": EPOCHS})
+        train, limits = log.select(np.concatenate([replayed, new[:-held_back]])), current.catalog.availability
+        made_of = [before.manifest["fingerprint"], current.source, train.ids_sha256(), settings.model_dump(), config.seed]
+        fingerprint = hashlib.sha256(canonical_json(made_of)).hexdigest()
+        prefix = model.config.max_prefix
+        windows = pack(train.rows, train.offsets, prefix, max(prefix // 2, 1), None if limits is None else train.times)
+        checkpoints = Checkpoints(folder / "checkpoints" / "update", fingerprint)
+        fit("update", config.seed, model, settings, limits, counts, windows, accelerator, checkpoints, folder, False, EPOCHS)
+        cases = cases_of(checked, prefix, limits is not None)
+        now, then = (case_values(model_ranks(each, cases, available=limits), config.sbr.select) for each in (model, served))
+        gain, error = float((now - then).mean()), float((now - then).std()) / len(now) ** 0.5
+        told = f"{config.sbr.select} on the newest {len(checked)} sessions: {now.mean():.4f}, of the model that serves {then.mean():.4f}"
+        if gain < -error:
+            remove(checkpoints.folder)
+            return Updated(before, 0, f"not published, it would be worse: {told}; run `tpad train-sbr` to train anew")
+        facts = {
+            "fingerprint": fingerprint,
+            "sessions_sha256": hashlib.sha256((before.manifest["sessions_sha256"] + learned.ids_sha256()).encode()).hexdigest(),
+            "newest_session": int(learned.start.max()),
+            "updates": before.manifest.get("updates", 0) + 1,
+        }
+        version = current.publish(run, model, counts, config.sbr.index, facts)
+        remove(checkpoints.folder)
+        return Updated(version, len(learned), told)
+
+
+def sessions_of(item_ids: list[str], data: Path) -> SessionLog:
+    """The sessions of a data folder, in rows of `item_ids`, which are all its items or some."""
+    catalog = load_catalog(data)
+    log = load_sessions(data, catalog)
+    place = np.full(len(catalog), -1)
+    place[[catalog.row[item] for item in item_ids]] = np.arange(len(item_ids))
+    return log if np.array_equal(place, np.arange(len(catalog))) else log.moved(place, training=True)
