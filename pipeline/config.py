@@ -337,7 +337,8 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         keys = tuple(key.strip().split("."))
         if not sign or not all(keys):
             raise UserError(f"--set {override!r} is not of the form a.b=value (command line); write e.g. sbr.epochs=5", USAGE)
-        _put(tree, keys, parse(text, f"--set {override}"), override)
+        value, _ = parse(text, f"--set {override}")
+        _put(tree, keys, value, override)
         above = {keys[:n]: f"--set {override}" for n in range(1, len(keys))}  # for a section that only the override names
         where = above | {k: w for k, w in where.items() if k[: len(keys)] != keys} | {keys: f"--set {override}"}
     return _validated(Config, tree, where, str(path or "settings"))
@@ -385,9 +386,9 @@ def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: st
             hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(model, loc[:-1]))}"
             yield f"unknown key `{key}` ({spot}); {hint}"
         elif not loc:  # what two sections say together
-            yield f"{problem['msg']} ({spot}); mend one of them"
+            yield f"{problem['msg']} ({spot}); change one of them"
         else:
-            yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); mend the value"
+            yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); fix the value"
 
 
 def _short(value: Any) -> str:
