@@ -35,7 +35,7 @@ S = TypeVar("S", bound=Section)
 
 
 class NeighboursConfig(Section):
-    """Shows an item that lacks its image or its text with the titles of its nearest neighbours (pipeline/neighbours.py)."""
+    """Shows an item that lacks its image or its text with the titles of its nearest neighbours in an earlier run's embeddings."""
 
     run: str | None = Field(
         default=None, description="run folder whose published embeddings define the neighbours; null: no neighbours are shown"
@@ -45,7 +45,7 @@ class NeighboursConfig(Section):
 
 
 class DataConfig(Section):
-    """Catalogue and sessions: the split into training, validation and test (pipeline/split.py), and the item columns that are used."""
+    """Catalogue and sessions: the split into training, validation and test, and the item columns that are used."""
 
     protocol: Literal["time", "user-hash", "last-out"] = Field(
         default="time",
@@ -77,8 +77,8 @@ class DataConfig(Section):
 class ShopConfig(Section):
     """The generated sample shop, which is used where no data folder is given."""
 
-    items: Annotated[Positive, Field(ge=20)] = Field(default=1200, description="items in the catalogue")
-    sessions: Annotated[Positive, Field(ge=20)] = Field(default=13500, description="sessions in the log")
+    items: Annotated[int, Field(ge=20)] = Field(default=1200, description="items in the catalogue")
+    sessions: Annotated[int, Field(ge=20)] = Field(default=13500, description="sessions in the log")
     image_size: Positive = Field(default=48, description="width and height of an item image in pixels")
     cold_items: Share = Field(
         default=0.15, description="share of cold items, launched after the training sessions, so that no training session holds them"
