@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from tiny import ROOT, contents
 from tiny_run import distill_run, export_run, published_folder, same, settings, weights
 
@@ -13,7 +14,6 @@ from pipeline.catalog import load_catalog
 from pipeline.embeddings import read_embeddings
 from pipeline.errors import ARTIFACT, USAGE, UserError
 from pipeline.prompts import Part, Prompts, View
-from pipeline.strict_yaml import read
 from pipeline.templates import Templates, load_templates
 
 OWN = 'instruction: "You know this shop."\nitem: "{text}, to be seen here: {image}"\ndescribe: "A product. {item}"\n'
@@ -43,7 +43,7 @@ def refusal(tmp_path: Path, text: str) -> str:
 def test_the_shipped_file_is_the_built_in_wording() -> None:
     path = ROOT / "configs" / "prompts" / "default.yaml"
     assert load_templates(str(path)) == Templates()
-    assert list(read(path)[0]) == list(Templates.model_fields)
+    assert list(YAML(typ="safe").load(path)) == list(Templates.model_fields)
 
 
 def test_an_item_and_a_session_are_worded_as_the_file_says(own: Path, tiny_data: Path) -> None:
