@@ -1,8 +1,8 @@
-"""Typed settings out of YAML (`strict_yaml.py`): one file, one model per section.
+"""Every setting as a typed section with its description, and the loader of settings files (`strict_yaml.py`).
 
 An unknown key, a wrong type or an out-of-range value is an error that names the file, the line and the nearest
-known key. All errors of a file are reported together. The defaults below are `configs/shop.yaml`: the sample shop
-with the tiny backbone on a CPU.
+known key. All errors of a file are reported together. `python docs/generate.py` writes configs/shop.yaml and
+docs/configuration.md from the sections below.
 """
 
 import difflib
@@ -35,48 +35,74 @@ S = TypeVar("S", bound=Section)
 
 
 class NeighboursConfig(Section):
-    """An item that lacks its image or its text is shown with the titles of near ones, see pipeline/neighbours.py."""
+    """Shows an item that lacks its image or its text with the titles of its nearest neighbours in an earlier run's embeddings."""
 
-    run: str | None = None  # run folder whose published embeddings say what is near; null: none are shown
-    count: Positive = 3  # titles, at most
-    least: Cosine = 0.5  # no title of an item less near, by cosine
+    run: str | None = Field(
+        default=None, description="run folder whose published embeddings define the neighbours; null: no neighbours are shown"
+    )
+    count: Positive = Field(default=3, description="largest number of neighbour titles shown with an item")
+    least: Cosine = Field(default=0.5, description="smallest cosine similarity at which an item counts as a neighbour")
 
 
 class DataConfig(Section):
-    # how sessions are split, for every step: see pipeline/split.py
-    protocol: Literal["time", "user-hash", "last-out"] = "time"
-    valid: Share = 0.1  # share of the sessions held out for validation; by time: those before the test ones
-    test: Share = 0.1  # share of the sessions held out for the test; by time: the last ones
-    max_prefix: Positive = 20  # a session is cut to its last so many events before it is used as a prefix
-    text: list[str] = ["title", "description"]  # item columns shown to the MLLM, in this order
-    attributes: list[str] | None = None  # item columns it learns to write; null: every other one of texts, or of lists of texts
-    prompts: str | None = None  # file of prompt templates, as configs/prompts/default.yaml; null: those
-    # an image that cannot be decoded stops the run, counts as none, or keeps its item out of the embeddings (and counts as none before)
-    on_bad_image: Literal["error", "skip", "text_only"] = "error"
+    """Catalogue and sessions: the split into training, validation and test, and the item columns that are used."""
+
+    protocol: Literal["time", "user-hash", "last-out"] = Field(
+        default="time",
+        description="how sessions are split in every step: by start time (time), by a hash of the user_id or session_id (user-hash), "
+        "or each session's last item for the test and the one before it for validation (last-out)",
+    )
+    valid: Share = Field(
+        default=0.1, description="share of the sessions held out for validation; with protocol time those just before the test sessions"
+    )
+    test: Share = Field(default=0.1, description="share of the sessions held out for the test; with protocol time the latest ones")
+    max_prefix: Positive = Field(default=20, description="longest prefix in events: only the last events of a longer session are used")
+    text: list[str] = Field(
+        default=["title", "description"], description="item columns shown to the MLLM as the item's text, in this order"
+    )
+    attributes: list[str] | None = Field(
+        default=None, description="item columns the MLLM learns to generate; null: every other column of type text or list of texts"
+    )
+    prompts: str | None = Field(
+        default=None, description="YAML file of prompt templates; null: the built-in ones (configs/prompts/default.yaml)"
+    )
+    on_bad_image: Literal["error", "skip", "text_only"] = Field(
+        default="error",
+        description="what an image that cannot be decoded does: stop the run (error), count as no image (text_only), "
+        "or also keep its item out of the embeddings (skip)",
+    )
     neighbours: NeighboursConfig = NeighboursConfig()
 
 
 class ShopConfig(Section):
-    items: Annotated[Positive, Field(ge=20)] = 1200
-    sessions: Annotated[Positive, Field(ge=20)] = 13500
-    image_size: Positive = 48  # pixels a side
-    cold_items: Share = 0.15  # share of the items launched after the training sessions, which no training session holds
-    launch: Literal["validation", "test"] = "validation"  # the first sessions in which they are for sale
-    seed: Seed = 0
+    """The generated sample shop, which is used where no data folder is given."""
+
+    items: Annotated[int, Field(ge=20)] = Field(default=1200, description="items in the catalogue")
+    sessions: Annotated[int, Field(ge=20)] = Field(default=13500, description="sessions in the log")
+    image_size: Positive = Field(default=48, description="width and height of an item image in pixels")
+    cold_items: Share = Field(
+        default=0.15, description="share of cold items, launched after the training sessions, so that no training session holds them"
+    )
+    launch: Literal["validation", "test"] = Field(
+        default="validation", description="first part of the split in whose sessions the cold items are for sale"
+    )
+    seed: Seed = Field(default=0, description="random seed of the generator")
 
 
 class TinyConfig(Section):
-    """The built-in Idefics3, trained from nothing on the catalogue: for CPUs, tests and first looks."""
+    """The built-in backbone `tiny`: a small Idefics3 trained from random weights on the catalogue, for CPUs, tests and first tries."""
 
-    vocab: Positive = 768  # entries of the byte-level BPE trained on the catalogue's texts
-    image_size: Positive = 48  # pixels a side
-    patch: Positive = 12  # pixels a side of a vision patch
-    merge: Positive = 2  # pixel shuffle: merge x merge patches become one image token
-    vision_dim: Positive = 64
-    vision_layers: Positive = 3
-    dim: Positive = 128
-    layers: Positive = 4
-    heads: Positive = 4
+    vocab: Positive = Field(
+        default=768, description="vocabulary size of the byte-level BPE tokenizer that is trained on the catalogue's texts"
+    )
+    image_size: Positive = Field(default=48, description="width and height in pixels to which every image is scaled")
+    patch: Positive = Field(default=12, description="width and height of a vision patch in pixels")
+    merge: Positive = Field(default=2, description="pixel shuffle factor: merge x merge patches become one image token")
+    vision_dim: Positive = Field(default=64, description="hidden size of the vision encoder")
+    vision_layers: Positive = Field(default=3, description="layers of the vision encoder")
+    dim: Positive = Field(default=128, description="hidden size of the language model")
+    layers: Positive = Field(default=4, description="layers of the language model")
+    heads: Positive = Field(default=4, description="attention heads of the vision encoder and of the language model")
 
     @model_validator(mode="after")
     def _divides(self) -> "TinyConfig":
@@ -91,11 +117,15 @@ class TinyConfig(Section):
 
 
 class LoraSettings(Section):
-    rank: Positive = 16
-    alpha: Positive = 32
-    dropout: Share = 0.05
-    # names of the linear layers with adapters, a regular expression over the whole name; all must be of the language model
-    targets: str = r"model\.(language|text)_model\..*\.(q|k|v|o|gate|up|down)_proj"
+    """LoRA adapters in the language model; the backbone's own weights stay frozen."""
+
+    rank: Positive = Field(default=16, description="rank of the adapter matrices")
+    alpha: Positive = Field(default=32, description="scale of the adapters: their product is multiplied by alpha / rank")
+    dropout: Share = Field(default=0.05, description="dropout on the input of the adapters in training")
+    targets: str = Field(
+        default=r"model\.(language|text)_model\..*\.(q|k|v|o|gate|up|down)_proj",
+        description="regular expression that matches the whole names of the linear layers with adapters, all of the language model",
+    )
 
     @field_validator("targets")
     @classmethod
@@ -108,95 +138,132 @@ class LoraSettings(Section):
 
 
 class BackboneConfig(Section):
-    name: str = "tiny"  # "tiny", or a Hugging Face image-text-to-text model by name or local folder
-    revision: str | None = None  # commit of the model, for a name on the hub
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 where they are frozen: with `lora`
-    lora: LoraSettings | None = None  # null trains every weight, as the tiny model needs
-    # nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; tried with random weights alone
-    quantize: Literal["nf4"] | None = None
-    # an item's feature: the last hidden state of its prompt's last token; or the mean over its tokens (in a session, over those since the
-    # item before), which may be the better start where the language model was never asked for one vector
-    pooling: Literal["last", "mean"] = "last"
-    max_text_tokens: Positive = 96  # the text of one item is cut to so many tokens
-    max_pixels: Positive | None = None  # pictures are scaled down to so many pixels, in the Qwen families; null: the processor's default
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    gradient_checkpointing: bool = False
+    """The multimodal LLM, the backbone of every stage."""
+
+    name: str = Field(default="tiny", description="`tiny`, or a Hugging Face image-text-to-text model by name or local folder")
+    revision: str | None = Field(default=None, description="commit of the model, where it is named on the hub; null: the latest")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="type of the backbone's weights; bfloat16 only where they are frozen: with LoRA or the variant frozen",
+    )
+    lora: LoraSettings | None = Field(default=None, description="LoRA adapters; null: every weight is trained, as the tiny backbone needs")
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; so far tried with random weights only",
+    )
+    pooling: Literal["last", "mean"] = Field(
+        default="last",
+        description="the item feature: last hidden state of the prompt's last token (last), or mean over the prompt's tokens, in a session "
+        "those since the item before (mean), which can suit backbones never trained to give one vector",
+    )
+    max_text_tokens: Positive = Field(default=96, description="longest item text in tokens; the rest is cut off")
+    max_pixels: Positive | None = Field(
+        default=None,
+        description="largest image in pixels, to which larger ones are scaled down (Qwen families only); null: the processor's default",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(default="sdpa", description="attention implementation of transformers")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass: less memory, more time")
     tiny: TinyConfig = TinyConfig()
 
 
 class PhaseConfig(Section):
-    steps: Count
-    batch: Positive  # items (knowledge, align) or sessions (transfer) a step, over all processes together
-    lr: Rate = 1e-3
-    warmup: Share = 0.05  # share of the steps over which the learning rate rises; cosine decay follows
-    weight_decay: Weight = 0.01
-    clip: Rate = 1.0  # gradient norm
+    """Settings that all training phases share."""
+
+    steps: Count = Field(description="training steps")
+    batch: Positive = Field(description="items or sessions in a step, over all processes together")
+    lr: Rate = Field(default=1e-3, description="peak learning rate of AdamW")
+    warmup: Share = Field(default=0.05, description="share of the steps in which the learning rate rises to its peak; cosine decay follows")
+    weight_decay: Weight = Field(default=0.01, description="weight decay of AdamW")
+    clip: Rate = Field(default=1.0, description="largest gradient norm; larger gradients are scaled down to it")
 
 
 class KnowledgeConfig(PhaseConfig):
-    """Stage 1, Knowledge Acquisition."""
+    """Stage 1: knowledge acquisition, which trains the Knowledge-MLLM K on item instructions."""
 
-    steps: Count = 150
-    batch: Positive = 64
-    generation: Weight = 1.0  # weight of L_gen
-    view: Weight = 0.5  # weight of L_view
-    temperature: Rate = 0.1  # of L_view
+    steps: Count = Field(default=150, description="training steps")
+    batch: Positive = Field(default=64, description="items in a step, over all processes together")
+    generation: Weight = Field(default=1.0, description="weight of L_gen, the loss of generating an item's attributes")
+    view: Weight = Field(
+        default=0.5, description="weight of L_view, InfoNCE between two views of an item with the image or the text withheld"
+    )
+    temperature: Rate = Field(default=0.1, description="temperature of L_view")
 
 
 class TransferConfig(PhaseConfig):
-    """Stage 2, first half: the Transfer-MLLM on session instructions."""
+    """Stage 2, first half: trains the Transfer-MLLM T on session instructions."""
 
-    steps: Count = 450
-    batch: Positive = 32
-    lr: Rate = 1.5e-3
-    start: Literal["knowledge", "base"] = "knowledge"  # whose weights T starts from: K's, or the untouched backbone's
-    items: Positive = 4  # a window of so many items, drawn anywhere in the session, is shown, and the next item asked for after each
-    retrieval: Weight = 1.0  # weight of the next-item InfoNCE, whose temperature is learned
-    generation: Weight = 0.2  # weight of writing the next item's text (data.text)
-    disentangle: Weight = 0.05  # weight of vCLUB-S between t(v) and c(v), a dimension
-    withhold_text: Share = 0.15  # share of the items shown by their picture alone: what words do not say is learned sooner
-    withhold_image: Share = 0.05  # share of the items shown by their text alone
-    tie: Weight = 0.2  # weight of InfoNCE between c(v) and k(v)
-    temperature: Rate = 0.1  # of that InfoNCE
-    summary: Count = 0  # blocks of `items` items before those shown, at most, that K folds into a text shown too; 0: none
-    summary_tokens: Positive = 24  # length of that text, at most
-    intent: Weight = 0.0  # weight of writing what most items of the session have in common, by their attributes
-    teacher: str | None = None  # run folder whose session model gives soft next-item targets; null: none
-    soft: Weight = 0.5  # weight of following that teacher
+    steps: Count = Field(default=450, description="training steps")
+    batch: Positive = Field(default=32, description="sessions in a step, over all processes together")
+    lr: Rate = Field(default=1.5e-3, description="peak learning rate of AdamW")
+    start: Literal["knowledge", "base"] = Field(
+        default="knowledge", description="initial weights of T: those of K (knowledge) or of the untrained backbone (base)"
+    )
+    items: Positive = Field(
+        default=4, description="items in a window of a session, drawn at random; the next item is the target after each of them"
+    )
+    retrieval: Weight = Field(default=1.0, description="weight of next-item InfoNCE, which has a learned temperature")
+    generation: Weight = Field(default=0.2, description="weight of generating the next item's text (data.text)")
+    disentangle: Weight = Field(default=0.05, description="weight of vCLUB-S between transition t(v) and content c(v), per dimension")
+    withhold_text: Share = Field(
+        default=0.15, description="share of the items shown by their image alone, so that T also learns what the text does not say"
+    )
+    withhold_image: Share = Field(default=0.05, description="share of the items shown by their text alone")
+    tie: Weight = Field(default=0.2, description="weight of InfoNCE between content c(v) and knowledge k(v)")
+    temperature: Rate = Field(default=0.1, description="temperature of the InfoNCE of `tie`")
+    summary: Count = Field(
+        default=0,
+        description="blocks of `items` earlier items, at most, that K sums up in a text shown before the window (MLLM-MSR); 0: none",
+    )
+    summary_tokens: Positive = Field(default=24, description="longest summary in tokens")
+    intent: Weight = Field(
+        default=0.0, description="weight of generating the attributes that most items of the session have in common; 0: off"
+    )
+    teacher: str | None = Field(
+        default=None, description="run folder whose session model gives soft next-item targets (P2Rec); null: no teacher"
+    )
+    soft: Weight = Field(default=0.5, description="weight of the KL divergence from the teacher's next-item distribution")
 
 
 class AlignConfig(PhaseConfig):
     """Stage 2, second half: transitional pattern alignment, which turns K into the unified MLLM."""
 
-    steps: Count = 200
-    batch: Positive = 128
-    lr: Rate = 2e-3
-    align: Weight = 1.0  # weight of the lower bound of I(p; t)
-    bound: Literal["info_nce", "smile"] = "info_nce"  # of cosines over a temperature, or SMILE with a learned critic
-    temperature: Rate = 0.07
-    relation: Weight = 1.0  # weight of the item-item relation loss
-    generation: Weight = 0.2  # weight of L_gen
-    token_distill: Weight = 0.0  # weight of KL from T's distribution of each token written to the unified MLLM's; 0: none, and no T held
-    withhold_text: Share = 0.15  # as in transfer
-    withhold_image: Share = 0.15
-    keep: Weight = 1.0  # weight of staying where stage 1 put k(v)
-    disentangle: Weight = 0.2  # weight of vCLUB-S between p(v) and k(v), a dimension
+    steps: Count = Field(default=200, description="training steps")
+    batch: Positive = Field(default=128, description="items in a step, over all processes together")
+    lr: Rate = Field(default=2e-3, description="peak learning rate of AdamW")
+    align: Weight = Field(default=1.0, description="weight of the lower bound of the mutual information of p(v) and t(v)")
+    bound: Literal["info_nce", "smile"] = Field(
+        default="info_nce",
+        description="the lower bound: InfoNCE of cosines over a temperature (info_nce), or SMILE with a learned critic (smile)",
+    )
+    temperature: Rate = Field(default=0.07, description="temperature of InfoNCE and of the relation loss")
+    relation: Weight = Field(
+        default=1.0, description="weight of the relation loss, which copies the similarities of the batch's items under t(v) to p(v)"
+    )
+    generation: Weight = Field(default=0.2, description="weight of L_gen, the loss of generating an item's attributes")
+    token_distill: Weight = Field(
+        default=0.0,
+        description="weight of the KL divergence from T's token distribution in generation (LLaVA-KD); 0: off, and T is not kept in memory",
+    )
+    withhold_text: Share = Field(default=0.15, description="share of the items shown by their image alone")
+    withhold_image: Share = Field(default=0.15, description="share of the items shown by their text alone")
+    keep: Weight = Field(default=1.0, description="weight of the cosine distance of knowledge k(v) to its value after stage 1")
+    disentangle: Weight = Field(default=0.2, description="weight of vCLUB-S between transition p(v) and knowledge k(v), per dimension")
 
 
 class CriticConfig(Section):
-    """The networks of the CLUB bounds and of SMILE: trained on detached features, with an optimiser of their own."""
+    """The critics of the CLUB and SMILE bounds: networks trained on detached features with an optimiser of their own."""
 
-    hidden: Positive = 128
-    lr: Rate = 2e-3
-    inner_steps: Positive = 2  # critic steps a training step
-    warmup: Count = 30  # training steps before the bound enters the loss
+    hidden: Positive = Field(default=128, description="hidden size of a critic")
+    lr: Rate = Field(default=2e-3, description="learning rate of the critics")
+    inner_steps: Positive = Field(default=2, description="critic steps in each training step")
+    warmup: Count = Field(default=30, description="training steps before a bound enters the loss")
 
 
 class ProbeConfig(Section):
-    """The bounds measured on items outside the step's batch, logged as held_out_...: what the critics know by heart does not count."""
+    """Measures the bounds on items outside the step's batch, logged as held_out_..., since critics can memorise the batch."""
 
-    every: Count = 50  # steps; 0: never
-    items: Positive = 256  # at most
+    every: Count = Field(default=50, description="steps between two measurements; 0: never")
+    items: Positive = Field(default=256, description="largest number of items measured on")
 
 
 VariantName = Literal[
@@ -214,11 +281,14 @@ VariantName = Literal[
 
 
 class MergeConfig(Section):
-    """How the variant `merge` composes the weights of K and T."""
+    """How the variant `merge` combines the weights of K and T."""
 
-    method: Literal["cat", "svd"] = "cat"  # of adapters: their concatenation, exact; or svd, of the same rank as either
-    knowledge: Weight = 0.5  # share of what K has learned
-    transfer: Weight = 0.5  # share of what T has learned
+    method: Literal["cat", "svd"] = Field(
+        default="cat",
+        description="how adapters are combined: concatenated, which is exact (cat), or reduced to the rank of either by SVD (svd)",
+    )
+    knowledge: Weight = Field(default=0.5, description="weight of K's change to the backbone")
+    transfer: Weight = Field(default=0.5, description="weight of T's change to the backbone")
 
     @field_validator("method", mode="before")
     @classmethod
@@ -229,18 +299,31 @@ class MergeConfig(Section):
 
 
 class DistillConfig(Section):
-    dim: Positive = 64  # D: length of k(v), and of p(v)
-    # a second MLLM, trained on all sessions, whose vectors the published session model reads (with sbr.refit); twice the time
-    refit: bool = False
-    variant: VariantName = "full"  # an ablation: what of the method is left out, see pipeline/variants.py
+    """Training of the MLLM: `tpad distill`."""
+
+    dim: Positive = Field(default=64, description="dimension of the knowledge embedding k(v), and of the transition embedding p(v)")
+    refit: bool = Field(
+        default=False,
+        description="train a second MLLM on all sessions, whose embeddings the published session model reads (with sbr.refit)",
+    )
+    variant: VariantName = Field(
+        default="full",
+        description="ablation: full is the whole method; the no_... variants leave one part out; knowledge and transfer are K and T alone; "
+        "side_by_side and merge combine K and T without alignment; frozen trains the heads only",
+    )
     merge: MergeConfig = MergeConfig()
-    checkpoint_every: Positive = 100  # steps
-    workers: Count = 0  # processes that decode and tokenise ahead; 0: in line
-    # disk for what a vision tower that does not train makes of the pictures, computed once for all phases and the export; 0: none
-    vision_cache_gb: Weight = 0.0
-    # sequences a forward pass, in each process; null: all. Less memory for the same gradient, and a second pass forward (GradCache)
-    chunk: Positive | None = None
-    log_with: list[str] = []  # accelerate trackers beside metrics.jsonl, e.g. [tensorboard]
+    checkpoint_every: Positive = Field(default=100, description="steps between two checkpoints")
+    workers: Count = Field(default=0, description="processes that decode images and tokenise ahead; 0: in the training process")
+    vision_cache_gb: Weight = Field(
+        default=0.0,
+        description="disk space in GB for the outputs of a frozen vision tower, computed once for all phases and the export; 0: no cache",
+    )
+    chunk: Positive | None = Field(
+        default=None,
+        description="sequences in one forward pass of a process (GradCache): less memory for the same gradient, "
+        "at the cost of a second forward pass; null: all",
+    )
+    log_with: list[str] = Field(default=[], description="accelerate trackers beside metrics.jsonl, e.g. [tensorboard]")
     knowledge: KnowledgeConfig = KnowledgeConfig()
     transfer: TransferConfig = TransferConfig()
     align: AlignConfig = AlignConfig()
@@ -249,59 +332,112 @@ class DistillConfig(Section):
 
 
 class ExportConfig(Section):
-    dtype: Literal["float32", "float16", "int8"] = "float32"  # of the vectors; int8 with a scale for each row and half
-    format: Literal["parquet", "npy"] = "parquet"  # npy: knowledge.npy, transition.npy and item_ids.txt beside the Parquet parts
-    shard_rows: Positive = 1024  # items a part: the unit of resume, and of work for a process
-    token_budget: Positive = 4096  # tokens a batch, padding included; for a GPU rather 16384 and more
-    max_pixels: Positive | None = None  # images are scaled down to so many pixels; null: as in training
-    layers: Positive | None = None  # only the first so many layers of the decoder are run; null: all. `tpad distill` says what it costs
-    workers: Count = 1  # processes that decode and tokenise ahead; 0: a thread
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None  # null: as in training
-    compile: bool = False  # torch.compile; sequences are padded to a few lengths for it
-    keep: Positive = 2  # published versions kept
+    """Export of the item embeddings: `tpad export-embeddings`."""
+
+    dtype: Literal["float32", "float16", "int8"] = Field(
+        default="float32", description="type of the vectors; int8 has one scale for each item and each of k(v) and p(v)"
+    )
+    format: Literal["parquet", "npy"] = Field(
+        default="parquet", description="npy: knowledge.npy, transition.npy and item_ids.txt beside the Parquet parts"
+    )
+    shard_rows: Positive = Field(default=1024, description="items in a part, the unit of resuming and of sharing work between processes")
+    token_budget: Positive = Field(default=4096, description="tokens in a batch, padding included; 16384 and more suit a GPU")
+    max_pixels: Positive | None = Field(
+        default=None, description="largest image in pixels, to which larger ones are scaled down; null: as in training"
+    )
+    layers: Positive | None = Field(
+        default=None,
+        description="number of decoder layers that are run, counted from the first; null: all; `tpad distill` reports the loss in quality",
+    )
+    workers: Count = Field(default=1, description="processes that decode images and tokenise ahead; 0: a thread")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        default=None, description="attention implementation of transformers; null: as in training"
+    )
+    compile: bool = Field(default=False, description="torch.compile, with sequences padded to a few lengths")
+    keep: Positive = Field(default=2, description="published versions of the embeddings that are kept")
 
 
 class PartsConfig(Section):
-    """What our session model is made of. Each part can be left out, to see what it adds."""
+    """Components of the session model. Each can be left out to measure its contribution."""
 
-    graph: bool = True  # gated step over the transitions inside the session
-    attention: bool = True  # each query reads the whole prefix
-    followers: bool = True  # counts of what directly followed an item in training
-    companions: Count = 3  # counts of what stood up to so many places from it, before or after; 0: none
-    repeat: bool = True  # an item of the prefix again
-    popularity: bool = True  # training events of an item raise its score
-    whitening: bool = True  # of the exported vectors, fitted on the training items; false: only centred and scaled
+    graph: bool = Field(default=True, description="gated graph step over the transitions inside the session")
+    attention: bool = Field(default=True, description="attention of each position over its whole prefix")
+    followers: bool = Field(default=True, description="next-item counts: how often an item directly followed another in training")
+    companions: Count = Field(
+        default=3, description="co-occurrence counts of items at most so many positions apart, before or after; 0: none"
+    )
+    repeat: bool = Field(
+        default=True, description="repeats: items of the prefix get a weight by how long ago they were seen, and a repeat discount"
+    )
+    popularity: bool = Field(default=True, description="popularity prior: training count of an item, and its count predicted from content")
+    whitening: bool = Field(
+        default=True, description="PCA whitening of the exported vectors, fitted on training items; false: only centred and scaled"
+    )
 
 
 class SbrConfig(Section):
-    """The session model. Every baseline is trained beside it, on the same data, with the same settings."""
+    """The session model. Every baseline is trained beside it, on the same data with the same settings."""
 
-    dim: Positive = 64
-    components: Positive | None = 64  # of each half of the vectors, the largest directions (PCA), so many at most; null: all
-    epochs: Positive = 6  # at most; the learning rate falls to zero over them
-    batch: Positive = 128  # sessions a step, over all processes together; one longer than data.max_prefix counts as several
-    lr: Rate = 3e-3
-    weight_decay: Weight = 1e-4
-    content_decay: Weight = 0.5  # weight decay of the matrix that reads the vectors: what of them tells nothing of sessions fades
-    id_dropout: Share = 0.2  # share of the items whose id is hidden in a training step, as a new item's is
-    dropout: Share = 0.2  # in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)
-    select: Literal["HR@10", "HR@20", "MRR@10", "MRR@20", "NDCG@10", "NDCG@20"] = "MRR@20"  # on validation: which epoch is taken
-    patience: Positive = 3  # epochs without a better one before it stops
-    # softmax over all items, or sampled; auto: sampled above 5,000 items; gbce: binary cross-entropy of sampled items (gSASRec)
-    loss: Literal["auto", "softmax", "sampled", "gbce"] = "auto"
-    negatives: Positive = 2048  # items drawn for a step, where the loss is sampled or gbce
-    calibration: Fraction = 0.75  # t of gbce: 0 is plain binary cross-entropy; 1 gives probabilities as if no item had been left out
-    own_loss: Weight = 0.0  # weight of the loss of each channel of our model, ids and vectors, on its own
+    dim: Positive = Field(default=64, description="dimension of the item and session vectors")
+    components: Positive | None = Field(
+        default=64,
+        description="principal components kept of each of k(v) and p(v), at most: the smaller ones are mostly noise; null: all",
+    )
+    epochs: Positive = Field(default=6, description="largest number of epochs, over which the learning rate falls to zero")
+    batch: Positive = Field(
+        default=128, description="sessions in a step, over all processes together; one longer than data.max_prefix counts as several"
+    )
+    lr: Rate = Field(default=3e-3, description="initial learning rate of AdamW")
+    weight_decay: Weight = Field(default=1e-4, description="weight decay of AdamW")
+    content_decay: Weight = Field(
+        default=0.5,
+        description="weight decay of the content projection (embedding dim x dim); regularises against overfitting on few sessions",
+    )
+    id_dropout: Share = Field(
+        default=0.2,
+        description="share of the items whose id is hidden in a training step, so that the model learns to rank cold items by content",
+    )
+    dropout: Share = Field(default=0.2, description="dropout in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)")
+    select: Literal["HR@10", "HR@20", "MRR@10", "MRR@20", "NDCG@10", "NDCG@20"] = Field(
+        default="MRR@20", description="metric on validation by which the best epoch is selected"
+    )
+    patience: Positive = Field(default=3, description="epochs without improvement after which training stops")
+    loss: Literal["auto", "softmax", "sampled", "gbce"] = Field(
+        default="auto",
+        description="softmax over all items (softmax), sampled softmax with logQ correction (sampled), or sampled above 5,000 items, else "
+        "softmax (auto); gbce: SASRec takes binary cross-entropy over a sample (gSASRec, arXiv 2308.07192), the other models auto",
+    )
+    negatives: Positive = Field(default=2048, description="items sampled for a step with the losses sampled and gbce")
+    calibration: Fraction = Field(
+        default=0.75,
+        description="t of gbce: 0 is plain binary cross-entropy; with 1 probabilities are calibrated as if all items had been negatives",
+    )
+    own_loss: Weight = Field(default=0.0, description="weight of an auxiliary loss that trains each channel (ids, content) on its own")
     parts: PartsConfig = PartsConfig()
-    precision: Literal["no", "bf16"] = "no"  # bf16: matrix products of the training in bfloat16, for GPUs that have it
-    # what is published is trained again on all sessions, validation and test too; its figures are those of the model before
-    refit: bool = True
-    # log-odds added to items without training events when recommending; `--new-items` and a request's "new_items" take its place
-    new_items: Annotated[float, Field(ge=-20, le=20)] = 0.0
-    seeds: Positive = 1  # runs of each trained model; the table gives mean and std, the first is published
-    index: str = "auto"  # auto: by the catalogue's size; flat (exact), hnsw, ivf, or a factory string of FAISS; `tpad index` changes it
-    # those that are trained: of recommender/models also e.g. SASRec, SASRec on vectors. The first of full, ID-only is published
-    models: list[str] = ["ID-only", "content-only", "full"]
+    precision: Literal["no", "bf16"] = Field(
+        default="no", description="bf16: matrix products of the training in bfloat16, for GPUs that support it"
+    )
+    refit: bool = Field(
+        default=True,
+        description="publish a model trained again on all sessions, validation and test included; the figures are those of its held-out twin",
+    )
+    new_items: float = Field(
+        default=0.0,
+        ge=-20,
+        le=20,
+        description="log-odds added to cold items when recommending; `--new-items` and a request's new_items replace it",
+    )
+    seeds: Positive = Field(
+        default=1, description="runs of each trained model; the table shows mean and standard deviation, the first run is published"
+    )
+    index: str = Field(
+        default="auto",
+        description="item index: flat (exact), hnsw, ivf, a FAISS factory string, or auto, by catalogue size; `tpad index` changes it",
+    )
+    models: list[str] = Field(
+        default=["ID-only", "content-only", "full"],
+        description="models to train, of those in recommender/models (e.g. SASRec, SASRec on vectors); full is published, or else ID-only",
+    )
 
     @field_validator("models")
     @classmethod
@@ -312,7 +448,9 @@ class SbrConfig(Section):
 
 
 class Config(Section):
-    seed: Seed = 0
+    """All settings of a run. The defaults are those of `configs/shop.yaml`: the sample shop with the tiny backbone on a CPU."""
+
+    seed: Seed = Field(default=0, description="random seed of every training")
     data: DataConfig = DataConfig()
     shop: ShopConfig = ShopConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -325,6 +463,9 @@ class Config(Section):
         if self.backbone.dtype != "float32" and self.backbone.lora is None and self.distill.variant != "frozen":
             what = "`backbone.dtype` = '{dtype}' with `backbone.lora` = None: every weight trains, and small steps are lost in it"
             raise PydanticCustomError("sections", what, {"dtype": self.backbone.dtype})
+        if self.distill.refit and not self.sbr.refit:
+            what = "`distill.refit` = True with `sbr.refit` = False: no model would read its embeddings"
+            raise PydanticCustomError("sections", what)
         return self
 
 
@@ -343,7 +484,8 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         keys = tuple(key.strip().split("."))
         if not sign or not all(keys):
             raise UserError(f"--set {override!r} is not of the form a.b=value (command line); write e.g. sbr.epochs=5", USAGE)
-        _put(tree, keys, parse(text, f"--set {override}"), override)
+        value, _ = parse(text, f"--set {override}")
+        _put(tree, keys, value, override)
         above = {keys[:n]: f"--set {override}" for n in range(1, len(keys))}  # for a section that only the override names
         where = above | {k: w for k, w in where.items() if k[: len(keys)] != keys} | {keys: f"--set {override}"}
     return _validated(Config, tree, where, str(path or "settings"))
@@ -391,9 +533,9 @@ def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: st
             hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(model, loc[:-1]))}"
             yield f"unknown key `{key}` ({spot}); {hint}"
         elif not loc:  # what two sections say together
-            yield f"{problem['msg']} ({spot}); mend one of them"
+            yield f"{problem['msg']} ({spot}); change one of them"
         else:
-            yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); mend the value"
+            yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); fix the value"
 
 
 def _short(value: Any) -> str:

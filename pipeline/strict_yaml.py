@@ -1,90 +1,52 @@
-"""YAML as settings are written in it, read more strictly than PyYAML reads it: a key twice, anchors, tags and merge keys are
-refused, `1e-3` is a number, `no` is a string. Nothing else in the project reads YAML. Errors name the file and the line.
+"""Reads and writes settings as YAML 1.2 (`ruamel.yaml`). Nothing else in the project reads YAML.
+
+Stricter than the library: duplicate keys, anchors, tags and merge keys are errors that name the file and the line. A plain word is
+null, true or false, a decimal number, or else text: `1e-3` is a number; `no`, `1_000`, `0x10` and `2020-01-01` are text.
 """
 
+import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pipeline.errors import USAGE, UserError
 
-MAX_BYTES = 256 * 1024  # no honest settings file is larger
-MAX_DEPTH = 20  # nor deeper
-Lines = dict[tuple[str, ...], int]  # of every key, below which keys it stands
+MAX_BYTES = 256 * 1024  # far more than any settings file needs
+MAX_DEPTH = 20
+Lines = dict[tuple[str, ...], int]  # key with the keys above it (an item of a list is named by its number) -> line
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+)")
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads numbers and words as people write them."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in ("bool", "float", "int", "timestamp", "merge")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
-_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$"), list("-+.0123456789"))
-_Loader.add_implicit_resolver(*_FLOAT)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes the texts which the loader above would read as numbers."""
-
-
-_Dumper.add_implicit_resolver(*_FLOAT)
+def _yaml() -> YAML:
+    return YAML(typ="safe", pure=True)
 
 
 def written(tree: dict[str, Any]) -> str:
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+    """Writes a tree as YAML that `parse` reads back equal."""
+    yaml, text = _yaml(), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.allow_unicode = False  # the library does not quote U+0085
+    yaml.width = MAX_BYTES  # one line a value
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(tree, text)
+    return text.getvalue()
 
 
-def _compose(text: str, name: str) -> yaml.Node | None:
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=_Loader):
-            spot = f"{name}:{event.start_mark.line + 1}" if event.start_mark else name
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise UserError(f"anchors and aliases are not supported ({spot}); write the value out", USAGE)
-            if getattr(event, "tag", None):
-                raise UserError(f"tags are not supported ({spot}); write the plain value", USAGE)
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                raise UserError(f"nested too deep ({spot}); settings have three levels", USAGE)
-        return yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        spot = f"{name}:{mark.line + 1}" if mark else name
-        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error} ({spot}); mend the file", USAGE) from None
-
-
-def parse(text: str, name: str) -> Any:
-    """The value of a text; `name` says in errors where it is from."""
+def parse(text: str, name: str) -> tuple[Any, Lines]:
+    """Reads a text; `name` says in errors where it is from. Raises `UserError` (2)."""
+    lines: Lines = {}
     node = _compose(text, name)
-    if node is None:
-        return None
-    _lines(node, name)
-    return _build(node, name)
-
-
-def _build(node: yaml.Node, name: str) -> Any:
-    loader = _Loader("")
-    try:
-        return loader.construct_object(node, deep=True)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"not valid YAML: {getattr(error, 'problem', error)} ({name}:{node.start_mark.line + 1}); mend the file", USAGE
-        ) from None
-    except ValueError:
-        raise UserError(f"a number of too many digits ({name}:{node.start_mark.line + 1}); mend the value", USAGE) from None
-    finally:
-        loader.dispose()
+    return None if node is None else _value(node, name, (), lines), lines
 
 
 def read(path: Path) -> tuple[dict[str, Any], Lines]:
-    """The tree of a file, and the line of every key."""
+    """Reads a file of `key: value` pairs; an empty one has none. Raises `UserError` (2)."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -95,29 +57,64 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         raise UserError(f"cannot read settings: {error.strerror or error} ({path}); give an existing YAML file", USAGE) from None
     except UnicodeDecodeError:
         raise UserError(f"settings file is not UTF-8 text ({path}); give a YAML file", USAGE) from None
-    node = _compose(text, str(path))
-    if node is None:
-        return {}, {}
-    if not isinstance(node, yaml.MappingNode):
+    tree, lines = parse(text, str(path))
+    if not isinstance(tree, dict | None):
         raise UserError(f"settings must be `key: value` pairs ({path}:1); see configs/shop.yaml", USAGE)
-    lines = _lines(node, str(path))
-    return _build(node, str(path)), lines
+    return tree or {}, lines
 
 
-def _lines(node: yaml.Node, name: str) -> Lines:
-    """The line of every key; an error when one stands twice."""
-    lines: Lines = {}
-    for key, line in _keys(node, (), name):
-        if key in lines:
-            raise UserError(f"key `{'.'.join(key)}` stands twice ({name}:{line}); keep one", USAGE)
-        lines[key] = line
-    return lines
+def _compose(text: str, name: str) -> Node | None:
+    """The nodes of a text, after a look at its events: an alias can repeat what is large, and nodes are built by recursion."""
+    depth = 0
+    try:
+        for event in _yaml().parse(text):
+            spot = f"{name}:{event.start_mark.line + 1}"
+            if getattr(event, "anchor", None):
+                raise UserError(f"anchors and aliases are not supported ({spot}); write the value out", USAGE)
+            if getattr(event, "tag", None):
+                raise UserError(f"tags are not supported ({spot}); write the plain value", USAGE)
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"nested too deep ({spot}); settings have three levels", USAGE)
+        node: Node | None = _yaml().compose(text)
+        return node
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"not valid YAML: {problem} ({name}{f':{mark.line + 1}' if mark else ''}); fix the file", USAGE) from None
 
 
-def _keys(node: yaml.Node, above: tuple[str, ...], name: str) -> Iterator[tuple[tuple[str, ...], int]]:
-    if isinstance(node, yaml.MappingNode):
+def _value(node: Node, name: str, above: tuple[str, ...], lines: Lines) -> Any:
+    """The value of a node. Adds the line of every key and item below it to `lines`."""
+    if isinstance(node, MappingNode):
+        section: dict[str, Any] = {}
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
-                raise UserError(f"only plain keys are supported ({name}:{key.start_mark.line + 1}); write the value out", USAGE)
-            yield (*above, key.value), key.start_mark.line + 1
-            yield from _keys(value, (*above, key.value), name)
+            line = key.start_mark.line + 1
+            if not isinstance(key, ScalarNode) or key.value == "<<":
+                raise UserError(f"only plain keys are supported ({name}:{line}); write the value out", USAGE)
+            path = (*above, key.value)
+            if key.value in section:
+                raise UserError(f"key `{'.'.join(path)}` is duplicated ({name}:{line}); keep one", USAGE)
+            lines[path] = line
+            section[key.value] = _value(value, name, path, lines)
+        return section
+    if isinstance(node, SequenceNode):
+        paths = [(*above, str(number)) for number in range(len(node.value))]
+        lines |= {path: item.start_mark.line + 1 for path, item in zip(paths, node.value, strict=True)}
+        return [_value(item, name, path, lines) for path, item in zip(paths, node.value, strict=True)]
+    assert isinstance(node, ScalarNode)
+    try:
+        return node.value if node.style else _word(node.value)
+    except ValueError:
+        raise UserError(f"a number of too many digits ({name}:{node.start_mark.line + 1}); fix the value", USAGE) from None
+
+
+def _word(text: str) -> Any:
+    """The value of a scalar without quotes. Nothing is a number here that the writer would not quote as a text."""
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text in ("true", "false"):
+        return text == "true"
+    if INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if FLOAT.fullmatch(text) else text

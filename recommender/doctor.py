@@ -10,7 +10,7 @@ from pathlib import Path
 
 NEEDED = (  # and SERVE: as pyproject.toml has them, which is not there where the packages are
     *("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy", "pyarrow", "pillow"),
-    *("pydantic", "pyyaml", "typer", "rich"),
+    *("pydantic", "ruamel.yaml", "typer", "rich"),
 )
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # all of them are the module `faiss`
 SERVE = ("fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client", "threadpoolctl")

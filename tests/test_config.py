@@ -73,6 +73,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("sbr: {lr: .nan}", "`sbr.lr` = '.nan': input should be a valid number"),
         ("data: {text: title}", "`data.text` = 'title': input should be a valid list"),
         ("data: {text: [title, 3]}", "`data.text.1` = 3: input should be a valid string (my.yaml:1)"),
+        ("data:\n  text:\n  - title\n  - 3\n", "`data.text.1` = 3: input should be a valid string (my.yaml:4)"),
         ("backbone: {gradient_checkpointing: 1}", "`backbone.gradient_checkpointing` = 1: input should be a valid boolean"),
         ("backbone: {lora: {targets: '('}}", "`backbone.lora.targets` = '(': value error, not a regular expression"),
         ("sbr: 3", "`sbr` = 3: input should be a valid dictionary"),
@@ -111,17 +112,21 @@ def test_words_stay_words(tmp_path: Path) -> None:
         "12:30",
     ]
     assert load(tmp_path, "backbone: {gradient_checkpointing: true, revision: null}").backbone.gradient_checkpointing is True
+    assert (
+        load(tmp_path, "sbr: {precision: no}").sbr.precision == load(tmp_path, "%YAML 1.1\n---\nsbr: {precision: no}").sbr.precision == "no"
+    )
     assert "`backbone.gradient_checkpointing` = 'no'" in refusal(tmp_path, "backbone: {gradient_checkpointing: no}")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 1\nsbr: {}\nseed: 2\n", "key `seed` stands twice (my.yaml:3)"),
-        ("sbr:\n  lr: 1\n  lr: 2\n", "key `sbr.lr` stands twice (my.yaml:3)"),
-        ("sbr: {}\n'sbr': {lr: 1}\n", "key `sbr` stands twice (my.yaml:2)"),
+        ("seed: 1\nsbr: {}\nseed: 2\n", "key `seed` is duplicated (my.yaml:3)"),
+        ("sbr:\n  lr: 1\n  lr: 2\n", "key `sbr.lr` is duplicated (my.yaml:3)"),
+        ("sbr: {}\n'sbr': {lr: 1}\n", "key `sbr` is duplicated (my.yaml:2)"),
         ("seed: &a 1\n", "anchors and aliases are not supported (my.yaml:1)"),
         ("seed: 1\nsbr: *a\n", "anchors and aliases are not supported (my.yaml:2)"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n", "anchors and aliases are not supported (my.yaml:1)"),
         ("<<: {seed: 1}\n", "only plain keys are supported (my.yaml:1)"),
         ("? [a, b]\n: 1\n", "only plain keys are supported (my.yaml:1)"),
         ("seed: 1\nsbr: !!python/object/apply:os.system [true]\n", "tags are not supported (my.yaml:2)"),
@@ -132,6 +137,8 @@ def test_words_stay_words(tmp_path: Path) -> None:
         ("- seed\n", "settings must be `key: value` pairs (my.yaml:1)"),
         ("just words", "settings must be `key: value` pairs (my.yaml:1)"),
         ("seed: 3\0", "not valid YAML"),
+        ("seed: [1, 2", "not valid YAML"),
+        ("%TAG ! tag:yaml.org,2002:\n---\nseed: !int 3\n", "tags are not supported (my.yaml:3)"),
         ("seed: " + "9" * 5000, "a number of too many digits (my.yaml:1)"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deep (my.yaml:1)"),
         ("{a: " * 5000 + "1" + "}" * 5000, "nested too deep (my.yaml:1)"),
@@ -181,7 +188,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path: 
         ("seed.x=3", "`seed` holds a value, not a section (--set seed.x=3)"),
         ("sbr.epochs=[1", "not valid YAML"),
         ("sbr.epochs=&a 3", "anchors and aliases are not supported"),
-        ("sbr={epochs: 1, epochs: 2}", "key `epochs` stands twice (--set sbr={epochs: 1, epochs: 2}"),
+        ("sbr={epochs: 1, epochs: 2}", "key `epochs` is duplicated (--set sbr={epochs: 1, epochs: 2}"),
         ("sbr={epoch: 1}", "unknown key `sbr.epoch` (--set sbr={epoch: 1})"),
     ],
 )
@@ -209,6 +216,9 @@ def test_saved_settings_are_read_back_equal(tmp_path: Path) -> None:
         "<<",
         "&a",
         "line\nbreak",
+        "next\x85line",
+        ".5",
+        "word " * 99,
     ]
     text = load_config(None, ["sbr.lr=1e-7", "distill.critic.lr=12345678.5", "backbone.lora.rank=3"])
     config = text.model_copy(
@@ -217,6 +227,7 @@ def test_saved_settings_are_read_back_equal(tmp_path: Path) -> None:
             "backbone": text.backbone.model_copy(update={"revision": "1234567e8"}),
         }
     )
+    assert config.sbr.precision == "no"
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

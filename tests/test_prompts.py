@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from ruamel.yaml import YAML
 from tiny import ROOT, contents
 from tiny_run import distill_run, export_run, published_folder, same, settings, weights
 
@@ -43,7 +43,7 @@ def refusal(tmp_path: Path, text: str) -> str:
 def test_the_shipped_file_is_the_built_in_wording() -> None:
     path = ROOT / "configs" / "prompts" / "default.yaml"
     assert load_templates(str(path)) == Templates()
-    assert list(yaml.safe_load(path.read_text())) == list(Templates.model_fields)
+    assert list(YAML(typ="safe").load(path)) == list(Templates.model_fields)
 
 
 def test_an_item_and_a_session_are_worded_as_the_file_says(own: Path, tiny_data: Path) -> None:

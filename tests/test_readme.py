@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import typer
-import yaml
 from accelerate.commands.launch import launch_command_parser
+from ruamel.yaml import YAML
 from server import serving
 from tiny import ENVIRONMENT, ROOT, SET, SETTINGS, command, tpad
 
@@ -252,7 +252,7 @@ def test_a_config_loads_and_begins_with_the_command_that_runs_it(path: Path) -> 
 def test_shop_yaml_is_the_built_in_defaults_with_every_key() -> None:
     path = ROOT / "configs" / "shop.yaml"
     assert load_config(path) == Config()
-    assert keys(yaml.safe_load(path.read_text(encoding="utf-8"))) == keys(Config().model_dump())
+    assert keys(YAML(typ="safe").load(path)) == keys(Config().model_dump())
 
 
 def keys(tree: dict[str, Any]) -> list[Any]:

@@ -103,7 +103,7 @@ def test_doctor_says_what_is_there_in_one_screen() -> None:
     assert max(map(len, said)) <= 140
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed, serve = (
-        [re.match(r"[\w-]+", line)[0] for line in of] for of in (project["dependencies"], project["optional-dependencies"]["serve"])
+        [re.match(r"[\w.-]+", line)[0] for line in of] for of in (project["dependencies"], project["optional-dependencies"]["serve"])
     )
     assert all(f"{name} {version(name)}" in " ".join(done.stdout.split()) for name in needed)
     assert {*SERVE} == {*serve}
