@@ -1,4 +1,4 @@
-"""Every estimator of `pipeline.mutual_information` on Gaussians whose mutual information is known: the table of RESULTS.md.
+"""Every estimator of `pipeline.mutual_information` on Gaussians whose mutual information is known: a table of docs/experiments.md.
 
     python benchmarks/mutual_information.py --seeds 10
 

@@ -419,7 +419,7 @@ class SbrConfig(Section):
     )
     refit: bool = Field(
         default=True,
-        description="publish a model trained again on all sessions, validation and test included; the figures are those of its held-out twin",
+        description="publish a model trained again on all sessions, validation and test too; figures are those of its held-out twin",
     )
     new_items: float = Field(
         default=0.0,
