@@ -35,6 +35,7 @@ SCORES_AT_ONCE = 1_000_000  # numbers of a batch: few enough for a processor's c
 COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
 TOP = 20  # recommendations of a case that are counted
 PREFIXES_AT_ONCE = 256  # that baselines are asked for
+REFIT_NOTE = "the figures are of models that have seen the training sessions alone; the published one was then trained on all sessions"
 ROWS = (*BASELINES, *MODELS, "ceiling")
 Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
 
@@ -300,4 +301,4 @@ def print_results(metrics: dict[str, Any]) -> None:
         print(calibration["told"])
     print_table(metrics["results"], "Next item, every test position, all items ranked")
     if facts.get("refit"):
-        print("the figures are of models that have seen the training sessions alone; the published one was then trained on all sessions")
+        print(REFIT_NOTE)

@@ -21,7 +21,7 @@ from pipeline.catalog import Catalog, load_catalog
 from pipeline.errors import UserError
 from pipeline.progress import Steps
 from recommender.charts import Curve, chart, plane
-from recommender.evaluate import COLUMNS, ROWS
+from recommender.evaluate import COLUMNS, REFIT_NOTE, ROWS
 from recommender.index import CHECK_K, EFFORTS, FLAT_ITEMS, ItemIndex, asked, build_indexes, exact_worst, factory_of, first, measure
 from recommender.metrics import case_values, paired_bootstrap
 from recommender.pictures import small
@@ -138,6 +138,10 @@ def results(metrics: Mapping[str, Any], ranks: Path) -> Iterator[str]:
     number = np.unique(np.array(table["session_id"], dtype=str), return_inverse=True)[1]
     yield "<p>Next item, every position of every test session, all items ranked. In small print: the 95 % interval (bootstrap over "
     yield "test sessions, for the models whose ranks are kept), or the standard deviation over seeds.</p>"
+    if metrics["facts"].get("refit"):
+        yield f"<p>{escape(REFIT_NOTE.capitalize())}.</p>"
+    if told := metrics["facts"].get("calibration", {}).get("told"):
+        yield f"<p>{escape(told.capitalize())}.</p>"
     first = metrics["results"]["popularity"]["mean"]
     heads = [
         f"<th>{metric if bucket == 'all' else f'{bucket} {metric}'}<br><small>{int(first[bucket]['cases']):,} cases</small></th>"
