@@ -1,7 +1,7 @@
 """Which items may be recommended at a time: the columns `available_from` and `available_until` of items.parquet.
 
-An item is a candidate from `available_from` on and before `available_until`. An empty cell sets no limit. Without both
-columns every item is always a candidate, and nothing is computed.
+An item is a candidate from `available_from` on and before `available_until`. An empty cell sets no limit. Without a value in
+either column every item is always a candidate, and nothing is computed.
 """
 
 from pathlib import Path
@@ -39,15 +39,16 @@ class Availability(NamedTuple):
         return Availability(self.begin[rows], self.end[rows])
 
     def columns(self) -> dict[str, pa.Array]:
-        """As columns of int64 seconds, empty where there is no limit."""
+        """As columns of timestamps, empty where there is no limit: of a plain number above `MILLISECONDS`, as the seconds of the year 9999
+        are, nobody could tell the unit."""
         return {
-            AVAILABLE_FROM: pa.array(self.begin, mask=self.begin == ALWAYS),
-            AVAILABLE_UNTIL: pa.array(self.end, mask=self.end == NEVER),
+            AVAILABLE_FROM: pa.array(self.begin, pa.timestamp("s"), mask=self.begin == ALWAYS),
+            AVAILABLE_UNTIL: pa.array(self.end, pa.timestamp("s"), mask=self.end == NEVER),
         }
 
 
 def read_availability(path: Path, table: pa.Table) -> Availability | None:
-    """The limits in a table of items; None where it has neither column. Raises `UserError` (3)."""
+    """The limits in a table of items; None where it has none. Raises `UserError` (3)."""
     if not set(COLUMNS) & set(table.column_names):
         return None
     begin, end = (
@@ -58,7 +59,8 @@ def read_availability(path: Path, table: pa.Table) -> Availability | None:
         raise UserError(
             f"an item ends before it begins ({path} row {reversed_[0]}); {AVAILABLE_FROM} must be before {AVAILABLE_UNTIL}", DATA
         )
-    return Availability(begin, end)
+    unlimited = (begin == ALWAYS).all() and (end == NEVER).all()
+    return None if unlimited else Availability(begin, end)
 
 
 def _seconds(path: Path, column: pa.ChunkedArray, name: str, missing: int) -> np.ndarray:
@@ -71,6 +73,6 @@ def _seconds(path: Path, column: pa.ChunkedArray, name: str, missing: int) -> np
         return seconds
     if not is_clock(column.type):
         raise UserError(f"column `{name}` has the wrong type, {column.type} ({path}); give timestamps, or seconds as integers", DATA)
-    ticks, unit = read_clock(path, column.filter(pa.array(filled)), name)
+    ticks, unit = read_clock(path, column.filter(pa.array(filled)), name, np.flatnonzero(filled))
     seconds[filled] = ticks // unit
     return seconds

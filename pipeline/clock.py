@@ -20,8 +20,9 @@ def is_clock(kind: pa.DataType) -> bool:
     return bool((pa.types.is_integer(kind) and kind != pa.uint64()) or pa.types.is_timestamp(kind))
 
 
-def read_clock(path: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, int]:
-    """Times of a column without gaps: (E,) int64 ticks, and how many ticks make a second. Raises `UserError` (3)."""
+def read_clock(path: Path, column: pa.ChunkedArray, name: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+    """Times of a column without gaps: (E,) int64 ticks, and how many ticks make a second. `rows` (E,): where each stands in the file, if
+    not at its own place. Raises `UserError` (3)."""
     row = pc.index(pc.is_null(column), True).as_py()
     if row >= 0:
         raise UserError(f"{name} is empty ({path} row {row}); every row needs one", DATA)
@@ -31,9 +32,11 @@ def read_clock(path: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarr
     if not len(ticks) or ticks.max() < MILLISECONDS:
         return ticks, 1
     if ticks.max() >= MICROSECONDS:
-        raise UserError(f"{name} is neither in seconds nor in milliseconds ({path} row {ticks.argmax()}); {PREPARE}", DATA)
+        row = ticks.argmax() if rows is None else rows[ticks.argmax()]
+        raise UserError(f"{name} is neither in seconds nor in milliseconds ({path} row {row}); {PREPARE}", DATA)
     if ticks.min() < MILLISECONDS // 10:  # 1970-04 in milliseconds: rather a time in seconds
-        raise UserError(f"values of {name} are partly in seconds, partly in milliseconds ({path} row {ticks.argmin()}); use one unit", DATA)
+        row = ticks.argmin() if rows is None else rows[ticks.argmin()]
+        raise UserError(f"values of {name} are partly in seconds, partly in milliseconds ({path} row {row}); use one unit", DATA)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"note: values of {name} in {path} are read as milliseconds", file=sys.stderr)
     return ticks, 1000

@@ -35,6 +35,16 @@ class Candidates(NamedTuple):
         hidden &= (targets != PAD)[:, None] & (self.items != targets[:, None])
         return hidden
 
+    def missed(self, times: Tensor | None, targets: Tensor) -> Tensor | None:
+        """(B, t, s) bool: whether the target of position t is among what `hidden` hides at position s; of `times` and `targets` (B, L)."""
+        if self.begin is None or self.end is None or times is None:
+            return None
+        place = torch.searchsorted(self.items, targets.clamp(min=0)).clamp(max=len(self.items) - 1)
+        begin, end = self.begin[place][..., None], self.end[place][..., None]
+        missed = (begin > times[:, None, :]) | (end <= times[:, None, :])
+        missed &= (targets != PAD)[:, None, :] & (targets[..., None] != targets[:, None, :])
+        return missed
+
 
 def everything(known: Tensor) -> Candidates:
     """The full softmax, over the items of the training sessions, `known` (N,) bool."""

@@ -162,8 +162,8 @@ def baseline_ranks(
 
 
 def count_top(scores: torch.Tensor, recommended: np.ndarray) -> None:
-    top = scores.topk(min(TOP, scores.shape[1])).indices
-    recommended += np.bincount(top.flatten().cpu().numpy(), minlength=len(recommended))
+    values, top = scores.topk(min(TOP, scores.shape[1]))
+    recommended += np.bincount(top[values > -torch.inf].cpu().numpy(), minlength=len(recommended))  # of few available items not all
 
 
 def prefixes_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
@@ -201,11 +201,12 @@ def duplicates(test: SessionLog, train: SessionLog) -> tuple[np.ndarray, np.ndar
 
 
 def average(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
-    """Mean and standard deviation over the seeds of one model."""
+    """Mean and standard deviation over the runs of one model: seeds, or windows of time, some of which may have no case of a bucket."""
     mean: Metrics = {}
     spread: Metrics = {}
-    for bucket, metrics in runs[0].items():
-        values = {name: [run[bucket][name] for run in runs] for name in metrics}
+    for bucket in runs[0]:
+        names = dict.fromkeys(name for run in runs for name in run[bucket])
+        values = {name: [run[bucket][name] for run in runs if name in run[bucket]] for name in names}
         mean[bucket] = {name: float(np.mean(v)) for name, v in values.items()}
         spread[bucket] = {name: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()}
     return mean, spread

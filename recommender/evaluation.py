@@ -292,11 +292,11 @@ def best_on_test(name: str, seed: int, config: Config, inputs: Inputs, test: Tes
 
 
 def row_of(runs: Sequence[Metrics]) -> Row:
-    """Figures by bucket and metric, "warm HR@20"; those of all cases without a bucket's name."""
+    """Figures by bucket and metric, "warm HR@20"; those of all cases without a bucket's name. A run without cases of a bucket has none."""
     return {
-        metric if bucket == "all" else f"{bucket} {metric}": Figure([run[bucket][metric] for run in runs])
+        metric if bucket == "all" else f"{bucket} {metric}": Figure([run[bucket][metric] for run in runs if metric in run[bucket]])
         for bucket in runs[0]
-        for metric in runs[0][bucket]
+        for metric in dict.fromkeys(metric for run in runs for metric in run[bucket])
         if metric != "cases"
     }
 

@@ -251,18 +251,25 @@ class SessionModel(nn.Module):
         item, target = rows.clamp(min=0), targets.clamp(min=0)
         known = tables.known[item][:, None, :]
         over, under = [], []  # log of the target's part, log of everybody's part, (B, t, s)
+        left_out: list[Tensor] = []  # what everybody's part lacks of the target's, (B, t, s)
         shares = []  # of everybody's part, the items of the window: (B, s, u)
         own = torch.zeros((), device=rows.device)
         items, correction = candidates.items, candidates.correction
         hidden = candidates.hidden(None if times is None else times[real], targets[real])  # (E, C) of the real positions
+        missed = candidates.missed(times, targets)  # (B, t, s) though a target counts, whichever position's sum it is held against
         for name, query in reading.queries.items():
             prior = tables.priors[name]
             sums = log_partition(packed(query, real), tables.of(name, items), prior[items] + correction, hidden)
             total = padded(sums[:, None], real)[..., 0]
-            over.append(reading.weights[name] + tables.of(name, target) @ query.transpose(1, 2) + prior[target][..., None])
+            of_target = tables.of(name, target) @ query.transpose(1, 2) + prior[target][..., None]
+            over.append(reading.weights[name] + of_target)
             under.append(reading.weights[name] + total[:, None, :])
+            everybody = [under[-1]]
+            if missed is not None:
+                left_out.append(over[-1].masked_fill(~missed, NEVER))
+                everybody.append(left_out[-1])
             shares.append((query @ tables.of(name, item).transpose(1, 2) + prior[item][:, None, :] - total[..., None]).clamp(max=0).exp())
-            own = own + under[-1][case].logsumexp(-1) - over[-1][case].logsumexp(-1)
+            own = own + torch.cat(everybody, -1)[case].logsumexp(-1) - over[-1][case].logsumexp(-1)
         for _, pairs in self.counted():
             share, weights = pairs(rows, targets)
             of_target = share[..., 1:].transpose(1, 2) * tables.known[target][..., None]
@@ -276,7 +283,7 @@ class SessionModel(nn.Module):
             mass = (tables.priors["popular"][items] + correction).exp()
             of_popular = of_popular + padded((1 - hidden.float() @ mass / mass.sum()).clamp(min=1e-6).log()[:, None], real)
         logs = torch.cat([*under, of_popular, reading.weights["copy"]], -1)[case]
-        whole = logs.logsumexp(-1, keepdim=True)  # (cases, 1)
+        whole = torch.cat([logs, *(part[case] for part in left_out)], -1).logsumexp(-1, keepdim=True)  # (cases, 1)
         # what each item of the window, u, is given, as a share of the whole, and what is left when those seen have lost theirs
         share = torch.cat(shares, 1)
         given = padded(((logs[:, : share.shape[1]] - whole) * LOG2E).exp2(), case) @ share

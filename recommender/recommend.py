@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DENSE_ITEMS = 20_000
 TOGETHER = 8  # sessions, from which on one product is quicker than numpy session by session
 MAX_SHIFT = 20.0  # of log-odds
+YEAR_1, YEAR_5138 = -62_135_596_800, 10**11  # Unix seconds
 POOL = 5  # times k: what `diversify` chooses from
 
 Filters = Mapping[str, Sequence[str]]  # column -> values
@@ -234,7 +235,7 @@ class Recommender:
             since, until = changes[changes <= moment].max(initial=ALWAYS), changes[changes > moment].min(initial=NEVER)
             self.kept_availability = since, until, available
         if not available.any():
-            when = datetime.fromtimestamp(moment, UTC).isoformat() if abs(moment) < 10**11 else moment
+            when = datetime.fromtimestamp(moment, UTC).isoformat() if YEAR_1 <= moment < YEAR_5138 else moment
             raise UserError(f"no item is available at {when} ({self.version.path}); give another --at", USAGE)
         return None if available.all() else available
 

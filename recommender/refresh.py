@@ -98,7 +98,7 @@ def open_current(run: Path, data: Path) -> Current:
     """The published session model of a run and the items of a data folder. Raises `UserError` (4) where they do not go together."""
     before = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
     reads = before.manifest["embeddings_manifest_sha256"] is not None
-    embeddings = read_embeddings(run / before.manifest["embeddings_run"] / "embeddings") if reads else None
+    embeddings = read_embeddings(run / before.manifest.get("embeddings_run", ".") / "embeddings") if reads else None
     catalog = load_catalog(data)
     source = embeddings.version.manifest_sha256 if embeddings else catalog.sha256
     if embeddings is not None:

@@ -71,6 +71,10 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
                 print_results(metrics)
                 if (built := current.manifest["index"]["setting"]) != config.sbr.index:
                     print(f"note: its index is still {built}; run `tpad index` for sbr.index {config.sbr.index}", file=sys.stderr)
+                if (shift := current.manifest["settings"]["new_items"]) != config.sbr.new_items:
+                    print(
+                        f"note: its new_items is still {shift}; run `tpad index` for sbr.new_items {config.sbr.new_items}", file=sys.stderr
+                    )
             return SbrSummary(current, False, metrics)
         buckets = buckets_of(windows[2], inputs.counts)
         runs: dict[str, list[Metrics]] = {}

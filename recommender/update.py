@@ -45,7 +45,7 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
     with alone(folder, accelerator):
         current = open_current(run, data)
         before = current.before
-        if before.manifest["refit"] is None:
+        if before.manifest.get("refit") is None:
             raise UserError(f"the published model has not seen all sessions ({run}); train it with sbr.refit=true to update it", ARTIFACT)
         log = sessions_of(current.catalog.item_ids, data)
         new = np.flatnonzero(log.start > before.manifest["newest_session"])

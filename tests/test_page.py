@@ -133,6 +133,30 @@ def test_a_session_is_built_by_clicks_and_the_ranking_changes(page: Page) -> Non
     expect(page.locator("#about")).to_have_text("version v0001")
 
 
+def test_new_items_are_raised_and_lowered_by_a_dial(page: Page) -> None:
+    wishes: list[dict[str, object]] = []
+    page.on("request", lambda request: wishes.append(request.post_data_json) if request.url.endswith("/recommend") else None)
+    page.locator("#grid .item").first.click()
+    expect(page.locator("#kind")).to_have_text("What next?")
+    assert "new_items" not in wishes[-1]  # the service's own setting holds
+    dial, told = page.get_by_label("new items"), page.locator("#shift")
+    expect(told).to_have_text("as trained")
+    dial.focus()
+    for key, shown, shift in (("ArrowRight", "+0.5", 0.5), ("End", "+4", 4), ("Home", "\u22124", -4), ("PageUp", None, None)):
+        with page.expect_response("**/recommend"):
+            page.keyboard.press(key)
+        if shown is not None:
+            expect(told).to_have_text(shown)
+            assert wishes[-1]["new_items"] == shift
+    dial.fill("0")
+    expect(told).to_have_text("as trained")
+    expect(dial).to_be_focused()
+    page.wait_for_function("() => true")
+    assert wishes[-1]["new_items"] == 0
+    page.keyboard.press("Backspace")  # which, there, takes back the last item of the session as anywhere else but in a text
+    expect(page.locator("#session button")).to_have_count(0)
+
+
 def test_the_keyboard_does_it_too(page: Page) -> None:
     page.keyboard.press("/")
     page.keyboard.type("chair")

@@ -26,10 +26,12 @@ from safetensors.numpy import load_file, save
 from server import HOSTILE, Server, publish_again, serving, write_shop
 from tiny import FORK, tpad, tpad_from_nothing
 
+from pipeline.config import load_config
 from recommender import gate
 from recommender.pictures import Pictures
 from recommender.recommend import Recommender
 from recommender.serve import serve
+from recommender.train import train_sbr
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,36 @@ def test_an_answer_is_filtered_and_diversified(server: Server, run: Path, ids: l
         for path, sessions in (("/recommend", {"session": []}), ("/recommend/batch", {"sessions": [[ids[3]]]})):
             refused = server.ask(path, {**sessions, "filters": filters})
             assert (refused.status, refused.json["error"]) == (status, said)
+
+
+def test_an_answer_is_given_with_the_dial_for_new_items(run: Path, tmp_path: Path) -> None:
+    """Over the model of the training sessions, to which some items are new."""
+    folder = tmp_path / "run"
+    shutil.copytree(run / "data", folder / "data")
+    shutil.copytree(run / "embeddings", folder / "embeddings")
+    (folder / "run.json").write_text('{"data": "data"}')
+    train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.refit=false", "sbr.models=[full]"]), folder, folder / "data")
+    library = Recommender.load(folder)
+    new = {item for item, known in zip(library.item_ids, library.arrays["known"], strict=True) if not known}
+    assert 0 < len(new) < 40
+    warm = next(item for item in library.item_ids if item not in new)
+    with serving(folder) as server:
+
+        def ask(path: str = "/recommend", body: Any = None, **wish: object) -> dict[str, float]:
+            found = server.ask(path, {"session": [warm], "k": 40} | wish | (body or {})).json
+            return {item["item_id"]: item["score"] for item in found["items"]}
+
+        plain = ask()
+        for shift in (-3, 0, 2.5):
+            found = ask(new_items=shift)
+            assert found == pytest.approx({item: score + shift * (item in new) for item, score in plain.items()}, abs=1e-3)
+            assert list(found) == [item.item_id for item in library.recommend([warm], 40, new_items=shift).items]
+        assert ask(new_items=None) == plain
+        assert list(ask(session=[], new_items=20))[: len(new)] == [item for item in library.item_ids if item in new]
+        many = server.ask("/recommend/batch", {"sessions": [[warm]] * 9, "k": 40, "new_items": 2.5}).json["answers"]
+        assert all(
+            {item["item_id"]: item["score"] for item in answer["items"]} == pytest.approx(ask(new_items=2.5), abs=1e-3) for answer in many
+        )
 
 
 @pytest.mark.parametrize("session", [[], ["nonsense"]])
@@ -147,6 +179,7 @@ def test_what_watches_it_is_told_how_it_is(server: Server) -> None:
     assert server.ask("/readyz").json == {"status": "ready", "version": "v0001"}
     info = server.ask("/info").json
     assert (info["items"], info["version"], info["refused"]) == (40, "v0001", None)
+    assert info["figures_of"] == "the held-out twin, trained without validation and test sessions"
     before = numbers(server)
     server.ask("/recommend", {"session": ["nonsense", "other"]})
     after = numbers(server)
@@ -206,6 +239,10 @@ def test_faulty_requests_are_refused_with_the_right_status(server: Server) -> No
         (b'{"session": [], "more": 1}', 422),
         *((b'{"session": [], "filters": %s}' % f, 422) for f in (b'{"kind": []}', b'{"kind": ["\\ud800"]}', b'{"\\ud800": ["mug"]}')),
         *((b'{"session": [], "k": %s}' % k, 422) for k in (b"0", b"-1", b"1e9", b"1000000000", b"NaN", b"true", b'"5"', b"null")),
+        *(
+            (b'{"session": [], "new_items": %s}' % n, 422)
+            for n in (b"20.5", b"-21", b"1e400", b"NaN", b"-Infinity", b'"2"', b"true", b"[]")
+        ),
         (b'{"session": [], "k": ' + b"9" * 5000 + b"}", 400),
         (b'{"session": ["\xff\xfe"]}', 400),
         (deep, 400),
