@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.run_folder import find_pictures, open_run, remember, say
 
 if TYPE_CHECKING:
-    from pipeline.config import Config, VariantName
+    from pipeline.core.config import Config, VariantName
     from pipeline.export import Exported
     from pipeline.session_log import SessionLog
     from recommender.recommend import Item, Recommender
@@ -347,7 +347,7 @@ def found_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path
 def parse_variants(text: str) -> "list[VariantName]":
     from typing import get_args
 
-    from pipeline.config import VariantName
+    from pipeline.core.config import VariantName
 
     known: list[VariantName] = list(get_args(VariantName))
     asked = [part for word in text.split(",") if (part := word.strip())]

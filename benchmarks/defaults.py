@@ -16,7 +16,7 @@ import numpy as np
 from newest_tenth import write_part
 
 from pipeline.catalog import load_catalog
-from pipeline.config import load_config
+from pipeline.core.config_file import load_config
 from pipeline.run_folder import remember
 from pipeline.session_log import load_sessions
 from recommender.rolling import evaluate_windows

@@ -20,8 +20,9 @@ from memory import SHAPES, memory
 
 from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import load_config
+from pipeline.core.checkpoint import Checkpoints
+from pipeline.core.config_file import load_config
+from pipeline.core.metrics_log import Metrics
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm
 from pipeline.phases import PHASES, Group
@@ -29,7 +30,6 @@ from pipeline.prompts import Prompts
 from pipeline.session_log import load_sessions
 from pipeline.shop import draw_shop
 from pipeline.split import split_sessions
-from pipeline.steplog import Metrics
 from pipeline.train import train_phase
 from pipeline.vision import pack_attention
 

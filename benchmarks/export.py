@@ -31,10 +31,11 @@ import torch
 from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
-from pipeline.artifact import open_verified
 from pipeline.backbone import build_backbone, weights_sha256
 from pipeline.catalog import load_catalog
-from pipeline.config import Config, load_config, save_config
+from pipeline.core.artifact import open_verified
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config, save_config
 from pipeline.distill import publish
 from pipeline.embeddings import read_embeddings
 from pipeline.encoder import Encoder

@@ -25,8 +25,9 @@ from export import fresh, plain, prepared, tpad
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline import parts
-from pipeline.artifact import open_verified
-from pipeline.config import Config, load_config
+from pipeline.core.artifact import open_verified
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
 from pipeline.parts import own_device
 
 PLAIN_ITEMS = 600

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.artifact import open_verified
 from pipeline.catalog import load_catalog
-from pipeline.config import BackboneConfig, DataConfig, ExportConfig
+from pipeline.core.artifact import open_verified
+from pipeline.core.config import BackboneConfig, DataConfig, ExportConfig
 from pipeline.embeddings import HALVES
 from pipeline.encoder import Encoder
 from pipeline.layers import measure, sample

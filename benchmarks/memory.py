@@ -24,7 +24,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.backbone import Backbone, adapted
-from pipeline.config import Config, load_config
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
 
 FRAME, ANSWER = 48, 16  # tokens of a prompt around its items, and of an answer: more than the prompts here have
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "patch_size": 14}

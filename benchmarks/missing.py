@@ -21,9 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.artifact import open_verified, write_json
 from pipeline.catalog import load_catalog
-from pipeline.config import Config, load_config
+from pipeline.core.artifact import open_verified
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.files import write_json
 from pipeline.export import export
 from pipeline.session_log import load_sessions
 from pipeline.shop import build_law, ceiling

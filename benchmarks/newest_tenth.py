@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.catalog import ITEMS, SESSIONS, load_catalog
-from pipeline.config import Config, load_config
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
 from pipeline.session_log import SessionLog, load_sessions
 from recommender.baselines import BASELINES
 from recommender.calibration import apply

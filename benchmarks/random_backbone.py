@@ -14,7 +14,7 @@ from memory import SHAPES
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2VLImageProcessorPil, SmolVLMImageProcessorPil
 
 from pipeline.backbone import train_tokenizer
-from pipeline.config import load_config
+from pipeline.core.config_file import load_config
 
 WORDS = ["the quick brown fox jumps over the lazy dog", "a small blue mug of clay with a star", "wide grey scarf, wool, soft and warm"]
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from srgnn_reference import SRGNN, samples_of
 
-from pipeline.config import Config, load_config
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
 from recommender.evaluate import cases_of, model_ranks, prefixes_of
 from recommender.metrics import summarise, target_ranks
 from recommender.sessions import PAD, DeviceWindows, batches, pack

@@ -29,7 +29,7 @@ from transformers import (
 
 from pipeline.backbone import Backbone
 from pipeline.catalog import load_catalog
-from pipeline.config import Config
+from pipeline.core.config import Config
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm
 from pipeline.prompts import Prompts, View

@@ -24,8 +24,10 @@ from accelerate import Accelerator
 
 from pipeline.backbone import build_backbone
 from pipeline.catalog import load_catalog
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import Config, load_config
+from pipeline.core.checkpoint import Checkpoints
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.metrics_log import Metrics
 from pipeline.distill import distill, keep_pictures
 from pipeline.encoder import Encoder
 from pipeline.export import export
@@ -35,7 +37,6 @@ from pipeline.prompts import Prompts
 from pipeline.session_log import load_sessions
 from pipeline.shop import draw_shop
 from pipeline.split import split_sessions
-from pipeline.steplog import Metrics
 from pipeline.train import train_phase
 
 SHAPE = [

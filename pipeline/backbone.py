@@ -32,9 +32,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from pipeline.artifact import sha256_file
-from pipeline.config import BackboneConfig, TinyConfig
-from pipeline.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.core.config import BackboneConfig, TinyConfig
+from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.core.files import sha256_file
 from pipeline.prompts import Prompts
 
 TOKENIZER = 2  # of the tiny backbone: raise it when another would be trained on the same texts

@@ -9,25 +9,19 @@ import hashlib
 import multiprocessing
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.catalog import Catalog
+from pipeline.core.process import end_with
 from pipeline.encoder import Encoded, Encoder
-from pipeline.errors import ENVIRONMENT, UserError
 from pipeline.images import ImageError
-from pipeline.process import end_with
 from pipeline.prompts import Prompts, View
-
-K = TypeVar("K")
-R = TypeVar("R")
 
 NEAR = 0.95  # a batch ends where the next sequence is shorter than this share of its longest one ...
 FILLED = 1 / 16  # ... if it is filled to this share: small leftovers are better computed than launched one by one
@@ -126,6 +120,7 @@ class Source:
 
 # --- work ahead of the model
 
+
 _source: Source | None = None  # of a worker
 
 
@@ -154,25 +149,3 @@ def loader(source: Source, workers: int) -> Executor:
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (source, os.getpid()))
     pool.submit(int).result()  # forks them now, before there is a busy device
     return pool
-
-
-def ahead(
-    pool: Executor,
-    work: Callable[..., R],
-    jobs: Iterable[tuple[K, tuple[Any, ...]]],
-    depth: int,
-    idle: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[K, R]]:
-    """(key, work(*arguments)) of each job, in order, `depth` of them under way while the one before is used; fewer while whoever
-    uses them is `idle`, for jobs may be slow to come."""
-    begun: deque[tuple[K, Any]] = deque()
-    try:
-        for key, arguments in jobs:
-            begun.append((key, pool.submit(work, *arguments)))
-            while len(begun) > depth or (begun and begun[0][1].done() and idle()):
-                key, future = begun.popleft()
-                yield key, future.result()
-        for key, future in begun:
-            yield key, future.result()
-    except BrokenExecutor:
-        raise UserError("a worker process died, perhaps for want of memory (export.workers); set it to 0", ENVIRONMENT) from None

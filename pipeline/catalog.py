@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.artifact import sha256_file
 from pipeline.availability import COLUMNS as AVAILABILITY
 from pipeline.availability import Availability, read_availability
 from pipeline.clock import PREPARE
-from pipeline.errors import DATA, UserError
+from pipeline.core.errors import DATA, UserError
+from pipeline.core.files import sha256_file
 from pipeline.images import FORMATS, decode_image, read_image_file
 
 ITEMS, SESSIONS = "items.parquet", "sessions.parquet"

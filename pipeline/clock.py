@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import DATA, UserError
+from pipeline.core.errors import DATA, UserError
 
 PREPARE = "`tpad prepare` writes such a file"
 MILLISECONDS = 10**11  # a timestamp above is not in seconds (that would be the year 5138) ...

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import pack_optimizer, unpack_optimizer
-from pipeline.config import CriticConfig, DistillConfig
+from pipeline.core.checkpoint import pack_optimizer, unpack_optimizer
+from pipeline.core.config import CriticConfig, DistillConfig
 from pipeline.mutual_information import SMILE, Bound, CLUBSample, Gaussian, InfoNCE, Separable
 
 # Of q, for features of unit variance. Where one feature nearly determines the other, a q free to be certain gives the bound

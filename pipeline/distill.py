@@ -19,23 +19,25 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 
 from pipeline import fsdp, layers, prompts
-from pipeline.artifact import canonical_json, locked, published, stage
 from pipeline.backbone import TOKENIZER, Backbone, build_backbone, weights_sha256
 from pipeline.catalog import load_catalog
-from pipeline.checkpoint import Checkpoints, Interrupt
-from pipeline.config import Config
+from pipeline.core.artifact import locked, published, stage
+from pipeline.core.checkpoint import Checkpoints
+from pipeline.core.config import Config
+from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.core.files import canonical_json
+from pipeline.core.interrupt import Interrupt
+from pipeline.core.metrics_log import Metrics, flat
+from pipeline.core.prefetch import telling_of_dead_workers
+from pipeline.core.process import keep_freed_memory
+from pipeline.core.progress import Steps
 from pipeline.encoder import Encoder
-from pipeline.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.loading import telling_of_dead_workers
 from pipeline.mllm import Mllm, SideBySide, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
 from pipeline.phases import PHASES, Align, Group, Knowledge, Phase, Teacher, Tensors, Transfer
-from pipeline.process import keep_freed_memory
-from pipeline.progress import Steps
 from pipeline.prompts import Prompts, check_columns
 from pipeline.session_log import SessionLog, load_sessions
 from pipeline.split import split_sessions
-from pipeline.steplog import Metrics, flat
 from pipeline.summaries import write_summaries
 from pipeline.templates import load_templates
 from pipeline.train import below, item_features, train_phase

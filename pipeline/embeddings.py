@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import MANIFEST, Version, damaged, following, replacing
-from pipeline.config import Config
+from pipeline.core.artifact import MANIFEST, Version, damaged, following
+from pipeline.core.config import Config
+from pipeline.core.files import replacing
 
 REFIT = "refit"  # folder in that of a run: the MLLM that has seen all sessions (distill.refit), and its embeddings
 ROW_GROUP = 1024  # rows: fixed, so that the same rows always give the same bytes

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 
 from pipeline.backbone import Backbone
 from pipeline.catalog import Catalog
-from pipeline.config import BackboneConfig
-from pipeline.errors import USAGE, UserError
+from pipeline.core.config import BackboneConfig
+from pipeline.core.errors import USAGE, UserError
 from pipeline.families import FAMILIES, Processor
 from pipeline.prompts import Part
 from pipeline.vision import Cache, Picture, join

@@ -15,17 +15,18 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline import layers, prompts
-from pipeline.artifact import Version, canonical_json, environment, open_verified, published
 from pipeline.batches import Source
 from pipeline.catalog import Catalog, load_catalog
-from pipeline.config import BackboneConfig, Config, DataConfig
+from pipeline.core.artifact import Version, environment, open_verified, published
+from pipeline.core.config import BackboneConfig, Config, DataConfig
+from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
+from pipeline.core.files import canonical_json
+from pipeline.core.process import keep_freed_memory
 from pipeline.embeddings import HALVES, halves_of, vectors_of
 from pipeline.encoder import Encoder
-from pipeline.errors import ARTIFACT, DATA, USAGE, UserError
 from pipeline.mllm import load_mllm
 from pipeline.neighbours import load_neighbours
 from pipeline.parts import Base, Exporter, Work, is_part
-from pipeline.process import keep_freed_memory
 from pipeline.prompts import Prompts
 from pipeline.shards import Shards, current_pointer
 from pipeline.templates import Templates

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from pipeline.config import Config
-from pipeline.errors import USAGE, UserError
+from pipeline.core.config import Config
+from pipeline.core.errors import USAGE, UserError
 from pipeline.variants import VARIANTS
 
 OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}  # what the launcher sets for them

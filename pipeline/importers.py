@@ -18,13 +18,13 @@ from typing import Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import fsync_path
 from pipeline.availability import COLUMNS as AVAILABILITY
 from pipeline.availability import read_availability
 from pipeline.catalog import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, plain_text, raise_duplicate
-from pipeline.errors import DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.core.files import fsync_path
+from pipeline.core.progress import Steps
 from pipeline.images import ImageError, decode_image, read_image_file
-from pipeline.progress import Steps
 from pipeline.sessionizer import SessionRules, build_sessions, read_times
 from pipeline.tables import Source, open_source
 

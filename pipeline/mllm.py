@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
-from pipeline.artifact import write_json
 from pipeline.backbone import Backbone, adapted, from_config, published_backbone, weights_sha256
 from pipeline.batches import cut
-from pipeline.config import BackboneConfig
+from pipeline.core.config import BackboneConfig
+from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.files import write_json
 from pipeline.encoder import Encoded, Encoder
-from pipeline.errors import ARTIFACT, UserError
 from pipeline.vision import Seen, see
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # of a batch, those the base model takes as they are

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.catalog import Catalog
-from pipeline.config import NeighboursConfig
+from pipeline.core.config import NeighboursConfig
+from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.embeddings import read_embeddings
-from pipeline.errors import ARTIFACT, UserError
 
 
 class Neighbours:

@@ -24,14 +24,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.artifact import Version
-from pipeline.batches import Batch, Source, ahead, cut, load, loader, measure
+from pipeline.batches import Batch, Source, cut, load, loader, measure
 from pipeline.catalog import Catalog
-from pipeline.config import ExportConfig
+from pipeline.core.artifact import Version
+from pipeline.core.config import ExportConfig
+from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.prefetch import ahead
+from pipeline.core.progress import Steps
 from pipeline.embeddings import HALVES, embeddings_schema, read_part, vector_columns
-from pipeline.errors import ARTIFACT, UserError
 from pipeline.mllm import Mllm, SideBySide
-from pipeline.progress import Steps
 from pipeline.shards import Shards
 from pipeline.vision import pack_attention
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.chunks import Chunk, split
-from pipeline.config import Config, PhaseConfig
+from pipeline.core.config import Config, PhaseConfig
 from pipeline.critic import Critic, club, club_bound, smile
 from pipeline.encoder import Encoded, Encoder
 from pipeline.mutual_information import info_nce

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pipeline.catalog import Catalog
-from pipeline.config import DataConfig
-from pipeline.errors import USAGE, UserError
+from pipeline.core.config import DataConfig
+from pipeline.core.errors import USAGE, UserError
 from pipeline.images import ImageError
 from pipeline.neighbours import Neighbours
 from pipeline.templates import Templates, load_templates

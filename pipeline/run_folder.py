@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.core.config import Config
 
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the one that talks, under `accelerate launch`
 
@@ -32,8 +32,8 @@ def open_run(
 
     What is given is remembered from then on, unless the data is faulty, or the run has a memory already and the command fails.
     """
-    from pipeline.artifact import environment_error, replacing
-    from pipeline.config import load_config
+    from pipeline.core.config_file import load_config
+    from pipeline.core.files import environment_error, replacing
 
     record, remembered = run / "run.json", run / "config.yaml"
     try:
@@ -59,8 +59,8 @@ def open_run(
 
 def remember(run: Path, data: Path, settings: "Config") -> None:
     """What a run is made of, beside it: for the commands that come later."""
-    from pipeline.artifact import replacing, write_json
-    from pipeline.config import save_config
+    from pipeline.core.config_file import save_config
+    from pipeline.core.files import replacing, write_json
 
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", {"data": os.path.relpath(data, run)})
@@ -95,7 +95,7 @@ def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Pa
 
 def drawn_otherwise(data: Path, settings: "Config") -> bool:
     """Whether this is a sample shop, but not that of the settings."""
-    from pipeline.config import ShopConfig
+    from pipeline.core.config import ShopConfig
 
     try:
         shop = ShopConfig.model_validate(json.loads((data / "ceiling.json").read_bytes())["shop"])
@@ -117,7 +117,7 @@ def find_pictures(data: Path | None, run: Path) -> Path | None:
 
 def draw_sample(data: Path, settings: "Config") -> None:
     """The sample shop in `data`, whole or not at all, also where several processes begin a run together."""
-    from pipeline.artifact import remove
+    from pipeline.core.files import remove
     from pipeline.shop import draw_shop
 
     data.parent.mkdir(parents=True, exist_ok=True)

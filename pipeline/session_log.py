@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.catalog import ITEMS, SESSIONS, Catalog, check_ids, is_text, need_columns, open_parquet, unreadable
 from pipeline.clock import is_clock, read_clock
-from pipeline.errors import DATA, UserError
+from pipeline.core.errors import DATA, UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.catalog import check_ids, is_text
-from pipeline.errors import DATA, UserError
+from pipeline.core.errors import DATA, UserError
 from pipeline.tables import Source
 
 UNITS = {1: "seconds", 10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pipeline.artifact import (
+from pipeline.core.artifact import (
     CURRENT,
     MANIFEST,
     STAGING,
@@ -29,14 +29,13 @@ from pipeline.artifact import (
     Version,
     clear_leftovers,
     environment,
-    fsync_path,
     locked,
     open_verified,
-    remove,
     take_back_unpublished,
 )
+from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.files import fsync_path, remove
 from pipeline.embeddings import write_part
-from pipeline.errors import ARTIFACT, UserError
 
 STALE_SECONDS = 60.0
 BEAT_SECONDS = 5.0

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from pipeline.config import DataConfig, ShopConfig
+from pipeline.core.config import DataConfig, ShopConfig
 
 KINDS = ("mug", "kettle", "lamp", "chair", "table", "vase", "bowl", "clock", "cushion", "rug", "basket", "bottle")
 STYLES = ("Nordic", "Rustic", "Urban", "Coastal", "Retro", "Botanic", "Alpine", "Studio", "Heritage", "Desert")

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.config import DataConfig
-from pipeline.errors import DATA, UserError
+from pipeline.core.config import DataConfig
+from pipeline.core.errors import DATA, UserError
 from pipeline.session_log import SessionLog
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 
-from pipeline.artifact import canonical_json, replacing
 from pipeline.batches import cut
-from pipeline.checkpoint import Interrupt
+from pipeline.core.files import canonical_json, replacing
+from pipeline.core.interrupt import Interrupt
+from pipeline.core.progress import Steps
 from pipeline.mllm import Mllm, trainable_state
 from pipeline.phases import Phase, starts, summary_key
-from pipeline.progress import Steps
 from pipeline.session_log import SessionLog
 
 

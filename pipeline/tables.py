@@ -20,7 +20,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from pipeline.catalog import is_text, open_parquet, plain_text, unreadable
-from pipeline.errors import DATA, UserError
+from pipeline.core.errors import DATA, UserError
 
 FORMATS = {
     ".csv": "csv",

@@ -18,15 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import fsdp
 from pipeline.batches import cut
-from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
 from pipeline.chunks import Chunk, backward, features, look_once
-from pipeline.config import PhaseConfig
-from pipeline.errors import USAGE, UserError
-from pipeline.loading import loaded_ahead
+from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
+from pipeline.core.config import PhaseConfig
+from pipeline.core.errors import USAGE, UserError
+from pipeline.core.interrupt import Interrupt
+from pipeline.core.metrics_log import Metrics
+from pipeline.core.prefetch import loaded_ahead
+from pipeline.core.progress import Steps
 from pipeline.mllm import Mllm, embed_batches, load_trainable, pooled, trainable_state
 from pipeline.phases import DROPOUT, Critics, Phase, Tensors
-from pipeline.progress import Steps
-from pipeline.steplog import Metrics
 from pipeline.vision import is_frozen
 
 READS = 8  # features a dimension by which heads are whitened, at least where a phase has the steps

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor
 
 from pipeline.backbone import Backbone
-from pipeline.config import Config, VariantName
+from pipeline.core.config import Config, VariantName
 from pipeline.embeddings import HALVES
 from pipeline.mllm import Mllm, SideBySide, load_trainable, trainable_state
 

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from pipeline.artifact import canonical_json, environment, remove, replacing, sha256_file
 from pipeline.backbone import Backbone
-from pipeline.loading import loaded_ahead
-from pipeline.progress import Steps
+from pipeline.core.artifact import environment
+from pipeline.core.files import canonical_json, remove, replacing, sha256_file
+from pipeline.core.prefetch import loaded_ahead
+from pipeline.core.progress import Steps
 
 SHARD_BYTES = 64 << 20
 PACKED = "tpad_flash"  # transformers gives the bounds of the pictures to what has "flash" in its name

@@ -21,12 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.artifact import locked, write_json
-from pipeline.checkpoint import seconds_of
-from pipeline.config import Config, VariantName, altered
+from pipeline.core.artifact import locked
+from pipeline.core.checkpoint import seconds_of
+from pipeline.core.config import Config, VariantName
+from pipeline.core.config_file import altered
+from pipeline.core.errors import ENVIRONMENT, UserError
+from pipeline.core.files import write_json
+from pipeline.core.process import end_with
 from pipeline.embeddings import read_embeddings
-from pipeline.errors import ENVIRONMENT, UserError
-from pipeline.process import end_with
 from recommender.comparison import PROBES, report
 from recommender.inputs import load_inputs, model_fingerprint
 from recommender.probes import attribute_columns, probe

@@ -20,9 +20,9 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from pipeline.artifact import environment_error, replacing
-from pipeline.errors import DATA, USAGE, UserError
-from pipeline.progress import Steps
+from pipeline.core.errors import DATA, USAGE, UserError
+from pipeline.core.files import environment_error, replacing
+from pipeline.core.progress import Steps
 from recommender.recommend import Filters, Recommender
 
 PIECE = 32_768  # events of a Parquet file read at a time

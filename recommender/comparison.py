@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.artifact import open_verified, replacing
-from pipeline.config import Config
+from pipeline.core.artifact import open_verified
+from pipeline.core.config import Config
+from pipeline.core.files import replacing
 from recommender.inputs import load_inputs
 from recommender.metrics import Difference, case_values, paired_bootstrap
 

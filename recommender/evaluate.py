@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pipeline.availability import Availability
-from pipeline.config import DataConfig
+from pipeline.core.config import DataConfig
 from pipeline.session_log import SessionLog
 from pipeline.split import Split
 from recommender.baselines import BASELINES, Scorer

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 
-from pipeline.artifact import LOCK, Version, canonical_json, published, remove, stage, write_json
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import Config
-from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.artifact import LOCK, Version, published, stage
+from pipeline.core.checkpoint import Checkpoints
+from pipeline.core.config import Config
+from pipeline.core.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.files import canonical_json, remove, write_json
 from pipeline.session_log import SessionLog
 from recommender.baselines import BASELINES, Scorer
 from recommender.comparison import Figure, Row, table, told

@@ -22,8 +22,8 @@ from typing import Any
 import faiss  # type: ignore[import-untyped]
 import numpy as np
 
-from pipeline.errors import USAGE, UserError
-from pipeline.progress import Steps
+from pipeline.core.errors import USAGE, UserError
+from pipeline.core.progress import Steps
 from recommender.ranker import Ranker, Read
 from recommender.shape import NEVER
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifact import Version, canonical_json
 from pipeline.availability import Availability
 from pipeline.catalog import Catalog, load_catalog
-from pipeline.config import Config
+from pipeline.core.artifact import Version
+from pipeline.core.config import Config
+from pipeline.core.errors import ARTIFACT, DATA, UserError
+from pipeline.core.files import canonical_json
 from pipeline.embeddings import Embeddings, published_in, read_embeddings
-from pipeline.errors import ARTIFACT, DATA, UserError
 from pipeline.session_log import load_sessions
 from pipeline.split import Split, split_sessions, split_window
 from recommender.evaluate import cases_of

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.catalog import Catalog, load_catalog
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 log = logging.getLogger("tpad.serve")
 

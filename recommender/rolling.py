@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from pipeline.artifact import LOCK, Version, canonical_json, published, remove, stage, write_json
-from pipeline.config import Config
-from pipeline.errors import USAGE, UserError
+from pipeline.core.artifact import LOCK, Version, published, stage
+from pipeline.core.config import Config
+from pipeline.core.errors import USAGE, UserError
+from pipeline.core.files import canonical_json, remove, write_json
 from recommender.baselines import BASELINES
 from recommender.comparison import Figure, table
 from recommender.evaluate import ROWS, Metrics, average, baseline_ranks, buckets_of, model_ranks

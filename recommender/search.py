@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from pipeline.artifact import remove, write_json
-from pipeline.config import Config, SbrConfig
-from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
+from pipeline.core.config import Config, SbrConfig
+from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
+from pipeline.core.files import remove, write_json
 from recommender.inputs import Inputs, model_fingerprint
 from recommender.models import MODELS, chosen
 from recommender.sessions import Windows

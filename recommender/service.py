@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.artifact import CURRENT
+from pipeline.core.artifact import CURRENT
 from recommender.gate import Metrics, log
 from recommender.index import first
 from recommender.pictures import Pictures

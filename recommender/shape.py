@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import ARTIFACT, UserError
+from pipeline.core.errors import ARTIFACT, UserError
 
 NEVER = -1e4  # log-weight of what cannot be: exp gives 0, and float32 still adds to it
 SEEN_RATE = 8.0  # of the logits of what an item loses for having been seen: repeats are so rare that these would hardly move else

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.errors import USAGE, UserError
+from pipeline.core.errors import USAGE, UserError
 
 LOG_EVERY = 20  # steps whose losses are fetched from the device at once: asking for each would make it wait
 

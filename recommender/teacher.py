@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.artifact import open_verified
-from pipeline.errors import ARTIFACT, UserError
+from pipeline.core.artifact import open_verified
+from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.session_log import SessionLog
 from recommender.published import load_model
 from recommender.sessions import pad_prefixes

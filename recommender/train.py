@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import Version, canonical_json, published, remove, stage
-from pipeline.config import Config, SbrConfig
+from pipeline.core.artifact import Version, published, stage
+from pipeline.core.config import Config, SbrConfig
+from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.files import canonical_json, remove
 from pipeline.embeddings import published_in
-from pipeline.errors import ARTIFACT, UserError
 from recommender.calibration import Calibration, apply
 from recommender.evaluate import Metrics, buckets_of, cases_table, collect_results, print_results, read_ceiling
 from recommender.index import empty_index

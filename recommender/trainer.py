@@ -23,13 +23,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
-from pipeline.artifact import locked
 from pipeline.availability import Availability
-from pipeline.checkpoint import Checkpoints, Interrupt, pack_optimizer, unpack_optimizer
-from pipeline.config import Config, SbrConfig
-from pipeline.errors import USAGE, UserError
-from pipeline.process import keep_freed_memory
-from pipeline.progress import Steps
+from pipeline.core.artifact import locked
+from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
+from pipeline.core.config import Config, SbrConfig
+from pipeline.core.errors import USAGE, UserError
+from pipeline.core.interrupt import Interrupt
+from pipeline.core.process import keep_freed_memory
+from pipeline.core.progress import Steps
 from recommender.calibration import Calibration, calibrate
 from recommender.candidates import Candidates, drawn_evenly, everything, sampled, share_drawn
 from recommender.evaluate import model_ranks

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifact import Version, canonical_json, remove
 from pipeline.catalog import load_catalog
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import Config
-from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.artifact import Version
+from pipeline.core.checkpoint import Checkpoints
+from pipeline.core.config import Config
+from pipeline.core.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.files import canonical_json, remove
 from pipeline.session_log import SessionLog, load_sessions
 from recommender.evaluate import cases_of, model_ranks
 from recommender.metrics import case_values

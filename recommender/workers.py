@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
-from pipeline.errors import ENVIRONMENT, UserError
-from pipeline.process import end_with
+from pipeline.core.errors import ENVIRONMENT, UserError
+from pipeline.core.process import end_with
 
 ENDS = {signal.SIGINT, signal.SIGTERM}
 

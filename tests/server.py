@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from standin_run import publish_embeddings
 from tiny import ENVIRONMENT, ROOT, command
 
-from pipeline.artifact import OWN_KEYS, Version, open_verified, stage
-from pipeline.config import load_config
+from pipeline.core.artifact import OWN_KEYS, Version, open_verified, stage
+from pipeline.core.config_file import load_config
 from recommender.train import train_sbr
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import stage
 from pipeline.catalog import load_catalog
-from pipeline.config import Config
+from pipeline.core.artifact import stage
+from pipeline.core.config import Config
 from pipeline.embeddings import HALVES, embeddings_schema, vector_columns, write_part
 from pipeline.session_log import load_sessions
 from pipeline.split import split_sessions

@@ -16,7 +16,7 @@ from tiny_run import PHASES, SETTINGS, STEPS, kill_when, losses, published_folde
 from typer.testing import CliRunner
 
 import cli
-from pipeline.errors import ARTIFACT, USAGE
+from pipeline.core.errors import ARTIFACT, USAGE
 from recommender.ablate import Cell, ablate
 from recommender.recommend import Recommender
 

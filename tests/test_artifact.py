@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import artifact
-from pipeline.artifact import Version, open_verified, published, sha256_file, stage, write_json
+from pipeline.core import artifact
+from pipeline.core.artifact import Version, open_verified, published, stage
+from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
+from pipeline.core.files import sha256_file, write_json
 from pipeline.embeddings import HALVES, Dtype, embeddings_schema, read_embeddings, vector_columns, write_part
-from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
 
 HINT = "run `tpad export-embeddings` first"
 REPOSITORY = Path(__file__).parent.parent
@@ -234,7 +235,7 @@ def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from pipeline.artifact import stage\nwith stage(Path(sys.argv[1]), 'mllm'): pass"
+    code = "import sys; from pathlib import Path; from pipeline.core.artifact import stage\nwith stage(Path(sys.argv[1]), 'mllm'): pass"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with stage(tmp_path, "mllm") as staging:
         (staging.path / "mine").write_text("mine")
@@ -284,9 +285,9 @@ def test_a_reader_sees_whole_versions_only_while_writers_are_killed(tmp_path: Pa
 WRITER = """
     import sys, os
     from pathlib import Path
-    from pipeline.artifact import stage
+    from pipeline.core.artifact import stage
     from pipeline.embeddings import write_part
-    from pipeline.errors import UserError
+    from pipeline.core.errors import UserError
     import numpy, pyarrow
     {setup}
     try:

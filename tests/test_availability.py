@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 import cli
 from pipeline.availability import ALWAYS, NEVER, Availability
 from pipeline.catalog import load_catalog
-from pipeline.config import load_config
-from pipeline.errors import DATA, USAGE, UserError
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.importers import PrepareOptions, prepare
 from recommender.baselines import BASELINES
 from recommender.candidates import Candidates, everything, log_partition

@@ -20,10 +20,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from benchmarks import memory
 from pipeline.backbone import UNQUANTIZED, build_backbone
 from pipeline.catalog import load_catalog
-from pipeline.config import load_config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
 from pipeline.embeddings import read_embeddings
 from pipeline.encoder import Encoded
-from pipeline.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
 from pipeline.mllm import trainable_state
 from pipeline.prompts import Part, Prompts
 from pipeline.vision import pack_attention

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from pipeline.catalog import Catalog, load_catalog
-from pipeline.config import DataConfig
-from pipeline.errors import DATA, UserError
+from pipeline.core.config import DataConfig
+from pipeline.core.errors import DATA, UserError
 from pipeline.images import decode_image
 from pipeline.prompts import Prompts
 from pipeline.session_log import load_sessions

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny import FORK
 
-from pipeline.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
-from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
+from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
+from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:

@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 from tiny import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad, tpad_from_nothing
 
-from pipeline.artifact import OWN_KEYS, open_verified, stage
-from pipeline.config import load_config
+from pipeline.core.artifact import OWN_KEYS, open_verified, stage
+from pipeline.core.config_file import load_config
 
 Done = subprocess.CompletedProcess[str]
 CHAIN = ("distill", "export-embeddings", "train-sbr", "recommend")

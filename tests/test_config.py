@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, load_config, save_config
-from pipeline.errors import USAGE, UserError
-from pipeline.strict_yaml import MAX_BYTES
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config, save_config
+from pipeline.core.errors import USAGE, UserError
+from pipeline.core.strict_yaml import MAX_BYTES
 
 
 def load(tmp_path: Path, text: str | bytes, *overrides: str) -> Config:

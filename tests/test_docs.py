@@ -28,8 +28,9 @@ from server import serving
 from tiny import ENVIRONMENT, ROOT, SET, SETTINGS, command, tpad
 
 import cli
-from pipeline.artifact import open_verified
-from pipeline.config import Config, load_config
+from pipeline.core.artifact import open_verified
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
 from pipeline.shop import draw_shop
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -19,9 +19,10 @@ from tiny import tpad
 from typer.testing import CliRunner
 
 import cli
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import Config, load_config
-from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.checkpoint import Checkpoints
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from recommender import evaluation
 from recommender.baselines import BASELINES
 from recommender.evaluate import baseline_ranks, prefixes_of

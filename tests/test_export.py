@@ -24,9 +24,9 @@ from tiny_run import PHASES, change_items, distill_run, export_run, kill_when, p
 
 from pipeline.batches import Source
 from pipeline.catalog import load_catalog
+from pipeline.core.errors import ARTIFACT, DATA, UserError
+from pipeline.core.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.embeddings import read_embeddings
-from pipeline.errors import ARTIFACT, DATA, UserError
-from pipeline.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.export import export
 from pipeline.prompts import Prompts
 

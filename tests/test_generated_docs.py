@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tiny import ROOT
 
-from pipeline.config import Config, LoraSettings, Section, load_config
+from pipeline.core.config import Config, LoraSettings, Section
+from pipeline.core.config_file import load_config
 
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 

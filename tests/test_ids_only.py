@@ -14,8 +14,8 @@ from server import serving
 from standin_run import write_data
 from tiny import tpad
 
-from pipeline.config import load_config
-from pipeline.errors import USAGE, UserError
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import USAGE, UserError
 from pipeline.importers import PrepareOptions, prepare
 from recommender.recommend import Recommender
 from recommender.refresh import refresh

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.catalog import load_catalog
-from pipeline.errors import DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
 from pipeline.importers import PrepareOptions, PrepareSummary, prepare
 from pipeline.session_log import load_sessions
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_run import PHASES, distill_run, export_run, published_folder, save_backbone, settings
 
+from pipeline.core.errors import USAGE, UserError
 from pipeline.embeddings import read_embeddings
-from pipeline.errors import USAGE, UserError
 from pipeline.export import export
 from pipeline.layers import apart
 

@@ -10,8 +10,9 @@ import torch
 from standin_run import publish_embeddings, write_data
 
 from pipeline.catalog import load_catalog
-from pipeline.config import Config, load_config
-from pipeline.errors import ARTIFACT, UserError
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.session_log import load_sessions
 from pipeline.split import split_sessions
 from recommender.inputs import load_inputs

@@ -11,8 +11,8 @@ from tiny_items import ITEMS, LONG, ROW, Made, make
 from tiny_run import FAMILIES, same
 
 from pipeline.backbone import train_tokenizer
+from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.encoder import Encoded, Encoder
-from pipeline.errors import ARTIFACT, UserError
 from pipeline.mllm import MODEL_INPUTS, embed, load_mllm, load_trainable, save_mllm, trainable_state
 from pipeline.prompts import Part, View
 

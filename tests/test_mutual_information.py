@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.mutual_information import BATCH, ESTIMATORS, NATS, D, closed_form, gaussians, learn, measured, squared_correlation
-from pipeline.config import CriticConfig
+from pipeline.core.config import CriticConfig
 from pipeline.critic import Critic
 from pipeline.mutual_information import CLUB, MINE, SMILE, Bound, CLUBSample, Gaussian, InfoNCE, L1Out, Separable, info_nce
 

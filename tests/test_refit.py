@@ -21,11 +21,12 @@ from tiny_run import SETTINGS as DISTILLING
 from typer.testing import CliRunner
 
 import cli
-from pipeline.artifact import open_verified
 from pipeline.catalog import load_catalog
-from pipeline.config import Config, load_config
+from pipeline.core.artifact import open_verified
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.embeddings import read_embeddings
-from pipeline.errors import ARTIFACT, UserError
 from pipeline.session_log import load_sessions
 from pipeline.split import split_sessions
 from recommender.recommend import Recommender

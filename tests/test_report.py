@@ -16,7 +16,7 @@ from PIL import Image
 from standin_run import publish_embeddings, write_data
 from tiny import CHROMIUM, ROOT, tpad_from_nothing
 
-from pipeline.config import load_config
+from pipeline.core.config_file import load_config
 from recommender.doctor import SERVE
 from recommender.report import SESSIONS, write_report
 from recommender.train import train_sbr

@@ -11,8 +11,9 @@ import pytest
 import torch
 from standin_run import publish_embeddings, write_data
 
-from pipeline.config import Config, load_config
-from pipeline.errors import ENVIRONMENT, UserError
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ENVIRONMENT, UserError
 from recommender.train import train_sbr
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from pipeline.config import load_config
+from pipeline.core.config_file import load_config
 from recommender.train import train_sbr
 torch.set_num_threads(1)
 train_sbr(load_config(None, sys.argv[4:]), Path(sys.argv[1]), Path(sys.argv[2]), trials=int(sys.argv[3]))

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save
 from server import HOSTILE, Server, publish_again, serving, write_shop
 from tiny import FORK, tpad, tpad_from_nothing
 
-from pipeline.config import load_config
+from pipeline.core.config_file import load_config
 from recommender import gate
 from recommender.pictures import Pictures
 from recommender.recommend import Recommender

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import shards as module
-from pipeline.artifact import open_verified, stage
-from pipeline.errors import ARTIFACT, UserError
+from pipeline.core.artifact import open_verified, stage
+from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.shards import Shards, current_pointer
 
 NAMES = [f"part-{n:05d}.parquet" for n in range(12)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.catalog import Catalog, load_catalog
-from pipeline.config import DataConfig, ShopConfig
+from pipeline.core.config import DataConfig, ShopConfig
 from pipeline.session_log import load_sessions
 from pipeline.shop import COLOURS, LAST, MOTIFS, Law, build_law, draw_shop
 from pipeline.split import split_by_time

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from standin_run import DIM, GROUPS, publish_embeddings, write_data
 
-from pipeline.artifact import locked
-from pipeline.config import Config, load_config
-from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.artifact import locked
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from recommender.models import ENCODERS
 from recommender.published import load_model
 from recommender.recommend import Recommender
@@ -30,7 +31,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from pipeline.config import load_config
+from pipeline.core.config_file import load_config
 from recommender.train import train_sbr
 torch.set_num_threads(1)
 train_sbr(load_config(None, sys.argv[3:]), Path(sys.argv[1]), Path(sys.argv[2]))

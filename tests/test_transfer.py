@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save
 from server import publish_again
 from tiny_run import STEPS, distill_run, kill_when, losses, same, settings, start, two_processes, weights
 
-from pipeline.artifact import open_verified
 from pipeline.catalog import load_catalog
-from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.artifact import open_verified
+from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.phases import soft_loss, starts, summary_key
 from pipeline.prompts import Part, Prompts
 from pipeline.session_log import load_sessions

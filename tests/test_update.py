@@ -21,10 +21,11 @@ from tiny import ENVIRONMENT, ROOT, contents
 from typer.testing import CliRunner
 
 import cli
-from pipeline.artifact import open_verified
 from pipeline.catalog import load_catalog
-from pipeline.config import Config, load_config
-from pipeline.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.artifact import open_verified
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.session_log import load_sessions
 from recommender.recommend import Recommender
 from recommender.train import train_sbr
@@ -36,7 +37,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from pipeline.config import load_config
+from pipeline.core.config_file import load_config
 from recommender.update import update_sbr
 torch.set_num_threads(1)
 update_sbr(load_config(None, sys.argv[2:]), Path(sys.argv[1]), Path(sys.argv[1]) / "data")

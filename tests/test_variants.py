@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny_run import PHASES, STEPS, export_run, losses, same, settings, weights
 
-from pipeline.config import VariantName, load_config
+from pipeline.core.config import VariantName
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import USAGE, UserError
 from pipeline.distill import distill
 from pipeline.embeddings import read_embeddings
-from pipeline.errors import USAGE, UserError
 from pipeline.variants import VARIANTS, varied
 from recommender.recommend import Recommender
 from recommender.train import train_sbr

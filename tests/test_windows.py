@@ -15,8 +15,9 @@ from test_split import log_of
 from typer.testing import CliRunner
 
 import cli
-from pipeline.config import Config, DataConfig, load_config
-from pipeline.errors import DATA, USAGE, UserError
+from pipeline.core.config import Config, DataConfig
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.split import split_sessions, split_window
 from recommender.evaluation import evaluate
 from recommender.rolling import evaluate_windows

@@ -12,7 +12,8 @@ from tiny_run import TINY
 
 from pipeline.backbone import Backbone, build_backbone
 from pipeline.catalog import load_catalog
-from pipeline.config import Config, load_config
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
 from pipeline.encoder import Encoded, Encoder
 from pipeline.mllm import Mllm, embed
 from pipeline.prompts import Prompts

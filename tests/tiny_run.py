@@ -39,9 +39,10 @@ from transformers import (
 )
 
 from cli import open_teacher
-from pipeline.config import Config, load_config
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import UserError as UserError
 from pipeline.distill import distill
-from pipeline.errors import UserError as UserError
 from pipeline.export import export
 
 ROOT = Path(__file__).parents[1]

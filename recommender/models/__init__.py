@@ -5,7 +5,7 @@ To add one: a file with an encoder (see `sequence`), and a line of `ENCODERS`.
 
 from typing import NamedTuple
 
-from pipeline.errors import USAGE, UserError
+from pipeline.core.errors import USAGE, UserError
 from recommender.model import SessionModel
 from recommender.models.gru4rec import GRU4Rec
 from recommender.models.narm import NARM

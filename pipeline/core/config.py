@@ -1,21 +1,13 @@
-"""Every setting as a typed section with its description, and the loader of settings files (`strict_yaml.py`).
+"""Typed settings: one model per section. `config_file.py` reads them.
 
-An unknown key, a wrong type or an out-of-range value is an error that names the file, the line and the nearest
-known key. All errors of a file are reported together. `python docs/generate.py` writes configs/shop.yaml and
-docs/configuration.md from the sections below.
+The defaults below are `configs/shop.yaml`: the sample shop with the tiny backbone on a CPU.
 """
 
-import difflib
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
-
-from pipeline.errors import USAGE, UserError
-from pipeline.strict_yaml import parse, read, written
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what numpy and torch both take, with room to count up from
@@ -29,9 +21,6 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-S = TypeVar("S", bound=Section)
 
 
 class NeighboursConfig(Section):
@@ -467,86 +456,3 @@ class Config(Section):
             what = "`distill.refit` = True with `sbr.refit` = False: no model would read its embeddings"
             raise PydanticCustomError("sections", what)
         return self
-
-
-def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
-    """The settings of `path` (None: the defaults) with `a.b=value` overrides on top.
-
-    Raises `UserError` (2) that lists every mistake of the file and the overrides.
-    """
-    tree: dict[str, Any] = {}
-    lines: dict[tuple[str, ...], int] = {}
-    if path is not None:
-        tree, lines = read(path)
-    where = {key: f"{path}:{line}" for key, line in lines.items()}
-    for override in overrides or []:
-        key, sign, text = override.partition("=")
-        keys = tuple(key.strip().split("."))
-        if not sign or not all(keys):
-            raise UserError(f"--set {override!r} is not of the form a.b=value (command line); write e.g. sbr.epochs=5", USAGE)
-        value, _ = parse(text, f"--set {override}")
-        _put(tree, keys, value, override)
-        above = {keys[:n]: f"--set {override}" for n in range(1, len(keys))}  # for a section that only the override names
-        where = above | {k: w for k, w in where.items() if k[: len(keys)] != keys} | {keys: f"--set {override}"}
-    return _validated(Config, tree, where, str(path or "settings"))
-
-
-def altered(config: Config, name: str, **sections: Any) -> Config:
-    """A copy with other sections. Raises `UserError` (2) in which the result goes by `name`, where sections do not go together."""
-    return _validated(Config, config.model_copy(update=sections).model_dump(), {}, name)
-
-
-def load_section(model: type[S], path: Path) -> S:
-    """A file that is one `model`, read as settings are. Raises `UserError` (2) that lists every mistake."""
-    tree, lines = read(path)
-    return _validated(model, tree, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
-
-
-def _validated(model: type[S], tree: dict[str, Any], where: dict[tuple[str, ...], str], name: str) -> S:
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(error, where, name, model)), USAGE) from None
-
-
-def save_config(config: Config, path: Path) -> None:
-    path.write_text(written(config.model_dump()), encoding="utf-8")
-
-
-def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        if tree.get(key) is None:
-            tree[key] = {}
-        tree = tree[key]
-        if not isinstance(tree, dict):
-            raise UserError(f"`{key}` holds a value, not a section (--set {override}); set it whole", USAGE)
-    tree[keys[-1]] = value
-
-
-def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: str, model: type[Section]) -> Iterator[str]:
-    for problem in error.errors():
-        loc = tuple(str(part) for part in problem["loc"])
-        spot = next((where[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in where), name)
-        key = ".".join(loc)
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(loc[-1], _fields(model, loc[:-1]), n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(model, loc[:-1]))}"
-            yield f"unknown key `{key}` ({spot}); {hint}"
-        elif not loc:  # what two sections say together
-            yield f"{problem['msg']} ({spot}); change one of them"
-        else:
-            yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); fix the value"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _fields(model: Any, loc: tuple[str, ...]) -> list[str]:
-    for part in loc:
-        annotation = model.model_fields[part].annotation
-        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section)), None)
-        if model is None:
-            return []
-    return list(model.model_fields)

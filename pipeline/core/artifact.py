@@ -8,7 +8,6 @@ Manifests hold no clock, host or absolute path, so equal inputs give equal bytes
 Sizes and checksums guard against damage, not against forgery.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -24,7 +23,8 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from pipeline.errors import ARTIFACT, ENVIRONMENT, UserError
+from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
+from pipeline.core.files import canonical_json, environment_error, fsync_path, remove, sha256_file, write_json
 
 T = TypeVar("T")
 
@@ -33,72 +33,7 @@ CURRENT, MANIFEST, LOCK, STAGING = "current", "manifest.json", ".lock", ".stagin
 VERSION_NAME = re.compile(r"v\d{4,}")
 NAMES = {"mllm": "unified MLLM", "sbr": "session model"}  # of the kinds, for people
 OWN_KEYS = {"format_version", "kind", "files"}  # of a manifest: filled in by `publish`
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-LOCK_ERRORS = {errno.ENOTDIR, errno.EMFILE, errno.ENOLCK, errno.EOPNOTSUPP}
 READ_ATTEMPTS = 100  # a version may be replaced and pruned while it is read; each attempt follows a newer `current`
-
-
-# ---------------------------------------------------------------- files
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def canonical_json(obj: Any) -> bytes:
-    """The one byte form of `obj`; NaN and infinity are refused (ValueError)."""
-    return (json.dumps(obj, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
-
-
-def fsync_path(path: Path) -> None:
-    """Forces a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`: fsynced and renamed onto it at the end, removed when the body fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process: two may replace one file
-    try:
-        yield temporary
-        fsync_path(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        remove(temporary)
-        raise
-    fsync_path(path.parent)
-
-
-def write_json(path: Path, obj: Any) -> None:
-    data = canonical_json(obj)
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, link or folder, or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):  # asked first: a read-only disk refuses to unlink even what is not there
-        path.unlink()
-
-
-def environment_error(error: BaseException, where: Path) -> UserError | None:
-    """A full disk, a read-only or forbidden folder as one line (5); None for what is no fault of the environment."""
-    number, name = None, where
-    if isinstance(error, OSError):
-        number = error.errno
-        name = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else where
-    elif isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(found[1])
-    if number is None or number not in DISK_ERRORS | LOCK_ERRORS:
-        return None
-    return UserError(f"{os.strerror(number).lower()} ({name}); free or unlock it, or use another --run, and start again", ENVIRONMENT)
 
 
 # ---------------------------------------------------------------- writing

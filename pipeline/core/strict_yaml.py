@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from pipeline.errors import USAGE, UserError
+from pipeline.core.errors import USAGE, UserError
 
 MAX_BYTES = 256 * 1024  # far more than any settings file needs
 MAX_DEPTH = 20

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+from pipeline.core.files import replacing
 
-from pipeline.artifact import replacing
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Metrics:
@@ -17,7 +18,7 @@ class Metrics:
     Trackers are told of steps that never go back, or they would drop them: `before` are those of the phases that are over.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+    def __init__(self, path: Path, accelerator: "Accelerator") -> None:
         self.path, self.accelerator, self.before = path, accelerator, 0
 
     def resume(self, phase: str, start: int) -> None:

@@ -1,12 +1,14 @@
-"""What a loop over the model needs, made ahead of it in worker processes."""
+"""What a loop over the model needs, made ahead of it in worker processes or threads."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.errors import ENVIRONMENT, UserError
+from pipeline.core.errors import ENVIRONMENT, UserError
 
 T = TypeVar("T")
 
@@ -44,3 +46,29 @@ def telling_of_dead_workers() -> Iterator[None]:
             raise
         what = "a worker process died, perhaps for want of memory (distill.workers)"
         raise UserError(f"{what}; lower it, or set it to 0", ENVIRONMENT) from None
+
+
+K = TypeVar("K")
+R = TypeVar("R")
+
+
+def ahead(
+    pool: Executor,
+    work: Callable[..., R],
+    jobs: Iterable[tuple[K, tuple[Any, ...]]],
+    depth: int,
+    idle: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[K, R]]:
+    """(key, work(*arguments)) of each job, in order, `depth` of them under way while the one before is used; fewer while whoever
+    uses them is `idle`, for jobs may be slow to come."""
+    begun: deque[tuple[K, Any]] = deque()
+    try:
+        for key, arguments in jobs:
+            begun.append((key, pool.submit(work, *arguments)))
+            while len(begun) > depth or (begun and begun[0][1].done() and idle()):
+                key, future = begun.popleft()
+                yield key, future.result()
+        for key, future in begun:
+            yield key, future.result()
+    except BrokenExecutor:
+        raise UserError("a worker process died, perhaps for want of memory (export.workers); set it to 0", ENVIRONMENT) from None

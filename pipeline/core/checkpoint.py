@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifact import canonical_json, environment_error, fsync_path, remove, sha256_file
-from pipeline.errors import ARTIFACT, UserError
+from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.files import canonical_json, environment_error, fsync_path, remove, sha256_file
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 STEP_NAME = re.compile(r"step-(\d{6,})")
@@ -234,39 +233,3 @@ def _named(optimizer: torch.optim.Optimizer, names: list[str]) -> list[tuple[str
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-# ---------------------------------------------------------------- signals
-
-
-class Interrupt:
-    """`with Interrupt() as interrupt`: Ctrl-C and SIGTERM ask for a stop after the step in hand; a second one does not wait."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.signal = number
-        signal.signal(number, self._before[number])
-
-    def agreed(self, accelerator: Any) -> bool:
-        """Whether any process was asked to stop: all must stop at the same step."""
-        if accelerator.num_processes == 1:
-            return self.signal != 0
-        asked = torch.tensor(self.signal, device=accelerator.device)
-        self.signal = int(accelerator.gather(asked).max())
-        return self.signal != 0
-
-    def exit(self) -> SystemExit:
-        """130 or 143, as a shell expects of an interrupted program."""
-        return SystemExit(128 + self.signal)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
