@@ -23,8 +23,8 @@ from pipeline.run_folder import find_pictures, open_run, remember, say
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config, VariantName
+    from pipeline.data.session_log import SessionLog
     from pipeline.export import Exported
-    from pipeline.session_log import SessionLog
     from recommender.recommend import Item, Recommender
     from recommender.teacher import Teacher
 
@@ -94,7 +94,7 @@ def distill(
         made = run_stages(settings, run, folder, fresh, open_teacher=open_teacher)
         say(f"unified MLLM: {run / 'mllm'}{'' if made else ' (up to date)'}")
         if settings.distill.refit:
-            from pipeline.embeddings import REFIT
+            from pipeline.data.embeddings import REFIT
 
             made = run_stages(settings, run / REFIT, folder, fresh, open_teacher=open_teacher, everything=True)
             say(f"unified MLLM of all sessions: {run / REFIT / 'mllm'}{'' if made else ' (up to date)'}")
@@ -124,7 +124,7 @@ def export_embeddings(
     overrides = [*(set_ or []), *(f"export.{key}={value}" for key, value in flags.items() if value is not None)]
     with errors(debug), open_run(config, data, run, overrides) as (settings, folder):
         share = parse_shard(shard)
-        from pipeline.embeddings import REFIT
+        from pipeline.data.embeddings import REFIT
         from pipeline.export import export
 
         exports = [export(settings, part, folder, update, share) for part in ([run, run / REFIT] if settings.distill.refit else [run])]
@@ -136,7 +136,7 @@ def export_embeddings(
 
 
 def tell_export(found: "Exported") -> None:
-    from pipeline.embeddings import halves_of
+    from pipeline.data.embeddings import halves_of
 
     for note in found.notes:
         say(note)
@@ -483,8 +483,8 @@ def prepare(
     """Turn your own tables and pictures into a data folder, and say what was read, dropped and why."""
     with errors(debug):
         columns = dict(part.partition("=")[::2] for part in column or [])
-        from pipeline.importers import PrepareOptions
-        from pipeline.importers import prepare as run_import
+        from pipeline.data.prepare.prepare import PrepareOptions
+        from pipeline.data.prepare.prepare import prepare as run_import
 
         options = PrepareOptions(items, sessions, out, images, session_gap, min_item_count, max_session_length, on_bad_image, columns)  # type: ignore[arg-type]
         for line in run_import(options).lines():

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from newest_tenth import write_part
 
-from pipeline.catalog import load_catalog
 from pipeline.core.config_file import load_config
+from pipeline.data.catalog import load_catalog
+from pipeline.data.session_log import load_sessions
 from pipeline.run_folder import remember
-from pipeline.session_log import load_sessions
 from recommender.rolling import evaluate_windows
 
 METRICS = ("HR@20", "MRR@20")

@@ -19,17 +19,17 @@ from accelerate import Accelerator
 from memory import SHAPES, memory
 
 from pipeline.backbone import build_backbone
-from pipeline.catalog import load_catalog
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config_file import load_config
 from pipeline.core.metrics_log import Metrics
+from pipeline.data.catalog import load_catalog
+from pipeline.data.sample_shop import draw_shop
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_sessions
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm
 from pipeline.phases import PHASES, Group
 from pipeline.prompts import Prompts
-from pipeline.session_log import load_sessions
-from pipeline.shop import draw_shop
-from pipeline.split import split_sessions
 from pipeline.train import train_phase
 from pipeline.vision import pack_attention
 

@@ -32,12 +32,12 @@ from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
 from pipeline.backbone import build_backbone, weights_sha256
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config, save_config
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
 from pipeline.distill import publish
-from pipeline.embeddings import read_embeddings
 from pipeline.encoder import Encoder
 from pipeline.export import export
 from pipeline.mllm import Mllm, load_mllm

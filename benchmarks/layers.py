@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import BackboneConfig, DataConfig, ExportConfig
-from pipeline.embeddings import HALVES
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import HALVES
 from pipeline.encoder import Encoder
 from pipeline.layers import measure, sample
 from pipeline.mllm import embed, load_mllm

@@ -21,15 +21,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.files import write_json
+from pipeline.data.catalog import load_catalog
+from pipeline.data.sample_shop import build_law, ceiling
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_sessions
 from pipeline.export import export
-from pipeline.session_log import load_sessions
-from pipeline.shop import build_law, ceiling
-from pipeline.split import split_sessions
 from recommender.evaluate import cases_of, model_ranks
 from recommender.metrics import summarise
 from recommender.published import load_model

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.catalog import ITEMS, SESSIONS, load_catalog
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
-from pipeline.session_log import SessionLog, load_sessions
+from pipeline.data.catalog import load_catalog
+from pipeline.data.parquet_checks import ITEMS, SESSIONS
+from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.baselines import BASELINES
 from recommender.calibration import apply
 from recommender.evaluate import baseline_ranks, cases_of, model_ranks

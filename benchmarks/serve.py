@@ -32,9 +32,9 @@ import pyarrow.parquet as pq
 from index import DIM, draw_model
 from threadpoolctl import threadpool_limits
 
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import OWN_KEYS, open_verified, stage
-from pipeline.embeddings import HALVES
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import HALVES
 from recommender.published import write_model
 from recommender.recommend import Recommender
 from recommender.whitening import Whitening

@@ -26,15 +26,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import stage
 from pipeline.core.config_file import load_config, save_config
 from pipeline.core.files import write_json
 from pipeline.core.progress import Steps
-from pipeline.embeddings import embeddings_schema, vector_columns, write_part
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import embeddings_schema, vector_columns, write_part
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_sessions
 from pipeline.prompts import Prompts
-from pipeline.session_log import load_sessions
-from pipeline.split import split_sessions
 
 BATCH = 64
 SIDE = 224  # pixels, of EfficientNet-Lite0

@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from pipeline.backbone import Backbone
-from pipeline.catalog import load_catalog
 from pipeline.core.config import Config
+from pipeline.data.catalog import load_catalog
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm
 from pipeline.prompts import Prompts, View

@@ -23,20 +23,20 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.backbone import build_backbone
-from pipeline.catalog import load_catalog
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.metrics_log import Metrics
+from pipeline.data.catalog import load_catalog
+from pipeline.data.sample_shop import draw_shop
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_sessions
 from pipeline.distill import distill, keep_pictures
 from pipeline.encoder import Encoder
 from pipeline.export import export
 from pipeline.mllm import Mllm
 from pipeline.phases import Group, Transfer
 from pipeline.prompts import Prompts
-from pipeline.session_log import load_sessions
-from pipeline.shop import draw_shop
-from pipeline.split import split_sessions
 from pipeline.train import train_phase
 
 SHAPE = [

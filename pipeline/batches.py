@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.catalog import Catalog
 from pipeline.core.process import end_with
+from pipeline.data.catalog import Catalog
+from pipeline.data.images import ImageError
 from pipeline.encoder import Encoded, Encoder
-from pipeline.images import ImageError
 from pipeline.prompts import Prompts, View
 
 NEAR = 0.95  # a batch ends where the next sequence is shorter than this share of its longest one ...

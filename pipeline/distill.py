@@ -20,7 +20,6 @@ from torch import Tensor
 
 from pipeline import fsdp, layers, prompts
 from pipeline.backbone import TOKENIZER, Backbone, build_backbone, weights_sha256
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import locked, published, stage
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
@@ -31,13 +30,14 @@ from pipeline.core.metrics_log import Metrics, flat
 from pipeline.core.prefetch import telling_of_dead_workers
 from pipeline.core.process import keep_freed_memory
 from pipeline.core.progress import Steps
+from pipeline.data.catalog import load_catalog
+from pipeline.data.session_log import SessionLog, load_sessions
+from pipeline.data.split import split_sessions
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm, SideBySide, load_trainable, save_mllm, trainable_state
 from pipeline.neighbours import load_neighbours
 from pipeline.phases import PHASES, Align, Group, Knowledge, Phase, Teacher, Tensors, Transfer
 from pipeline.prompts import Prompts, check_columns
-from pipeline.session_log import SessionLog, load_sessions
-from pipeline.split import split_sessions
 from pipeline.summaries import write_summaries
 from pipeline.templates import load_templates
 from pipeline.train import below, item_features, train_phase

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from pipeline.backbone import Backbone
-from pipeline.catalog import Catalog
 from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import USAGE, UserError
+from pipeline.data.catalog import Catalog
 from pipeline.families import FAMILIES, Processor
 from pipeline.prompts import Part
 from pipeline.vision import Cache, Picture, join

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 
 from pipeline import layers, prompts
 from pipeline.batches import Source
-from pipeline.catalog import Catalog, load_catalog
 from pipeline.core.artifact import Version, environment, open_verified, published
 from pipeline.core.config import BackboneConfig, Config, DataConfig
 from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
 from pipeline.core.files import canonical_json
 from pipeline.core.process import keep_freed_memory
-from pipeline.embeddings import HALVES, halves_of, vectors_of
+from pipeline.data.catalog import Catalog, load_catalog
+from pipeline.data.embeddings import HALVES, halves_of, vectors_of
 from pipeline.encoder import Encoder
 from pipeline.mllm import load_mllm
 from pipeline.neighbours import load_neighbours

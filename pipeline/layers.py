@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from pipeline.batches import cut
-from pipeline.embeddings import HALVES
+from pipeline.data.embeddings import HALVES
 from pipeline.encoder import Encoded, Encoder
 from pipeline.mllm import Mllm, pooled
 

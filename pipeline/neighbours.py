@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.catalog import Catalog
 from pipeline.core.config import NeighboursConfig
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.embeddings import read_embeddings
+from pipeline.data.catalog import Catalog
+from pipeline.data.embeddings import read_embeddings
 
 
 class Neighbours:

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from pipeline.batches import Batch, Source, cut, load, loader, measure
-from pipeline.catalog import Catalog
 from pipeline.core.artifact import Version
 from pipeline.core.config import ExportConfig
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.prefetch import ahead
 from pipeline.core.progress import Steps
-from pipeline.embeddings import HALVES, embeddings_schema, read_part, vector_columns
+from pipeline.data.catalog import Catalog
+from pipeline.data.embeddings import HALVES, embeddings_schema, read_part, vector_columns
 from pipeline.mllm import Mllm, SideBySide
 from pipeline.shards import Shards
 from pipeline.vision import pack_attention

@@ -25,10 +25,10 @@ from torch import Tensor
 from pipeline.chunks import Chunk, split
 from pipeline.core.config import Config, PhaseConfig
 from pipeline.critic import Critic, club, club_bound, smile
+from pipeline.data.session_log import SessionLog
 from pipeline.encoder import Encoded, Encoder
 from pipeline.mutual_information import info_nce
 from pipeline.prompts import Prompts, View
-from pipeline.session_log import SessionLog
 
 Tensors = dict[str, Tensor]
 Critics = dict[str, Critic]

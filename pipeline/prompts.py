@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.catalog import Catalog
 from pipeline.core.config import DataConfig
 from pipeline.core.errors import USAGE, UserError
-from pipeline.images import ImageError
+from pipeline.data.catalog import Catalog
+from pipeline.data.images import ImageError
 from pipeline.neighbours import Neighbours
 from pipeline.templates import Templates, load_templates
 

@@ -118,7 +118,7 @@ def find_pictures(data: Path | None, run: Path) -> Path | None:
 def draw_sample(data: Path, settings: "Config") -> None:
     """The sample shop in `data`, whole or not at all, also where several processes begin a run together."""
     from pipeline.core.files import remove
-    from pipeline.shop import draw_shop
+    from pipeline.data.sample_shop import draw_shop
 
     data.parent.mkdir(parents=True, exist_ok=True)
     say(f"drawing the sample shop: {data}")
@@ -134,7 +134,7 @@ def draw_sample(data: Path, settings: "Config") -> None:
 
 
 def check_data(data: Path) -> None:
-    from pipeline.catalog import load_catalog
-    from pipeline.session_log import load_sessions
+    from pipeline.data.catalog import load_catalog
+    from pipeline.data.session_log import load_sessions
 
     load_sessions(data, load_catalog(data))

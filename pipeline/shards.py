@@ -35,7 +35,7 @@ from pipeline.core.artifact import (
 )
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import fsync_path, remove
-from pipeline.embeddings import write_part
+from pipeline.data.embeddings import write_part
 
 STALE_SECONDS = 60.0
 BEAT_SECONDS = 5.0

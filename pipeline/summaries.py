@@ -17,9 +17,9 @@ from pipeline.batches import cut
 from pipeline.core.files import canonical_json, replacing
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.progress import Steps
+from pipeline.data.session_log import SessionLog
 from pipeline.mllm import Mllm, trainable_state
 from pipeline.phases import Phase, starts, summary_key
-from pipeline.session_log import SessionLog
 
 
 def folds(train: SessionLog, items: int, blocks: int) -> list[dict[str, np.ndarray]]:

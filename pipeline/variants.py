@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.backbone import Backbone
 from pipeline.core.config import Config, VariantName
-from pipeline.embeddings import HALVES
+from pipeline.data.embeddings import HALVES
 from pipeline.mllm import Mllm, SideBySide, load_trainable, trainable_state
 
 Weights = Mapping[str, dict[str, Tensor]]  # by phase, what `trainable_state` gave at its end

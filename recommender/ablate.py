@@ -28,7 +28,7 @@ from pipeline.core.config_file import altered
 from pipeline.core.errors import ENVIRONMENT, UserError
 from pipeline.core.files import write_json
 from pipeline.core.process import end_with
-from pipeline.embeddings import read_embeddings
+from pipeline.data.embeddings import read_embeddings
 from recommender.comparison import PROBES, report
 from recommender.inputs import load_inputs, model_fingerprint
 from recommender.probes import attribute_columns, probe

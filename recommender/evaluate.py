@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pipeline.availability import Availability
 from pipeline.core.config import DataConfig
-from pipeline.session_log import SessionLog
-from pipeline.split import Split
+from pipeline.data.availability import Availability
+from pipeline.data.session_log import SessionLog
+from pipeline.data.split import Split
 from recommender.baselines import BASELINES, Scorer
 from recommender.metrics import summarise_buckets, target_ranks
 from recommender.model import SessionModel

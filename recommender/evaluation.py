@@ -4,7 +4,7 @@ Each model is trained with each seed, its epoch chosen on validation, and the te
 `run/evaluation-train/<protocol>`, so that a run that was killed goes on and a model more costs its own time alone; the end is
 a version of `run/evaluation/<protocol>`: report.md, metrics.json and the rank of every case in ranks.parquet.
 
-The protocols are those of `pipeline.split`, and `paper-max`: the split by time, but of every metric the maximum over the epochs
+The protocols are those of `pipeline.data.split`, and `paper-max`: the split by time, but of every metric the maximum over the epochs
 on the test, as much published code reports it. It is there to compare with such figures, and only under that name.
 """
 
@@ -24,7 +24,7 @@ from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.core.files import canonical_json, remove, write_json
-from pipeline.session_log import SessionLog
+from pipeline.data.session_log import SessionLog
 from recommender.baselines import BASELINES, Scorer
 from recommender.comparison import Figure, Row, table, told
 from recommender.evaluate import (

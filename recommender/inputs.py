@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.availability import Availability
-from pipeline.catalog import Catalog, load_catalog
 from pipeline.core.artifact import Version
 from pipeline.core.config import Config
 from pipeline.core.errors import ARTIFACT, DATA, UserError
 from pipeline.core.files import canonical_json
-from pipeline.embeddings import Embeddings, published_in, read_embeddings
-from pipeline.session_log import load_sessions
-from pipeline.split import Split, split_sessions, split_window
+from pipeline.data.availability import Availability
+from pipeline.data.catalog import Catalog, load_catalog
+from pipeline.data.embeddings import Embeddings, published_in, read_embeddings
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import Split, split_sessions, split_window
 from recommender.evaluate import cases_of
 from recommender.models import MODELS, chosen
 from recommender.sessions import Windows, pack

@@ -1,6 +1,6 @@
 """The catalogue beside the recommendations: attributes of items, and their pictures small enough for a page.
 
-Pictures are decoded by the guarded decoder of `pipeline.images` and always encoded again, so no byte of an uploaded file
+Pictures are decoded by the guarded decoder of `pipeline.data.images` and always encoded again, so no byte of an uploaded file
 reaches a browser. The last ones stay in memory, up to `CACHE_BYTES`. Everything runs in one thread of its own: reading
 a large catalogue, or a hostile picture, delays other pictures and no recommendation.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.catalog import Catalog, load_catalog
 from pipeline.core.errors import UserError
+from pipeline.data.catalog import Catalog, load_catalog
 
 log = logging.getLogger("tpad.serve")
 

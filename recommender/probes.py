@@ -8,8 +8,8 @@ import copy
 import numpy as np
 import torch
 
-from pipeline.catalog import Catalog
-from pipeline.embeddings import Embeddings
+from pipeline.data.catalog import Catalog
+from pipeline.data.embeddings import Embeddings
 from pipeline.mutual_information import CLUB, Gaussian
 from recommender.evaluate import SCORES_AT_ONCE, prefixes_of
 from recommender.metrics import summarise, target_ranks

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from pipeline.catalog import Catalog
 from pipeline.core.files import canonical_json
+from pipeline.data.catalog import Catalog
 from recommender.index import ItemIndex, build_indexes, describe, save_indexes
 from recommender.model import SessionModel
 from recommender.ranker import Ranker

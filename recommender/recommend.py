@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from pipeline.availability import ALWAYS, NEVER, read_availability
 from pipeline.core.artifact import Version, open_verified
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from pipeline.embeddings import HALVES
+from pipeline.data.availability import ALWAYS, NEVER, read_availability
+from pipeline.data.embeddings import HALVES
 from recommender.index import ItemIndex, first, load_indexes
 from recommender.ranker import Ranker, Read, unit
 from recommender.shape import ModelConfig, config_of

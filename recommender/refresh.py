@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file
 
-from pipeline.catalog import Catalog, load_catalog
 from pipeline.core.artifact import OWN_KEYS, Version, open_verified, stage
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json
-from pipeline.embeddings import Embeddings, read_embeddings
+from pipeline.data.catalog import Catalog, load_catalog
+from pipeline.data.embeddings import Embeddings, read_embeddings
 from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
 from recommender.model import SessionModel
 from recommender.published import load_model, write_model

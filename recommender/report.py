@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.catalog import Catalog, load_catalog
 from pipeline.core.errors import UserError
 from pipeline.core.files import replacing
 from pipeline.core.progress import Steps
+from pipeline.data.catalog import Catalog, load_catalog
 from recommender.charts import Curve, chart, plane
 from recommender.evaluate import COLUMNS, REFIT_NOTE, ROWS
 from recommender.index import CHECK_K, EFFORTS, FLAT_ITEMS, ItemIndex, asked, build_indexes, exact_worst, factory_of, first, measure

@@ -30,8 +30,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 from threadpoolctl import threadpool_limits
 
-from pipeline.catalog import MAX_ID_BYTES
 from pipeline.core.errors import ENVIRONMENT, UserError
+from pipeline.data.parquet_checks import MAX_ID_BYTES
 from recommender.gate import FAULT, MAX_AT_ONCE, MAX_BODY, Gate, Problem, log_to_stderr
 from recommender.recommend import MAX_SHIFT, Recommendation
 from recommender.service import Refused, Served, Service

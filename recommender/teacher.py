@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.core.artifact import open_verified
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.session_log import SessionLog
+from pipeline.data.session_log import SessionLog
 from recommender.published import load_model
 from recommender.sessions import pad_prefixes
 

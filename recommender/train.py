@@ -21,7 +21,7 @@ from pipeline.core.artifact import Version, published, stage
 from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json, remove
-from pipeline.embeddings import published_in
+from pipeline.data.embeddings import published_in
 from recommender.calibration import Calibration, apply
 from recommender.evaluate import Metrics, buckets_of, cases_table, collect_results, print_results, read_ceiling
 from recommender.index import empty_index

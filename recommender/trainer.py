@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
-from pipeline.availability import Availability
 from pipeline.core.artifact import locked
 from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
 from pipeline.core.config import Config, SbrConfig
@@ -31,6 +30,7 @@ from pipeline.core.errors import USAGE, UserError
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.process import keep_freed_memory
 from pipeline.core.progress import Steps
+from pipeline.data.availability import Availability
 from recommender.calibration import Calibration, calibrate
 from recommender.candidates import Candidates, drawn_evenly, everything, sampled, share_drawn
 from recommender.evaluate import model_ranks

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import Version
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.core.files import canonical_json, remove
-from pipeline.session_log import SessionLog, load_sessions
+from pipeline.data.catalog import load_catalog
+from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.evaluate import cases_of, model_ranks
 from recommender.metrics import case_values
 from recommender.refresh import open_current

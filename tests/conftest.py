@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_run import settings
 
-    from pipeline.shop import draw_shop
+    from pipeline.data.sample_shop import draw_shop
 
     data = tmp_path_factory.mktemp("shop") / "data"
     draw_shop(data, settings().shop, settings().data)

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import stage
 from pipeline.core.config import Config
-from pipeline.embeddings import HALVES, embeddings_schema, vector_columns, write_part
-from pipeline.session_log import load_sessions
-from pipeline.split import split_sessions
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import HALVES, embeddings_schema, vector_columns, write_part
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_sessions
 
 GROUPS = 6  # the next item is mostly one of the next group: what the vectors show
 DIM = 8

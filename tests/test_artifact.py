@@ -20,7 +20,7 @@ from pipeline.core import artifact
 from pipeline.core.artifact import Version, open_verified, published, stage
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
 from pipeline.core.files import sha256_file, write_json
-from pipeline.embeddings import HALVES, Dtype, embeddings_schema, read_embeddings, vector_columns, write_part
+from pipeline.data.embeddings import HALVES, Dtype, embeddings_schema, read_embeddings, vector_columns, write_part
 
 HINT = "run `tpad export-embeddings` first"
 REPOSITORY = Path(__file__).parent.parent
@@ -286,7 +286,7 @@ WRITER = """
     import sys, os
     from pathlib import Path
     from pipeline.core.artifact import stage
-    from pipeline.embeddings import write_part
+    from pipeline.data.embeddings import write_part
     from pipeline.core.errors import UserError
     import numpy, pyarrow
     {setup}

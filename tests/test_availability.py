@@ -18,11 +18,11 @@ from test_session_model import COLD, ITEMS, build
 from typer.testing import CliRunner, Result
 
 import cli
-from pipeline.availability import ALWAYS, NEVER, Availability
-from pipeline.catalog import load_catalog
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import DATA, USAGE, UserError
-from pipeline.importers import PrepareOptions, prepare
+from pipeline.data.availability import ALWAYS, NEVER, Availability
+from pipeline.data.catalog import load_catalog
+from pipeline.data.prepare.prepare import PrepareOptions, prepare
 from recommender.baselines import BASELINES
 from recommender.candidates import Candidates, everything, log_partition
 from recommender.evaluate import baseline_ranks, model_ranks, prefixes_of

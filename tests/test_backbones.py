@@ -19,10 +19,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks import memory
 from pipeline.backbone import UNQUANTIZED, build_backbone
-from pipeline.catalog import load_catalog
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
-from pipeline.embeddings import read_embeddings
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
 from pipeline.encoder import Encoded
 from pipeline.mllm import trainable_state
 from pipeline.prompts import Part, Prompts

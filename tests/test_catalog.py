@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.catalog import Catalog, load_catalog
 from pipeline.core.config import DataConfig
 from pipeline.core.errors import DATA, UserError
-from pipeline.images import decode_image
+from pipeline.data.catalog import Catalog, load_catalog
+from pipeline.data.images import decode_image
+from pipeline.data.session_log import load_sessions
 from pipeline.prompts import Prompts
-from pipeline.session_log import load_sessions
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -351,5 +351,5 @@ def test_missing_log_and_column(shop: Path) -> None:
 
 
 def test_catalogue_needs_no_torch() -> None:
-    code = "import sys, pipeline.catalog, pipeline.importers; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, pipeline.data.catalog, pipeline.data.prepare.prepare; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0

@@ -10,8 +10,8 @@ from tiny_run import PHASES, distill_run, losses, save_backbone, settings, two_p
 from torch import Tensor
 
 from pipeline.backbone import build_backbone
-from pipeline.catalog import load_catalog
 from pipeline.chunks import backward, features, look_once, split
+from pipeline.data.catalog import load_catalog
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm
 from pipeline.mutual_information import info_nce

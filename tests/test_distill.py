@@ -39,19 +39,19 @@ from tiny_run import (
 from typer.testing import CliRunner
 
 import cli
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import locked
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 from pipeline.core.prefetch import loaded_ahead, telling_of_dead_workers
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
+from pipeline.data.session_log import SessionLog, load_sessions
+from pipeline.data.split import split_sessions
 from pipeline.distill import _check_batches
-from pipeline.embeddings import read_embeddings
 from pipeline.phases import Align, Transfer, drawn, first_of_each
 from pipeline.prompts import Prompts
-from pipeline.session_log import SessionLog, load_sessions
-from pipeline.split import split_sessions
 
 ROOT = Path(__file__).parents[1]
 

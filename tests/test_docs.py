@@ -31,7 +31,7 @@ import cli
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
-from pipeline.shop import draw_shop
+from pipeline.data.sample_shop import draw_shop
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 GENERATED = ("cli.md", "configuration.md")  # which have a test of their own

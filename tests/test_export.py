@@ -23,10 +23,10 @@ from tiny_items import make
 from tiny_run import PHASES, change_items, distill_run, export_run, kill_when, published_folder, settings, start
 
 from pipeline.batches import Source
-from pipeline.catalog import load_catalog
 from pipeline.core.errors import ARTIFACT, DATA, UserError
 from pipeline.core.errors import ENVIRONMENT as ENVIRONMENT_ERROR
-from pipeline.embeddings import read_embeddings
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
 from pipeline.export import export
 from pipeline.prompts import Prompts
 

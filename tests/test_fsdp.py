@@ -12,9 +12,9 @@ from tiny_run import PHASES, distill_run, export_run, kill_when, launched, losse
 
 from pipeline import fsdp
 from pipeline.backbone import build_backbone
-from pipeline.catalog import load_catalog
 from pipeline.core.errors import USAGE, UserError
-from pipeline.embeddings import read_embeddings
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm, embed
 from pipeline.prompts import Prompts

@@ -16,7 +16,7 @@ from tiny import tpad
 
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import USAGE, UserError
-from pipeline.importers import PrepareOptions, prepare
+from pipeline.data.prepare.prepare import PrepareOptions, prepare
 from recommender.recommend import Recommender
 from recommender.refresh import refresh
 from recommender.report import write_report

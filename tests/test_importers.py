@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.catalog import load_catalog
 from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
-from pipeline.importers import PrepareOptions, PrepareSummary, prepare
-from pipeline.session_log import load_sessions
+from pipeline.data.catalog import load_catalog
+from pipeline.data.prepare.prepare import PrepareOptions, PrepareSummary, prepare
+from pipeline.data.session_log import load_sessions
 
 ITEMS = [
     {"item_id": "7", "title": 'Lamp, "old"', "description": "line one\nline two", "colour": "red"},

@@ -10,7 +10,7 @@ import torch
 from tiny_run import PHASES, distill_run, export_run, published_folder, save_backbone, settings
 
 from pipeline.core.errors import USAGE, UserError
-from pipeline.embeddings import read_embeddings
+from pipeline.data.embeddings import read_embeddings
 from pipeline.export import export
 from pipeline.layers import apart
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from standin_run import publish_embeddings, write_data
 
-from pipeline.catalog import load_catalog
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.session_log import load_sessions
-from pipeline.split import split_sessions
+from pipeline.data.catalog import load_catalog
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_sessions
 from recommender.inputs import load_inputs
 from recommender.models import MODELS
 from recommender.train import train_sbr

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_run import PHASES, distill_run, export_run, published_folder, settings
 
-from pipeline.catalog import load_catalog
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from pipeline.embeddings import read_embeddings
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
 from pipeline.export import export
 from pipeline.neighbours import load_neighbours
 from pipeline.prompts import FULL, Prompts, View

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from standin_run import write_data
 
-from pipeline.catalog import load_catalog
+from pipeline.data.catalog import load_catalog
 from recommender.metrics import summarise
 from recommender.probes import accuracy, attribute_columns, club_a_dimension, linear_cka, retrieval_ranks
 from recommender.sessions import pack

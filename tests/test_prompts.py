@@ -10,9 +10,9 @@ from ruamel.yaml import YAML
 from tiny import ROOT, contents
 from tiny_run import distill_run, export_run, published_folder, same, settings, weights
 
-from pipeline.catalog import load_catalog
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from pipeline.embeddings import read_embeddings
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
 from pipeline.prompts import Part, Prompts, View
 from pipeline.templates import Templates, load_templates
 

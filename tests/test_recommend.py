@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import cli
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
-from pipeline.embeddings import read_embeddings
+from pipeline.data.embeddings import read_embeddings
 from recommender import batch, dense, recommend
 from recommender.batch import recommend_file
 from recommender.index import WANTED, check

@@ -21,14 +21,14 @@ from tiny_run import SETTINGS as DISTILLING
 from typer.testing import CliRunner
 
 import cli
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.embeddings import read_embeddings
-from pipeline.session_log import load_sessions
-from pipeline.split import split_sessions
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_sessions
 from recommender.recommend import Recommender
 from recommender.teacher import Teacher
 from recommender.train import train_sbr

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.catalog import Catalog, load_catalog
 from pipeline.core.config import DataConfig, ShopConfig
-from pipeline.session_log import load_sessions
-from pipeline.shop import COLOURS, LAST, MOTIFS, Law, build_law, draw_shop
-from pipeline.split import split_by_time
+from pipeline.data.catalog import Catalog, load_catalog
+from pipeline.data.sample_shop import COLOURS, LAST, MOTIFS, Law, build_law, draw_shop
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_by_time
 
 # 2005 sessions: a tenth is 200.5 of them, so the shop and the split must round alike
 SHOP = ShopConfig(items=300, sessions=2005, image_size=32)

@@ -10,13 +10,13 @@ import pytest
 from standin_run import publish_embeddings, write_data
 from tiny_run import distill_run, export_run, same, weights
 
-from pipeline.catalog import load_catalog
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, DATA, UserError
-from pipeline.embeddings import read_embeddings
-from pipeline.session_log import SessionLog, load_sessions
-from pipeline.split import split_by_time, split_sessions
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
+from pipeline.data.session_log import SessionLog, load_sessions
+from pipeline.data.split import split_by_time, split_sessions
 from recommender.evaluate import cases_of, positions_of, prefixes_of
 from recommender.inputs import load_inputs
 from recommender.sessions import PAD

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save
 from server import publish_again
 from tiny_run import STEPS, distill_run, kill_when, losses, same, settings, start, two_processes, weights
 
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import open_verified
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
+from pipeline.data.catalog import load_catalog
+from pipeline.data.session_log import load_sessions
+from pipeline.data.split import split_by_time
 from pipeline.phases import soft_loss, starts, summary_key
 from pipeline.prompts import Part, Prompts
-from pipeline.session_log import load_sessions
-from pipeline.split import split_by_time
 from pipeline.summaries import folds
 from recommender.published import load_model
 from recommender.sessions import pad_prefixes

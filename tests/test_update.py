@@ -21,12 +21,12 @@ from tiny import ENVIRONMENT, ROOT, contents
 from typer.testing import CliRunner
 
 import cli
-from pipeline.catalog import load_catalog
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from pipeline.session_log import load_sessions
+from pipeline.data.catalog import load_catalog
+from pipeline.data.session_log import load_sessions
 from recommender.recommend import Recommender
 from recommender.train import train_sbr
 from recommender.update import update_sbr

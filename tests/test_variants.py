@@ -13,8 +13,8 @@ from tiny_run import PHASES, STEPS, export_run, losses, same, settings, weights
 from pipeline.core.config import VariantName
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import USAGE, UserError
+from pipeline.data.embeddings import read_embeddings
 from pipeline.distill import distill
-from pipeline.embeddings import read_embeddings
 from pipeline.variants import VARIANTS, varied
 from recommender.recommend import Recommender
 from recommender.train import train_sbr

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from tiny_run import PHASES, distill_run, kill_when, same, save_backbone, settings, start, weights
 
 from pipeline.backbone import build_backbone
-from pipeline.catalog import load_catalog
-from pipeline.embeddings import read_embeddings
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
 from pipeline.encoder import Encoder
 from pipeline.export import export
 from pipeline.mllm import Mllm

@@ -18,7 +18,7 @@ import cli
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import DATA, USAGE, UserError
-from pipeline.split import split_sessions, split_window
+from pipeline.data.split import split_sessions, split_window
 from recommender.evaluation import evaluate
 from recommender.rolling import evaluate_windows
 

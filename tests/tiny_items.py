@@ -11,9 +11,9 @@ from PIL import Image
 from tiny_run import TINY
 
 from pipeline.backbone import Backbone, build_backbone
-from pipeline.catalog import load_catalog
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
+from pipeline.data.catalog import load_catalog
 from pipeline.encoder import Encoded, Encoder
 from pipeline.mllm import Mllm, embed
 from pipeline.prompts import Prompts

@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +22,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.availability import COLUMNS as AVAILABILITY
-from pipeline.availability import Availability, read_availability
-from pipeline.clock import PREPARE
 from pipeline.core.errors import DATA, UserError
 from pipeline.core.files import sha256_file
-from pipeline.images import FORMATS, decode_image, read_image_file
+from pipeline.data.availability import COLUMNS as AVAILABILITY
+from pipeline.data.availability import Availability, read_availability
+from pipeline.data.images import FORMATS, decode_image, read_image_file
+from pipeline.data.parquet_checks import (
+    ITEMS,
+    SESSIONS,
+    check_ids,
+    has_binary,
+    inner,
+    is_image,
+    is_text,
+    need_columns,
+    open_parquet,
+    parquet_file,
+    raise_duplicate,
+    unreadable,
+)
 
-ITEMS, SESSIONS = "items.parquet", "sessions.parquet"
-MAX_ID_BYTES = 512
 CACHE_BYTES = 256 * 1024 * 1024  # of image row groups ...
 STREAM_BYTES = 16 * 1024 * 1024  # ... and of the columns of a catalogue that is gone through once, in order
-CONTROL = "[\\x00-\\x1f\\x7f\\x{80}-\\x{9f}\\x{2028}\\x{2029}]"  # in the syntax of RE2, which Arrow uses
 
 
 class _Column:
@@ -55,7 +65,7 @@ class _Column:
             if _file_state(self.path) != self.state:
                 raise UserError(f"the items changed while in use ({self.path}); start the command again", DATA)
             try:
-                column = _open(self.path, self.metadata).read_row_group(number, columns=[self.name], use_threads=False).column(0)
+                column = parquet_file(self.path, self.metadata).read_row_group(number, columns=[self.name], use_threads=False).column(0)
                 column.validate(full=True)
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(self.path, error) from None
@@ -234,88 +244,3 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
     text_columns = [name for name in columns if is_text(inner(schema.field(name).type))]
     available = read_availability(path, table)
     return Catalog(path, sha256, item_ids, columns, text_columns, texts, image_column, present, available, bool(linked))
-
-
-def raise_duplicate(item_ids: list[str], where: Callable[[int], str]) -> None:
-    first: dict[str, int] = {}
-    for row, item_id in enumerate(item_ids):
-        if item_id in first:
-            raise UserError(f"item_id {item_id!r} stands twice ({where(row)} and {where(first[item_id])}); keep one of them", DATA)
-        first[item_id] = row
-
-
-# --- what any Parquet file of ours must be
-
-
-def open_parquet(path: Path, hint: str) -> pq.ParquetFile:
-    if not path.is_file():
-        raise UserError(f"{path.name} not found ({path}); {hint}", DATA)
-    try:
-        return _open(path, None)
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(path, error) from None
-
-
-def _open(path: Path, metadata: Any) -> pq.ParquetFile:
-    # without pre_buffer, which would hold all row groups that were read
-    return pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, pre_buffer=False, buffer_size=2**20)
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"not readable as Parquet: {str(error).rstrip('.')[:200]} ({path}); write the file again", DATA)
-
-
-def need_columns(path: Path, schema: pa.Schema, wanted: dict[str, Any]) -> None:
-    """`wanted`: column -> test of its Arrow type."""
-    for name in schema.names:
-        if schema.names.count(name) > 1:
-            raise UserError(f"column `{name}` stands twice ({path}); keep one", DATA)
-    for name, fits in wanted.items():
-        if name not in schema.names:
-            raise UserError(f"column `{name}` is missing ({path} has {', '.join(schema.names[:20])}); {PREPARE}", DATA)
-        if not fits(schema.field(name).type):
-            raise UserError(f"column `{name}` has the wrong type, {schema.field(name).type} ({path}); {PREPARE}", DATA)
-
-
-def is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def inner(kind: pa.DataType) -> pa.DataType:
-    """Of the values in a list; of anything else its own."""
-    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-
-
-def is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def is_image(kind: pa.DataType) -> bool:
-    """struct<bytes: binary, path: string>, either of which may be absent."""
-    if not pa.types.is_struct(kind):
-        return False
-    parts = {part.name: part.type for part in kind}
-    fits = {"bytes": is_binary, "path": is_text}
-    return bool(parts) and all(name in fits and (fits[name](part) or pa.types.is_null(part)) for name, part in parts.items())
-
-
-def has_binary(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return is_binary(kind.value_type)
-    nested = [kind.field(i).type for i in range(kind.num_fields)]
-    return is_binary(kind) or bool(pa.types.is_fixed_size_binary(kind)) or any(has_binary(part) for part in nested)
-
-
-def check_ids(ids: pa.ChunkedArray, name: str, where: Callable[[int], str]) -> None:
-    ids = ids.cast(pa.large_string())
-    faults = {
-        "is empty": pc.fill_null(pc.equal(pc.binary_length(pc.utf8_trim_whitespace(ids)), 0), True),
-        f"is longer than {MAX_ID_BYTES} bytes": pc.fill_null(pc.greater(pc.binary_length(ids), MAX_ID_BYTES), False),
-        "has a control character": pc.fill_null(pc.match_substring_regex(ids, CONTROL), False),
-    }
-    for fault, bad in faults.items():
-        row = pc.index(bad, True).as_py()
-        if row >= 0:
-            raise UserError(f"{name} {fault} ({where(row)}); every row needs a short, printable {name}", DATA)

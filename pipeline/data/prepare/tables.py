@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from pipeline.catalog import is_text, open_parquet, plain_text, unreadable
 from pipeline.core.errors import DATA, UserError
+from pipeline.data.catalog import plain_text
+from pipeline.data.parquet_checks import is_text, open_parquet, unreadable
 
 FORMATS = {
     ".csv": "csv",

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.core.config import DataConfig
 from pipeline.core.errors import DATA, UserError
-from pipeline.session_log import SessionLog
+from pipeline.data.session_log import SessionLog
 
 
 @dataclass(frozen=True)

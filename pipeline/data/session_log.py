@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.catalog import ITEMS, SESSIONS, Catalog, check_ids, is_text, need_columns, open_parquet, unreadable
-from pipeline.clock import is_clock, read_clock
 from pipeline.core.errors import DATA, UserError
+from pipeline.data.catalog import Catalog
+from pipeline.data.clock import is_clock, read_clock
+from pipeline.data.parquet_checks import ITEMS, SESSIONS, check_ids, is_text, need_columns, open_parquet, unreadable
 
 
 @dataclass(frozen=True)

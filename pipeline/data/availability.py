@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.clock import is_clock, read_clock
 from pipeline.core.errors import DATA, UserError
+from pipeline.data.clock import is_clock, read_clock
 
 AVAILABLE_FROM, AVAILABLE_UNTIL = COLUMNS = "available_from", "available_until"
 ALWAYS, NEVER = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # seconds

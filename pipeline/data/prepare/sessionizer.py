@@ -4,22 +4,17 @@ Sessions come from a column of their names or, where there is none, from pauses 
 or the file itself; without a time, the events are numbered instead, so that sessions keep the order of the file.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.catalog import check_ids, is_text
 from pipeline.core.errors import DATA, UserError
-from pipeline.tables import Source
-
-UNITS = {1: "seconds", 10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}
-LARGEST_SECOND = 10**11  # the year 5138; times above are in a finer unit
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+from pipeline.data.parquet_checks import check_ids
+from pipeline.data.prepare.tables import Source
+from pipeline.data.prepare.timestamps import codes, is_number, read_times
 
 
 @dataclass(frozen=True)
@@ -59,8 +54,8 @@ def build_sessions(
     groups = "session_id" if "session_id" in columns else "user_id"
     if groups not in columns or (groups == "user_id" and "timestamp" not in columns):
         source.need(columns, "session_id" if "user_id" not in columns else "timestamp")
-    item, log_ids = _codes(source.ids(source.need(columns, "item_id")))
-    group, names = _codes(source.ids(columns[groups]))
+    item, log_ids = codes(source.ids(source.need(columns, "item_id")))
+    group, names = codes(source.ids(columns[groups]))
     order, unit, ordered = _order(source, columns, note)
     place = np.arange(source.rows)
     timed = "timestamp" in columns
@@ -91,18 +86,11 @@ def build_sessions(
 
 def _users(session: np.ndarray, names: list[str], user_ids: pa.ChunkedArray) -> list[str]:
     """The user of each session, that of its first event; one without is a user of its own."""
-    whose, users = _codes(user_ids)
+    whose, users = codes(user_ids)
     there = np.flatnonzero((session >= 0) & (whose >= 0))[::-1]
     of = np.full(len(names), -1)
     of[session[there]] = whose[there]
     return [users[user] if user >= 0 else name for user, name in zip(of, names, strict=True)]
-
-
-def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """(E,) position in the list of distinct values, -1 for null."""
-    encoded = values.combine_chunks().dictionary_encode()
-    chunk = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
-    return chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), chunk.dictionary.to_pylist()
 
 
 def _order(source: Source, columns: dict[str, str], note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
@@ -125,95 +113,8 @@ def _numbers(source: Source, name: str) -> np.ndarray:
             values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
         return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan).to_numpy())
     except pa.ArrowException:
-        row = next((i for i, value in enumerate(source.values(name)) if not _is_number(value)), 0)
+        row = next((i for i, value in enumerate(source.values(name)) if not is_number(value)), 0)
         raise UserError(f"`{name}` is not a number ({source.where(row)}); give numbers", DATA) from None
-
-
-def _is_number(value: object) -> bool:
-    try:
-        return value is None or not str(value).strip() or math.isfinite(float(str(value)))
-    except ValueError:
-        return False
-
-
-def read_times(source: Source, name: str, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
-    """(E,) int64 times, units of them a second, (E,) where there is one."""
-    values = source.column(name)
-    kind = values.type
-    if pa.types.is_date(kind):
-        values, kind = values.cast(pa.timestamp("s")), pa.timestamp("s")
-    known = ~np.asarray(values.is_null().to_numpy())
-    if pa.types.is_timestamp(kind):
-        unit = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit]
-        return values.cast(pa.int64()).fill_null(0).to_numpy(), unit, known
-    if pa.types.is_integer(kind):
-        clock = values.cast(pa.int64(), safe=False).fill_null(0).to_numpy()
-    elif pa.types.is_floating(kind):
-        known &= ~np.isnan(values.to_numpy())
-        return _float_times(source, np.where(known, values.fill_null(0).to_numpy(), 0), known, note)
-    elif is_text(kind) or pa.types.is_null(kind):
-        return _text_times(source, name, note)
-    else:
-        raise UserError(f"column `{name}` has the wrong type, {kind} ({source.path}); give seconds or ISO 8601", DATA)
-    return _whole_times(source, clock, known, note)
-
-
-def _whole_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
-    """Seconds or a finer unit, or, where all can be, days written as 20240131."""
-    there = clock[known]
-    year, month, day = there // 10_000, there // 100 % 100, there % 100
-    if len(there) and ((year >= 1990) & (year <= 2100) & (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)).all():
-        note(f"{source.path}: times are days, as {there[0]}")
-        months = (clock // 10_000 - 1970) * 12 + clock // 100 % 100 - 1
-        days = months.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + clock % 100 - 1
-        return np.where(known, days * 86_400, 0), 1, known
-    return clock, _unit(source, clock, known, note), known
-
-
-def _float_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
-    endless = known & ~np.isfinite(clock)
-    if endless.any():
-        raise UserError(f"a time is not finite ({source.where(int(np.argmax(endless)))}); mend it, or leave the cell empty", DATA)
-    if (clock == np.floor(clock)).all():
-        return _whole_times(source, clock.astype(np.int64), known, note)
-    unit = _unit(source, clock, known, note)
-    if unit == 1:
-        return np.round(clock * 1000).astype(np.int64), 1000, known  # the fraction of a second orders events too
-    return np.floor(clock).astype(np.int64), unit, known
-
-
-def _text_times(source: Source, name: str, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
-    """Numbers, or dates and times in ISO 8601 (those without a zone in UTC)."""
-    code, texts = _codes(source.ids(name))
-    known = code >= 0
-    numbers = [_is_number(text) for text in texts]
-    if sum(numbers) * 2 > len(texts) or not texts:
-        if not all(numbers):
-            i = numbers.index(False)
-            raise UserError(f"`{name}` {texts[i][:40]!r} is not a number ({source.where(int(np.argmax(code == i)))}); give one unit", DATA)
-        clock = np.array([float(text) for text in texts] or [0.0])
-        return _float_times(source, np.where(known, clock[code], 0), known, note)
-    micros = np.zeros(len(texts), np.int64)
-    for i, text in enumerate(texts):
-        try:
-            moment = datetime.fromisoformat(text)
-            micros[i] = ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - EPOCH) // timedelta(microseconds=1)
-        except ValueError:
-            row = int(np.argmax(code == i))
-            raise UserError(f"`{name}` {text[:40]!r} is not a time ({source.where(row)}); give seconds or ISO 8601", DATA) from None
-    return np.where(known, micros[code], 0), 10**6, known
-
-
-def _unit(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> int:
-    largest = clock[known].max(initial=0)
-    unit = next((unit for unit in UNITS if largest < LARGEST_SECOND * unit), 10**9)
-    smallest = clock[known].min(initial=largest)
-    if unit > 1 and smallest < LARGEST_SECOND * unit // 10**4:  # 1970-04 in this unit: rather a time in a coarser one
-        row = int(np.argmax(known & (clock == smallest)))
-        raise UserError(f"times are partly in {UNITS[unit]}, partly in a coarser unit ({source.where(row)}); use one unit", DATA)
-    if unit > 1:
-        note(f"{source.path}: times are in {UNITS[unit]}, written in seconds")
-    return unit
 
 
 def _cut(events: _Events, users: list[str], gap: float) -> tuple[_Events, list[str], list[str]]:

@@ -18,15 +18,17 @@ from typing import Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.availability import COLUMNS as AVAILABILITY
-from pipeline.availability import read_availability
-from pipeline.catalog import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, plain_text, raise_duplicate
 from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import fsync_path
 from pipeline.core.progress import Steps
-from pipeline.images import ImageError, decode_image, read_image_file
-from pipeline.sessionizer import SessionRules, build_sessions, read_times
-from pipeline.tables import Source, open_source
+from pipeline.data.availability import COLUMNS as AVAILABILITY
+from pipeline.data.availability import read_availability
+from pipeline.data.catalog import plain_text
+from pipeline.data.images import ImageError, decode_image, read_image_file
+from pipeline.data.parquet_checks import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, raise_duplicate
+from pipeline.data.prepare.sessionizer import SessionRules, build_sessions
+from pipeline.data.prepare.tables import Source, open_source
+from pipeline.data.prepare.timestamps import read_times
 
 ITEM_NAMES = {  # column of ours -> what others call it, by lower-case letters and digits alone, the likeliest first
     "item_id": "itemid movieid productid articleid asin sku newsid bookid goodsid item product id",
