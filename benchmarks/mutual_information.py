@@ -1,4 +1,4 @@
-"""Every estimator of `pipeline.mutual_information` on Gaussians whose mutual information is known: a table of docs/experiments.md.
+"""Every estimator of `pipeline.objectives.mutual_information` on Gaussians of known information: a table of docs/experiments.md.
 
     python benchmarks/mutual_information.py --seeds 10
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.mutual_information import CLUB, MINE, NWJ, SMILE, Bound, CLUBSample, Gaussian, InfoNCE, L1Out, Separable
+from pipeline.objectives.mutual_information import CLUB, MINE, NWJ, SMILE, Bound, CLUBSample, Gaussian, InfoNCE, L1Out, Separable
 
 D, HIDDEN = 10, 64
 NATS = (0.0, 1.0, 2.0, 4.0, 6.0)

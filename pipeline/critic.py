@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.core.checkpoint import pack_optimizer, unpack_optimizer
 from pipeline.core.config import CriticConfig, DistillConfig
-from pipeline.mutual_information import SMILE, Bound, CLUBSample, Gaussian, InfoNCE, Separable
+from pipeline.objectives.mutual_information import SMILE, Bound, CLUBSample, Gaussian, InfoNCE, Separable
 
 # Of q, for features of unit variance. Where one feature nearly determines the other, a q free to be certain gives the bound
 # a gradient that collapses the features before anything else is learned.

@@ -18,7 +18,6 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from pipeline.core.config import Config, PhaseConfig
 from pipeline.critic import Critic, club, club_bound, smile
 from pipeline.data.session_log import SessionLog
 from pipeline.encoder import Encoded, Encoder
-from pipeline.mutual_information import info_nce
+from pipeline.objectives.contrastive import info_nce, relation_loss, soft_loss
 from pipeline.prompts import Prompts, View
 
 Tensors = dict[str, Tensor]
@@ -368,22 +367,3 @@ class Align(Phase):
 
 
 PHASES: tuple[type[Phase], ...] = (Knowledge, Transfer, Align)
-
-
-def soft_loss(scores: Tensor, teacher: Tensor) -> Tensor:
-    """KL from a teacher's next-item distribution, given by log-scores (n, C), to that of `scores` (n, C) (P2Rec, arXiv 2406.00333).
-
-    Both are the distributions over all items, restricted to the same candidates, so how these came to be candidates
-    cancels out: no logQ correction, which is for negatives that stand for all other items.
-    """
-    return F.kl_div(scores.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
-
-
-def relation_loss(x: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """KL between the batch's similarity structures: how y (N, D) sees each item's neighbours, reproduced under x (N, D).
-
-    The item-item form of relational distillation (RDist of LLaVA-KD, arXiv 2410.16236, is its token-level kin).
-    """
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    ours, theirs = ((z @ z.T / temperature).masked_fill(itself, -1e4).log_softmax(-1) for z in (x, y))
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.data.catalog import Catalog
 from pipeline.data.embeddings import Embeddings
-from pipeline.mutual_information import CLUB, Gaussian
+from pipeline.objectives.mutual_information import CLUB, Gaussian
 from recommender.evaluate import SCORES_AT_ONCE, prefixes_of
 from recommender.metrics import summarise, target_ranks
 from recommender.sessions import PAD, Windows

@@ -14,7 +14,7 @@ from pipeline.chunks import backward, features, look_once, split
 from pipeline.data.catalog import load_catalog
 from pipeline.encoder import Encoder
 from pipeline.mllm import Mllm
-from pipeline.mutual_information import info_nce
+from pipeline.objectives.contrastive import info_nce
 from pipeline.prompts import FULL, Prompts
 
 HEADS = {"items": ("knowledge",), "sessions": ("session",)}

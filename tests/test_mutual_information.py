@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from benchmarks.mutual_information import BATCH, ESTIMATORS, NATS, D, closed_form, gaussians, learn, measured, squared_correlation
 from pipeline.core.config import CriticConfig
 from pipeline.critic import Critic
-from pipeline.mutual_information import CLUB, MINE, SMILE, Bound, CLUBSample, Gaussian, InfoNCE, L1Out, Separable, info_nce
+from pipeline.objectives.contrastive import info_nce
+from pipeline.objectives.mutual_information import CLUB, MINE, SMILE, Bound, CLUBSample, Gaussian, InfoNCE, L1Out, Separable
 
 MEASURED = dict.fromkeys(ESTIMATORS, (0.0, 2.0, 6.0)) | {"SMILE": NATS, "NWJ": (0.0, 2.0), "MINE": (0.0, 2.0)}  # each is a training
 UPPER = {"CLUB": CLUB, "CLUBSample": CLUBSample, "L1Out": L1Out}

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.objectives.contrastive import info_nce
+
 LOG_VARIANCE = 10.0  # largest log-variance of q, and, unless a caller says otherwise, minus the smallest
 
 
@@ -38,21 +40,6 @@ class Bound(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
-
-
-def info_nce(x: Tensor, y: Tensor, temperature: float, log_q: Tensor | None = None, target: Tensor | None = None) -> Tensor:
-    """The InfoNCE loss, log N minus the lower bound of I(x; y) (van den Oord et al., arXiv 1807.03748).
-
-    x (N, D) and y (M, D), L2-normalised; row i of x belongs to row `target[i]` of y (None: to row i). `log_q` (M,)
-    is the log probability with which each row of y came to be a candidate; subtracting it from the logits corrects
-    in-batch negatives for popularity (Yi et al., RecSys 2019). Rows of y must differ as items, else a negative is false.
-    """
-    logits = x.float() @ y.float().T / temperature
-    if log_q is not None:
-        logits = logits - log_q
-    if target is None:
-        target = torch.arange(len(x), device=x.device)
-    return F.cross_entropy(logits, target)
 
 
 # --- lower bounds: a critic f(x, y) scores pairs
