@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from memory import SHAPES, memory
 
-from pipeline.backbone import build_backbone
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config_file import load_config
 from pipeline.core.metrics_log import Metrics
@@ -26,12 +25,13 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.sample_shop import draw_shop
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.encoder import Encoder
-from pipeline.mllm import Mllm
+from pipeline.mllm.backbone import build_backbone
+from pipeline.mllm.model import Mllm
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompts import Prompts
+from pipeline.mllm.vision_tower import pack_attention
 from pipeline.phases import PHASES, Group
-from pipeline.prompts import Prompts
 from pipeline.train import train_phase
-from pipeline.vision import pack_attention
 
 WARM = 2
 

@@ -31,18 +31,19 @@ import torch
 from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
-from pipeline.backbone import build_backbone, weights_sha256
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config, save_config
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.distill import publish
-from pipeline.encoder import Encoder
 from pipeline.export import export
-from pipeline.mllm import Mllm, load_mllm
+from pipeline.mllm.backbone import build_backbone, weights_sha256
+from pipeline.mllm.model import Mllm
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompts import Prompts
+from pipeline.mllm.saved_mllm import load_mllm
 from pipeline.parts import own_device
-from pipeline.prompts import Prompts
 
 BATCH = 32  # of the plain loop and of sentence-transformers: their usual default
 METHODS = ("plain", "sentence-transformers", "tpad")

@@ -17,11 +17,12 @@ from pipeline.core.artifact import open_verified
 from pipeline.core.config import BackboneConfig, DataConfig, ExportConfig
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import HALVES
-from pipeline.encoder import Encoder
-from pipeline.layers import measure, sample
-from pipeline.mllm import embed, load_mllm
-from pipeline.prompts import Prompts
-from pipeline.templates import Templates
+from pipeline.mllm.early_exit import measure, sample
+from pipeline.mllm.model import embed
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompt_templates import Templates
+from pipeline.mllm.prompts import Prompts
+from pipeline.mllm.saved_mllm import load_mllm
 
 
 def main() -> None:

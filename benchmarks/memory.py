@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from pipeline.backbone import Backbone, adapted
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
+from pipeline.mllm.backbone import Backbone, adapted
 
 FRAME, ANSWER = 48, 16  # tokens of a prompt around its items, and of an answer: more than the prompts here have
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "patch_size": 14}

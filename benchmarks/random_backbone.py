@@ -13,8 +13,8 @@ import torch
 from memory import SHAPES
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2VLImageProcessorPil, SmolVLMImageProcessorPil
 
-from pipeline.backbone import train_tokenizer
 from pipeline.core.config_file import load_config
+from pipeline.mllm.tiny_backbone import train_tokenizer
 
 WORDS = ["the quick brown fox jumps over the lazy dog", "a small blue mug of clay with a star", "wide grey scarf, wool, soft and warm"]
 

@@ -34,7 +34,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import embeddings_schema, vector_columns, write_part
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.prompts import Prompts
+from pipeline.mllm.prompts import Prompts
 
 BATCH = 64
 SIDE = 224  # pixels, of EfficientNet-Lite0

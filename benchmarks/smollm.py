@@ -27,12 +27,12 @@ from transformers import (
     LlamaConfig,
 )
 
-from pipeline.backbone import Backbone
 from pipeline.core.config import Config
 from pipeline.data.catalog import load_catalog
-from pipeline.encoder import Encoder
-from pipeline.mllm import Mllm
-from pipeline.prompts import Prompts, View
+from pipeline.mllm.backbone import Backbone
+from pipeline.mllm.model import Mllm
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompts import Prompts, View
 
 IMAGE_TOKENS = ["<image>", "<fake_token_around_image>", "<global-img>"]
 SIDE, PATCH = 48, 6  # 64 patches a picture

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from pipeline.backbone import build_backbone
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
@@ -32,11 +31,12 @@ from pipeline.data.sample_shop import draw_shop
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
 from pipeline.distill import distill, keep_pictures
-from pipeline.encoder import Encoder
 from pipeline.export import export
-from pipeline.mllm import Mllm
+from pipeline.mllm.backbone import build_backbone
+from pipeline.mllm.model import Mllm
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompts import Prompts
 from pipeline.phases import Group, Transfer
-from pipeline.prompts import Prompts
 from pipeline.train import train_phase
 
 SHAPE = [

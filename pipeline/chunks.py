@@ -14,8 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.mllm import Mllm
-from pipeline.vision import see
+from pipeline.mllm.model import Mllm
+from pipeline.mllm.vision_tower import see
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]

@@ -18,8 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import patch_environment
 from torch import Tensor
 
-from pipeline import fsdp, layers, prompts
-from pipeline.backbone import TOKENIZER, Backbone, build_backbone, weights_sha256
+from pipeline import fsdp
 from pipeline.core.artifact import locked, published, stage
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
@@ -33,16 +32,21 @@ from pipeline.core.progress import Steps
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.encoder import Encoder
-from pipeline.mllm import Mllm, SideBySide, load_trainable, save_mllm, trainable_state
-from pipeline.neighbours import load_neighbours
+from pipeline.mllm import early_exit, prompts
+from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
+from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
+from pipeline.mllm.neighbour_titles import load_neighbours
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompt_templates import load_templates
+from pipeline.mllm.prompts import Prompts, check_columns
+from pipeline.mllm.saved_mllm import save_mllm
+from pipeline.mllm.tiny_backbone import TOKENIZER
+from pipeline.mllm.vision_cache import Cache
+from pipeline.mllm.vision_tower import Picture, is_frozen, pack_attention
 from pipeline.phases import PHASES, Align, Group, Knowledge, Phase, Teacher, Tensors, Transfer
-from pipeline.prompts import Prompts, check_columns
 from pipeline.summaries import write_summaries
-from pipeline.templates import load_templates
 from pipeline.train import below, item_features, train_phase
 from pipeline.variants import VARIANTS, merged, side_by_side, varied
-from pipeline.vision import Cache, Picture, is_frozen, pack_attention
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
@@ -271,11 +275,11 @@ def feature_table(mllm: Mllm, phase: Phase, head: str, kept: Checkpoints) -> Ten
 def measure_layers(mllm: Mllm, phase: Phase, before: int) -> list[dict[str, float]]:
     """What each layer adds, on a fixed sample of items; said, and given to the trackers, a step each after the `before` of training."""
     config, accelerator = phase.config, phase.group.accelerator
-    sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in layers.sample(len(phase.prompts), config.seed)]
+    sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in early_exit.sample(len(phase.prompts), config.seed)]
     mllm.to(accelerator.device).eval()
-    measured = layers.measure(mllm, phase.encoder, sequences, config.export.token_budget, accelerator.device)
+    measured = early_exit.measure(mllm, phase.encoder, sequences, config.export.token_budget, accelerator.device)
     if accelerator.is_main_process:
-        layers.tell(measured)
+        early_exit.tell(measured)
     for n, layer in enumerate(measured, 1):
         accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=before + n)
     return measured

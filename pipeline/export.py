@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline import layers, prompts
 from pipeline.batches import Source
 from pipeline.core.artifact import Version, environment, open_verified, published
 from pipeline.core.config import BackboneConfig, Config, DataConfig
@@ -23,14 +22,15 @@ from pipeline.core.files import canonical_json
 from pipeline.core.process import keep_freed_memory
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import HALVES, halves_of, vectors_of
-from pipeline.encoder import Encoder
-from pipeline.mllm import load_mllm
-from pipeline.neighbours import load_neighbours
+from pipeline.mllm import early_exit, prompts
+from pipeline.mllm.neighbour_titles import load_neighbours
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompt_templates import Templates
+from pipeline.mllm.prompts import Prompts
+from pipeline.mllm.saved_mllm import load_mllm
+from pipeline.mllm.vision_cache import Cache
 from pipeline.parts import Base, Exporter, Work, is_part
-from pipeline.prompts import Prompts
 from pipeline.shards import Shards, current_pointer
-from pipeline.templates import Templates
-from pipeline.vision import Cache
 
 COMPILED_LENGTHS = 32  # sequences are padded to multiples of this for torch.compile
 RECIPE = {  # what else than its content makes an item's vector, and how to say that it changed
@@ -132,7 +132,7 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
 
         mllm, backbone, _ = load_mllm(model.path, backbone_config, merge=True)
         if depth is not None:
-            layers.stop_after(mllm, depth)
+            early_exit.stop_after(mllm, depth)
         if model.manifest["catalogue_sha256"] != catalog.sha256:
             # new items are welcome: their content is all the model needs
             facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.batches import Batch, Source, cut, load, loader, measure
+from pipeline.batches import Batch, Source, load, loader, measure
 from pipeline.core.artifact import Version
 from pipeline.core.config import ExportConfig
 from pipeline.core.errors import ARTIFACT, UserError
@@ -32,9 +32,10 @@ from pipeline.core.prefetch import ahead
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog
 from pipeline.data.embeddings import HALVES, embeddings_schema, read_part, vector_columns
-from pipeline.mllm import Mllm, SideBySide
+from pipeline.mllm.model import Mllm, SideBySide
+from pipeline.mllm.token_batches import cut
+from pipeline.mllm.vision_tower import pack_attention
 from pipeline.shards import Shards
-from pipeline.vision import pack_attention
 
 LANES = 8  # batches the model computes at a time on a CPU, at most: more cores than that share batches
 GPU_LANES = 2  # and on a GPU, each in a stream of its own: it computes one while the other is sent, launched or waited for

@@ -25,9 +25,9 @@ from pipeline.chunks import Chunk, split
 from pipeline.core.config import Config, PhaseConfig
 from pipeline.critic import Critic, club, club_bound, smile
 from pipeline.data.session_log import SessionLog
-from pipeline.encoder import Encoded, Encoder
+from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.prompts import Prompts, View
 from pipeline.objectives.contrastive import info_nce, relation_loss, soft_loss
-from pipeline.prompts import Prompts, View
 
 Tensors = dict[str, Tensor]
 Critics = dict[str, Critic]

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 
-from pipeline.batches import cut
 from pipeline.core.files import canonical_json, replacing
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.progress import Steps
 from pipeline.data.session_log import SessionLog
-from pipeline.mllm import Mllm, trainable_state
+from pipeline.mllm.model import Mllm, trainable_state
+from pipeline.mllm.token_batches import cut
 from pipeline.phases import Phase, starts, summary_key
 
 

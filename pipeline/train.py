@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import fsdp
-from pipeline.batches import cut
 from pipeline.chunks import Chunk, backward, features, look_once
 from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
 from pipeline.core.config import PhaseConfig
@@ -26,9 +25,10 @@ from pipeline.core.interrupt import Interrupt
 from pipeline.core.metrics_log import Metrics
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.core.progress import Steps
-from pipeline.mllm import Mllm, embed_batches, load_trainable, pooled, trainable_state
+from pipeline.mllm.model import Mllm, embed_batches, load_trainable, pooled, trainable_state
+from pipeline.mllm.token_batches import cut
+from pipeline.mllm.vision_tower import is_frozen
 from pipeline.phases import DROPOUT, Critics, Phase, Tensors
-from pipeline.vision import is_frozen
 
 READS = 8  # features a dimension by which heads are whitened, at least where a phase has the steps
 SMALLEST = 1e-9  # share of a direction in the states' variance, below which it is rounding

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 from peft.tuners.lora import LoraModel
 from torch import Tensor
 
-from pipeline.backbone import Backbone
 from pipeline.core.config import Config, VariantName
 from pipeline.data.embeddings import HALVES
-from pipeline.mllm import Mllm, SideBySide, load_trainable, trainable_state
+from pipeline.mllm.backbone import Backbone
+from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 
 Weights = Mapping[str, dict[str, Tensor]]  # by phase, what `trainable_state` gave at its end
 

@@ -18,15 +18,15 @@ from transformers import AutoModelForImageTextToText, Gemma3Processor, Idefics3P
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks import memory
-from pipeline.backbone import UNQUANTIZED, build_backbone
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.encoder import Encoded
-from pipeline.mllm import trainable_state
-from pipeline.prompts import Part, Prompts
-from pipeline.vision import pack_attention
+from pipeline.mllm.backbone import UNQUANTIZED, build_backbone
+from pipeline.mllm.model import trainable_state
+from pipeline.mllm.processor import Encoded
+from pipeline.mllm.prompts import Part, Prompts
+from pipeline.mllm.vision_tower import pack_attention
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

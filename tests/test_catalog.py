@@ -20,7 +20,7 @@ from pipeline.core.errors import DATA, UserError
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.images import decode_image
 from pipeline.data.session_log import load_sessions
-from pipeline.prompts import Prompts
+from pipeline.mllm.prompts import Prompts
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

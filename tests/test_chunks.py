@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from tiny_run import PHASES, distill_run, losses, save_backbone, settings, two_processes, weights
 from torch import Tensor
 
-from pipeline.backbone import build_backbone
 from pipeline.chunks import backward, features, look_once, split
 from pipeline.data.catalog import load_catalog
-from pipeline.encoder import Encoder
-from pipeline.mllm import Mllm
+from pipeline.mllm.backbone import build_backbone
+from pipeline.mllm.model import Mllm
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompts import FULL, Prompts
 from pipeline.objectives.contrastive import info_nce
-from pipeline.prompts import FULL, Prompts
 
 HEADS = {"items": ("knowledge",), "sessions": ("session",)}
 ROWS = (3, 1, 4, 15, 9, 2, 6)

@@ -50,8 +50,8 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
 from pipeline.distill import _check_batches
+from pipeline.mllm.prompts import Prompts
 from pipeline.phases import Align, Transfer, drawn, first_of_each
-from pipeline.prompts import Prompts
 
 ROOT = Path(__file__).parents[1]
 

@@ -28,7 +28,7 @@ from pipeline.core.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.export import export
-from pipeline.prompts import Prompts
+from pipeline.mllm.prompts import Prompts
 
 
 @pytest.fixture(scope="module", autouse=True)

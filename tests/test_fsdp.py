@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from tiny_run import PHASES, distill_run, export_run, kill_when, launched, losses, pair, save_backbone, settings, two_processes, weights
 
 from pipeline import fsdp
-from pipeline.backbone import build_backbone
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.encoder import Encoder
-from pipeline.mllm import Mllm, embed
-from pipeline.prompts import Prompts
+from pipeline.mllm.backbone import build_backbone
+from pipeline.mllm.model import Mllm, embed
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompts import Prompts
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what the launcher sets
 LORA = ["backbone.lora.rank=2", "backbone.lora.dropout=0.0"]

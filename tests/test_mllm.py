@@ -10,11 +10,12 @@ import torch
 from tiny_items import ITEMS, LONG, ROW, Made, make
 from tiny_run import FAMILIES, same
 
-from pipeline.backbone import train_tokenizer
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.encoder import Encoded, Encoder
-from pipeline.mllm import MODEL_INPUTS, embed, load_mllm, load_trainable, save_mllm, trainable_state
-from pipeline.prompts import Part, View
+from pipeline.mllm.model import MODEL_INPUTS, embed, load_trainable, trainable_state
+from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.prompts import Part, View
+from pipeline.mllm.saved_mllm import load_mllm, save_mllm
+from pipeline.mllm.tiny_backbone import train_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,8 +14,8 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.export import export
-from pipeline.neighbours import load_neighbours
-from pipeline.prompts import FULL, Prompts, View
+from pipeline.mllm.neighbour_titles import load_neighbours
+from pipeline.mllm.prompts import FULL, Prompts, View
 
 FEW = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=4", "batch=4")]
 LACKING = (3, 7, 11)  # rows without a picture

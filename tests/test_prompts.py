@@ -13,8 +13,8 @@ from tiny_run import distill_run, export_run, published_folder, same, settings, 
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.prompts import Part, Prompts, View
-from pipeline.templates import Templates, load_templates
+from pipeline.mllm.prompt_templates import Templates, load_templates
+from pipeline.mllm.prompts import Part, Prompts, View
 
 OWN = 'instruction: "You know this shop."\nitem: "{text}, to be seen here: {image}"\ndescribe: "A product. {item}"\n'
 

@@ -18,9 +18,9 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_by_time
+from pipeline.mllm.prompts import Part, Prompts
 from pipeline.objectives.contrastive import soft_loss
 from pipeline.phases import starts, summary_key
-from pipeline.prompts import Part, Prompts
 from pipeline.summaries import folds
 from recommender.published import load_model
 from recommender.sessions import pad_prefixes

@@ -12,14 +12,15 @@ import torch
 from PIL import Image, ImageOps
 from tiny_run import PHASES, distill_run, kill_when, same, save_backbone, settings, start, weights
 
-from pipeline.backbone import build_backbone
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.encoder import Encoder
 from pipeline.export import export
-from pipeline.mllm import Mllm
-from pipeline.prompts import Prompts
-from pipeline.vision import Cache, tower
+from pipeline.mllm.backbone import build_backbone
+from pipeline.mllm.model import Mllm
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompts import Prompts
+from pipeline.mllm.vision_cache import Cache
+from pipeline.mllm.vision_tower import tower
 
 FAMILIES = ("smolvlm", "qwen3_vl", "gemma3")
 KEEP = "distill.vision_cache_gb=1"

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from tiny_run import TINY
 
-from pipeline.backbone import Backbone, build_backbone
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.data.catalog import load_catalog
-from pipeline.encoder import Encoded, Encoder
-from pipeline.mllm import Mllm, embed
-from pipeline.prompts import Prompts
+from pipeline.mllm.backbone import Backbone, build_backbone
+from pipeline.mllm.model import Mllm, embed
+from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.prompts import Prompts
 
 LONG = "a very large mug of clay with a handle, a lid, a saucer and a spoon"
 ITEMS: dict[str, tuple[str, str, str | None]] = {  # item_id -> title, material, colour of the picture

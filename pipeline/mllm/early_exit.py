@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from pipeline.batches import cut
 from pipeline.data.embeddings import HALVES
-from pipeline.encoder import Encoded, Encoder
-from pipeline.mllm import Mllm, pooled
+from pipeline.mllm.model import Mllm, pooled
+from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.token_batches import cut
 
 SAMPLE = 256  # items, at most
 

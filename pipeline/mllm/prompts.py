@@ -1,4 +1,4 @@
-"""Instructions: an item, or a session of items, becomes a list of parts, in the wording of `templates.py`.
+"""Instructions: an item, or a session of items, becomes a list of parts, in the wording of `prompt_templates.py`.
 
 A part is words of a template, text or image of an item, the end of the user's turn, a place where a feature is read
 (the last token before it), or an answer the model learns to write. Which modality is withheld is said in words, so an
@@ -17,8 +17,8 @@ from pipeline.core.config import DataConfig
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import ImageError
-from pipeline.neighbours import Neighbours
-from pipeline.templates import Templates, load_templates
+from pipeline.mllm.neighbour_titles import Neighbours
+from pipeline.mllm.prompt_templates import Templates, load_templates
 
 VERSION = "2"  # goes into fingerprints and manifests; raise it with any change of what is shown beside the templates
 

@@ -1,6 +1,6 @@
 """The backbone a run starts from: a model, its tokenizer, its image processor, and which of its weights train.
 
-Any Hugging Face image-text-to-text model of a family in `families.py`, with LoRA on its language model, or the built-in
+Any Hugging Face image-text-to-text model of a family in `image_tokens.py`, with LoRA on its language model, or the built-in
 tiny Idefics3, drawn at random and trained in full. Processors with a video part do not load without torchvision, so the two
 halves of a processor are loaded apart.
 """
@@ -8,7 +8,6 @@ halves of a processor are loaded apart.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,27 +17,16 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    Idefics3Config,
-    Idefics3ImageProcessorPil,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from pipeline.core.config import BackboneConfig, TinyConfig
+from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import sha256_file
-from pipeline.prompts import Prompts
+from pipeline.mllm.prompts import Prompts
+from pipeline.mllm.tiny_backbone import tiny_config, tiny_processor, train_tokenizer
 
-TOKENIZER = 2  # of the tiny backbone: raise it when another would be trained on the same texts
-SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 UNQUANTIZED = ["lm_head", r"model\.(visual|vision_model|vision_tower|connector|multi_modal_projector)"]  # beginnings of names
 
 
@@ -56,7 +44,7 @@ def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backb
     torch.manual_seed(seed)
     if config.name == "tiny":
         tokenizer = train_tokenizer(config.tiny.vocab, prompts.words())
-        backbone = Backbone(from_config(_tiny_config(config.tiny, tokenizer), config), tokenizer, _tiny_processor(config.tiny))
+        backbone = Backbone(from_config(tiny_config(config.tiny, tokenizer), config), tokenizer, tiny_processor(config.tiny))
     else:
         backbone = published_backbone(config)
     return adapted(backbone, config)
@@ -163,52 +151,3 @@ def from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
 def _lacking(error: ImportError, config: BackboneConfig) -> UserError:
     way_out = ", or take sdpa (backbone.attention)" if config.attention == "flash_attention_2" else f" (backbone.name = {config.name})"
     return UserError(f"a package is missing: {str(error).splitlines()[0]}; install it{way_out}", ENVIRONMENT)
-
-
-def train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    # digits apart, as published models have them: a year that no session has shown yet begins as the years before it
-    words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence(words), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=max(vocab, 300), special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator((f" {text}" for text in texts), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=SPECIAL[0], eos_token=SPECIAL[1], extra_special_tokens=SPECIAL[2:])
-
-
-def _tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
-    vision = {
-        "hidden_size": tiny.vision_dim,
-        "intermediate_size": 4 * tiny.vision_dim,
-        "num_hidden_layers": tiny.vision_layers,
-        "num_attention_heads": tiny.heads,
-        "image_size": tiny.image_size,
-        "patch_size": tiny.patch,
-        "initializer_range": tiny.vision_dim**-0.5,
-    }
-    text = {
-        "model_type": "llama",
-        "vocab_size": len(tokenizer),
-        "hidden_size": tiny.dim,
-        "intermediate_size": 3 * tiny.dim,
-        "num_hidden_layers": tiny.layers,
-        "num_attention_heads": tiny.heads,
-        "num_key_value_heads": tiny.heads,
-        "pad_token_id": tokenizer.pad_token_id,
-        "initializer_range": tiny.dim**-0.5,
-    }
-    return Idefics3Config(
-        vision_config=vision,
-        text_config=text,
-        # the usual 0.02 suits widths of 2,500: at ours it starves attention, and the last token hardly sees the item
-        initializer_range=tiny.dim**-0.5,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=tiny.merge,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-
-
-def _tiny_processor(tiny: TinyConfig) -> Idefics3ImageProcessorPil:
-    side = {"longest_edge": tiny.image_size}
-    return Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from pipeline.backbone import Backbone
 from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.catalog import Catalog
-from pipeline.families import FAMILIES, Processor
-from pipeline.prompts import Part
-from pipeline.vision import Cache, Picture, join
+from pipeline.mllm.backbone import Backbone
+from pipeline.mllm.image_tokens import FAMILIES, Processor
+from pipeline.mllm.prompts import Part
+from pipeline.mllm.vision_cache import Cache
+from pipeline.mllm.vision_tower import Picture, join
 
 IMAGE_CACHE_BYTES = 1 << 30  # of encoded images kept, so that an epoch after the first decodes nothing
 

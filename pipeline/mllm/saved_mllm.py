@@ -1,0 +1,72 @@
+"""The files of a multimodal LLM: saved, loaded, its adapters merged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+from pipeline.core.config import BackboneConfig
+from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.files import write_json
+from pipeline.mllm.backbone import Backbone, adapted, from_config, published_backbone, weights_sha256
+from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
+
+
+def save_mllm(folder: Path, model: Mllm | SideBySide, backbone: Backbone, settings: dict[str, Any]) -> None:
+    """The trained weights, the backbone's config, tokenizer and image processor, and `settings` to build it again."""
+    backbone.model.config.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    backbone.image_processor.save_pretrained(folder)
+    save_file({name: p.detach().cpu().contiguous() for name, p in trainable_state(model).items()}, folder / "weights.safetensors")
+    write_json(folder / "mllm.json", settings)
+
+
+def load_mllm(
+    folder: Path, config: BackboneConfig | None = None, merge: bool = False
+) -> tuple[Mllm | SideBySide, Backbone, dict[str, Any]]:
+    """What `save_mllm` wrote (its files must have been verified): model, backbone, settings.
+
+    `config` overrides settings of the backbone that no weight depends on; `merge` puts adapters into the weights they
+    adapt: the same model, to be used and not trained.
+    """
+    settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
+    config = config or BackboneConfig.model_validate(settings["backbone"])
+    if (known := settings.get("weights_sha256")) and known != weights_sha256(config):
+        raise UserError(
+            f"the weights of the backbone are not those the MLLM was distilled on (backbone.name = {config.name}); put them back, or run "
+            "`tpad distill` again",
+            ARTIFACT,
+        )
+    backbone = _saved_backbone(folder, config)
+    mllm: Mllm | SideBySide
+    if settings.get("side_by_side"):
+        other = _saved_backbone(folder, config)
+        models = zip(settings["heads"], (backbone, other), strict=True)
+        mllm = SideBySide({half: Mllm(of.model, [half], settings["dim"]) for half, of in models})
+    else:
+        mllm = Mllm(backbone.model, settings["heads"], settings["dim"])
+    load_trainable(mllm, load_file(folder / "weights.safetensors"), str(folder / "weights.safetensors"))
+    if merge and not config.quantize:  # which 4 bits would round
+        merge_adapters(mllm)
+    return mllm, backbone, settings
+
+
+def _saved_backbone(folder: Path, config: BackboneConfig) -> Backbone:
+    """As it was before training, with adapters to be filled."""
+    if config.name != "tiny":
+        return adapted(published_backbone(config), config)
+    model = from_config(AutoConfig.from_pretrained(folder), config)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return adapted(Backbone(model, AutoTokenizer.from_pretrained(folder), processor), config)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Adds every adapter into the weight it adapts, in its place: the same model, faster."""
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in adapted:
+        module.merge()
+        model.set_submodule(name, module.get_base_layer())
