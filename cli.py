@@ -89,7 +89,7 @@ def distill(
 ) -> None:
     """Teach a multimodal LLM the catalogue and its transitions: items + sessions -> the unified MLLM."""
     with errors(debug), open_run(config, data, run, set_, begin=True) as (settings, folder):
-        from pipeline.distill import distill as run_stages
+        from pipeline.distill.distill import distill as run_stages
 
         made = run_stages(settings, run, folder, fresh, open_teacher=open_teacher)
         say(f"unified MLLM: {run / 'mllm'}{'' if made else ' (up to date)'}")
@@ -359,7 +359,7 @@ def parse_variants(text: str) -> "list[VariantName]":
 
 def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]) -> dict[str, float]:
     """The three steps from data to session model, for a run of an ablation; what the export cost, where it was made."""
-    from pipeline.distill import distill as run_stages
+    from pipeline.distill.distill import distill as run_stages
     from pipeline.export import export
     from recommender.train import train_sbr as run_training
 

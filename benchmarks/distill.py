@@ -25,13 +25,14 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.sample_shop import draw_shop
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
+from pipeline.distill.phases import PHASES
+from pipeline.distill.process_group import Group
+from pipeline.distill.trainer import train_phase
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import Encoder
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.vision_tower import pack_attention
-from pipeline.phases import PHASES, Group
-from pipeline.train import train_phase
 
 WARM = 2
 

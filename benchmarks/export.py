@@ -36,7 +36,7 @@ from pipeline.core.config import Config
 from pipeline.core.config_file import load_config, save_config
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.distill import publish
+from pipeline.distill.distill import publish
 from pipeline.export import export
 from pipeline.mllm.backbone import build_backbone, weights_sha256
 from pipeline.mllm.model import Mllm

@@ -30,14 +30,15 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.sample_shop import draw_shop
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.distill import distill, keep_pictures
+from pipeline.distill.distill import distill, keep_pictures
+from pipeline.distill.phases import Transfer
+from pipeline.distill.process_group import Group
+from pipeline.distill.trainer import train_phase
 from pipeline.export import export
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import Encoder
 from pipeline.mllm.prompts import Prompts
-from pipeline.phases import Group, Transfer
-from pipeline.train import train_phase
 
 SHAPE = [
     *("shop.items=240", "shop.sessions=400", "shop.image_size=256", "distill.probe.every=0"),

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from tiny_run import PHASES, distill_run, losses, save_backbone, settings, two_processes, weights
 from torch import Tensor
 
-from pipeline.chunks import backward, features, look_once, split
 from pipeline.data.catalog import load_catalog
+from pipeline.distill.grad_cache import backward, features, look_once, split
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import Encoder

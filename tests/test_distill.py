@@ -49,9 +49,9 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.distill import _check_batches
+from pipeline.distill.distill import _check_batches
+from pipeline.distill.phases import Align, Transfer, drawn, first_of_each
 from pipeline.mllm.prompts import Prompts
-from pipeline.phases import Align, Transfer, drawn, first_of_each
 
 ROOT = Path(__file__).parents[1]
 
@@ -423,7 +423,7 @@ def test_workers_change_no_weight(tiny_run: Path, tiny_data: Path, tmp_path: Pat
 
 
 def test_two_at_once_on_one_run_are_refused(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.distill.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.distill.distill.LOCK_SECONDS", 0.1)
     with locked(tmp_path / "distill"), pytest.raises(UserError, match="another tpad is writing here"):
         distill_run(tmp_path, tiny_data)
 

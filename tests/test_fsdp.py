@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from tiny_run import PHASES, distill_run, export_run, kill_when, launched, losses, pair, save_backbone, settings, two_processes, weights
 
-from pipeline import fsdp
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
+from pipeline.distill import fsdp
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm, embed
 from pipeline.mllm.processor import Encoder

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.mutual_information import BATCH, ESTIMATORS, NATS, D, closed_form, gaussians, learn, measured, squared_correlation
 from pipeline.core.config import CriticConfig
-from pipeline.critic import Critic
+from pipeline.distill.critic import Critic
 from pipeline.objectives.contrastive import info_nce
 from pipeline.objectives.mutual_information import CLUB, MINE, SMILE, Bound, CLUBSample, Gaussian, InfoNCE, L1Out, Separable
 

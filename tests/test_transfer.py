@@ -18,10 +18,10 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_by_time
+from pipeline.distill.experimental.session_summaries import folds
+from pipeline.distill.phases import starts, summary_key
 from pipeline.mllm.prompts import Part, Prompts
 from pipeline.objectives.contrastive import soft_loss
-from pipeline.phases import starts, summary_key
-from pipeline.summaries import folds
 from recommender.published import load_model
 from recommender.sessions import pad_prefixes
 from recommender.teacher import Teacher

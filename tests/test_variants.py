@@ -14,8 +14,8 @@ from pipeline.core.config import VariantName
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.embeddings import read_embeddings
-from pipeline.distill import distill
-from pipeline.variants import VARIANTS, varied
+from pipeline.distill.distill import distill
+from pipeline.distill.variants import VARIANTS, varied
 from recommender.recommend import Recommender
 from recommender.train import train_sbr
 

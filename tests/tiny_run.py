@@ -42,7 +42,7 @@ from cli import open_teacher
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import UserError as UserError
-from pipeline.distill import distill
+from pipeline.distill.distill import distill
 from pipeline.export import export
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
-from pipeline.variants import VARIANTS
+from pipeline.distill.variants import VARIANTS
 
 OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}  # what the launcher sets for them
 

@@ -17,9 +17,9 @@ from pipeline.core.files import canonical_json, replacing
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.progress import Steps
 from pipeline.data.session_log import SessionLog
+from pipeline.distill.phases import Phase, starts, summary_key
 from pipeline.mllm.model import Mllm, trainable_state
 from pipeline.mllm.token_batches import cut
-from pipeline.phases import Phase, starts, summary_key
 
 
 def folds(train: SessionLog, items: int, blocks: int) -> list[dict[str, np.ndarray]]:

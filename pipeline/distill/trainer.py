@@ -8,16 +8,11 @@ import math
 import time
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import fsdp
-from pipeline.chunks import Chunk, backward, features, look_once
 from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
 from pipeline.core.config import PhaseConfig
 from pipeline.core.errors import USAGE, UserError
@@ -25,13 +20,13 @@ from pipeline.core.interrupt import Interrupt
 from pipeline.core.metrics_log import Metrics
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.core.progress import Steps
-from pipeline.mllm.model import Mllm, embed_batches, load_trainable, pooled, trainable_state
-from pipeline.mllm.token_batches import cut
+from pipeline.distill import fsdp
+from pipeline.distill.feature_table import item_features
+from pipeline.distill.grad_cache import backward, features, look_once
+from pipeline.distill.head_init import start_heads
+from pipeline.distill.phases import DROPOUT, Critics, Phase, Tensors
+from pipeline.mllm.model import Mllm, load_trainable, trainable_state
 from pipeline.mllm.vision_tower import is_frozen
-from pipeline.phases import DROPOUT, Critics, Phase, Tensors
-
-READS = 8  # features a dimension by which heads are whitened, at least where a phase has the steps
-SMALLEST = 1e-9  # share of a direction in the states' variance, below which it is rounding
 
 
 def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: Metrics) -> None:
@@ -145,56 +140,6 @@ def parameter_groups(mllm: Mllm, settings: PhaseConfig) -> list[dict[str, Any]]:
     return [group for group in groups.values() if group["params"]]
 
 
-def start_heads(phase: Phase, mllm: Mllm) -> None:
-    """New heads start with features that differ from item to item, as measured on the sequences of the first steps.
-
-    All are centred, for hidden states share one large direction. Those of a published backbone have another, which tells what is
-    withheld rather than what the item is: before a contrastive loss finds the rest, it makes all features equal, for good. So heads
-    that read them start whitened, along their main directions (BERT-whitening, arXiv 2103.15316); but not copies of K's head,
-    which has learned, nor those of the tiny model, whose states say nothing yet.
-    """
-    group, whiten = phase.group, phase.config.backbone.name != "tiny" and not phase.from_knowledge
-    reads = first_reads(phase, mllm, math.ceil(READS * phase.config.distill.dim / phase.settings.batch) if whiten else 1)
-    with torch.no_grad():
-        if whiten:
-            normed = F.layer_norm(reads["items"], reads["items"].shape[-1:]).double()
-            count = group.total(torch.tensor(float(len(normed)), device=normed.device))
-            mean = group.total(normed.sum(0)) / count
-            directions = whitening(group.total(normed.T @ normed) / count - mean.outer(mean), phase.config.distill.dim)
-        for name, read in reads.items():
-            for head in set(phase.heads[name]) & set(phase.new):
-                if whiten:
-                    mllm.turn(head, directions)
-                raw = mllm.heads[head](read)
-                mllm.centre(head, group.total(raw.sum(0)) / group.total(torch.tensor(float(len(raw)), device=raw.device)))
-
-
-def first_reads(phase: Phase, mllm: Mllm, steps: int) -> Tensors:
-    """By name of the sequences, (R, d), the states h of this process's share of the first steps."""
-    reads: dict[str, list[Tensor]] = {}
-    for made in loaded_ahead(phase.__getitem__, range(min(steps, len(phase))), phase.config.distill.workers):
-        chunks, facts = send_to_device(made, phase.group.accelerator.device, non_blocking=True)
-        found: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            for chunk in chunks:
-                for name, states in mllm.hidden(chunk).items():
-                    found.setdefault(name, []).append(pooled(states, chunk[name]))
-        for name, parts in found.items():
-            read = torch.cat(parts)
-            if name == "items" and "candidates" in facts:  # without the repeated ones that only fill up the processes' shares
-                read = read[: max(0, len(facts["candidates"]) - phase.group.rank * len(read))]
-            reads.setdefault(name, []).append(read)
-    return {name: torch.cat(of) for name, of in reads.items()}
-
-
-def whitening(covariance: Tensor, dim: int) -> Tensor:
-    """(n <= dim, d) the main directions of a covariance (d, d) of layer-normed states, each scaled to variance one; none without any."""
-    variances, directions = torch.linalg.eigh(covariance.cpu())
-    main = (variances > SMALLEST * len(variances)).nonzero().flatten()[-dim:].flip(0)
-    scaled: Tensor = directions[:, main] / variances[main].sqrt()
-    return scaled.T.to(covariance.device, torch.float32)
-
-
 def probe(phase: Phase, mllm: Mllm, facts: Tensors, critics: Critics) -> dict[str, float]:
     """The phase's bounds on items that are not in this step's batch, and that no critic has just learned from."""
     rows = phase.unseen(facts)
@@ -204,21 +149,6 @@ def probe(phase: Phase, mllm: Mllm, facts: Tensors, critics: Critics) -> dict[st
     features = item_features(mllm, phase, rows, phase.heads["items"])
     mllm.train()
     return {f"held_out_{name}": value for name, value in phase.probe(features, torch.from_numpy(rows), critics).items()}
-
-
-def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, ...], workers: int = 0) -> Tensors:
-    """By head, the (n, D) features of items, each process embedding its share; the same tensors everywhere."""
-    group, encoder, device = phase.group, phase.encoder, phase.group.accelerator.device
-    own = group.share(np.resize(rows, math.ceil(len(rows) / group.world) * group.world))
-    lengths = np.array([encoder.length(phase.prompts.item(int(row))) for row in own])
-    places = cut(lengths, phase.config.export.token_budget)
-    passes = [min(n, len(places) - 1) for n in range(group.most(len(places)))]  # as many as all other processes (`fsdp.py`)
-
-    def load(number: int) -> Chunk:
-        return encoder.collate({"items": [encoder.encode(phase.prompts.item(int(row))) for row in own[places[number]]]})
-
-    found = embed_batches(mllm, places, loaded_ahead(load, passes, workers), heads, device)
-    return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
 
 
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:

@@ -1,11 +1,10 @@
 """`tpad distill`: phase after phase is trained, each from what the one before found, and the unified MLLM published.
 
-What a phase is, is in `phases.py`; the loop that trains one in `train.py`.
+What a phase is, is in `phases.py`; the loop that trains one in `trainer.py`.
 """
 
 import hashlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,22 +15,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import patch_environment
-from torch import Tensor
 
-from pipeline import fsdp
 from pipeline.core.artifact import locked, published, stage
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import canonical_json
-from pipeline.core.interrupt import Interrupt
 from pipeline.core.metrics_log import Metrics, flat
 from pipeline.core.prefetch import telling_of_dead_workers
 from pipeline.core.process import keep_freed_memory
-from pipeline.core.progress import Steps
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
+from pipeline.distill import fsdp
+from pipeline.distill.experimental.session_summaries import write_summaries
+from pipeline.distill.experimental.soft_targets import Teacher
+from pipeline.distill.feature_table import TABLE, feature_table
+from pipeline.distill.phases import PHASES, Align, Knowledge, Phase, Tensors, Transfer
+from pipeline.distill.process_group import Group
+from pipeline.distill.trainer import below, train_phase
+from pipeline.distill.variants import VARIANTS, merged, side_by_side, varied
 from pipeline.mllm import early_exit, prompts
 from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
@@ -43,16 +46,10 @@ from pipeline.mllm.saved_mllm import save_mllm
 from pipeline.mllm.tiny_backbone import TOKENIZER
 from pipeline.mllm.vision_cache import Cache
 from pipeline.mllm.vision_tower import Picture, is_frozen, pack_attention
-from pipeline.phases import PHASES, Align, Group, Knowledge, Phase, Teacher, Tensors, Transfer
-from pipeline.summaries import write_summaries
-from pipeline.train import below, item_features, train_phase
-from pipeline.variants import VARIANTS, merged, side_by_side, varied
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
 LOCK_SECONDS = 10.0  # for so long the workers of a process that was killed may hold its lock
-TABLE, TABLE_ROWS, SAVE_SECONDS = "table", 4096, 120.0  # its folder; items embedded at a time for one; between two saves
-ALIKE = 0.9  # mean cosine of features beyond which they have collapsed: those of trained runs are at 0.2 to 0.7
 
 
 def distill(
@@ -244,32 +241,6 @@ def _check_batches(config: Config, world: int) -> None:
         batch = getattr(config.distill, kind.name).batch
         if batch % world:
             raise UserError(f"distill.{kind.name}.batch = {batch} does not divide by {world} processes (config); make it a multiple", USAGE)
-
-
-def feature_table(mllm: Mllm, phase: Phase, head: str, kept: Checkpoints) -> Tensor:
-    """(N, D): one feature an item, as far as `kept` has them from there, and kept in it. A warning where they hardly differ, for then
-    what is trained on them cannot learn."""
-    accelerator, count, main = phase.group.accelerator, len(phase.prompts), phase.group.rank == 0
-    done, tensors, _ = kept.newest() or (0, {head: torch.empty(0, phase.config.distill.dim)}, {})
-    table, saved = tensors[head].to(accelerator.device), time.monotonic()
-    with Interrupt() as interrupt, Steps(f"{head} table", count, done, show=main) as progress:
-        for first in range(done, count, TABLE_ROWS):
-            rows = np.arange(first, min(first + TABLE_ROWS, count))
-            table = torch.cat([table, item_features(mllm, phase, rows, (head,), phase.config.distill.workers)[head]])
-            progress.advance(by=len(rows))
-            stop = interrupt.agreed(accelerator)
-            if main and (stop or len(table) == count or time.monotonic() - saved > SAVE_SECONDS):
-                kept.save(len(table), {head: table}, {})
-                saved = time.monotonic()
-            if stop:
-                raise interrupt.exit()
-    if main and (alike := float(table.mean(0).square().sum())) > ALIKE:  # of unit vectors, the mean of all cosines
-        print(
-            f"warning: the {head} features of two items have a cosine of {alike:.3f} on average, so that they hardly tell items apart "
-            f"({phase.name}); see that the texts and pictures differ (data.text), or take more steps (distill.{phase.name}.steps)",
-            file=sys.stderr,
-        )
-    return table
 
 
 def measure_layers(mllm: Mllm, phase: Phase, before: int) -> list[dict[str, float]]:

@@ -7,71 +7,31 @@
 The paper's public text gives this structure; losses and prompts are this project's own choices. Only training
 sessions are ever read. Every random choice is a function of (seed, phase, step): a run that was killed and resumed, or
 spread over processes, is the same run. Every process computes the loss of the whole global batch from gathered
-features. The loop that trains a phase is in `train.py`.
+features. The loop that trains a phase is in `trainer.py`.
 """
 
 import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.chunks import Chunk, split
 from pipeline.core.config import Config, PhaseConfig
-from pipeline.critic import Critic, club, club_bound, smile
 from pipeline.data.session_log import SessionLog
+from pipeline.distill.critic import Critic, club, club_bound, smile
+from pipeline.distill.experimental.soft_targets import Teacher
+from pipeline.distill.grad_cache import Chunk, split
+from pipeline.distill.process_group import Group
 from pipeline.mllm.processor import Encoded, Encoder
 from pipeline.mllm.prompts import Prompts, View
 from pipeline.objectives.contrastive import info_nce, relation_loss, soft_loss
 
 Tensors = dict[str, Tensor]
 Critics = dict[str, Critic]
-
-
-class Group:
-    """The processes of a run: gathering that keeps the gradient of what was made here."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.rank, self.world = accelerator, accelerator.process_index, accelerator.num_processes
-
-    def gather(self, x: Tensor) -> Tensor:
-        """(b, ...) of every process -> (B, ...), in order of the processes."""
-        if self.world == 1:
-            return x
-        parts = list(self.accelerator.gather(x.detach()).split(len(x)))
-        parts[self.rank] = x
-        return torch.cat(parts)
-
-    def total(self, x: Tensor) -> Tensor:
-        if self.world == 1:
-            return x
-        summed: Tensor = self.accelerator.reduce(x.detach().clone(), "sum")
-        return summed + x - x.detach() if x.requires_grad else summed  # to the bit the same everywhere
-
-    def most(self, count: int) -> int:
-        """The greatest of the processes' counts."""
-        return count if self.world == 1 else int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
-
-    def share(self, of: np.ndarray) -> np.ndarray:
-        """This process's contiguous share of a global batch."""
-        part: np.ndarray = np.array_split(of, self.world)[self.rank]
-        return part
-
-
-class Teacher(Protocol):
-    """A trained session model, as the command line hands it in: this half of the project knows no other."""
-
-    sha256: str
-
-    def __call__(self, prefixes: list[Tensor], candidates: Tensor) -> Tensor:
-        """Log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
-
-
 ORDER, PROBE, DROPOUT, DRAW = range(1, 5)  # what randomness is for: numbers in its key, so that no two uses share a stream
 
 
