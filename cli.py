@@ -24,7 +24,7 @@ from pipeline.run_folder import find_pictures, open_run, remember, say
 if TYPE_CHECKING:
     from pipeline.core.config import Config, VariantName
     from pipeline.data.session_log import SessionLog
-    from pipeline.export import Exported
+    from pipeline.export.export import Exported
     from recommender.recommend import Item, Recommender
     from recommender.teacher import Teacher
 
@@ -125,7 +125,7 @@ def export_embeddings(
     with errors(debug), open_run(config, data, run, overrides) as (settings, folder):
         share = parse_shard(shard)
         from pipeline.data.embeddings import REFIT
-        from pipeline.export import export
+        from pipeline.export.export import export
 
         exports = [export(settings, part, folder, update, share) for part in ([run, run / REFIT] if settings.distill.refit else [run])]
         for found in exports:
@@ -360,7 +360,7 @@ def parse_variants(text: str) -> "list[VariantName]":
 def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]) -> dict[str, float]:
     """The three steps from data to session model, for a run of an ablation; what the export cost, where it was made."""
     from pipeline.distill.distill import distill as run_stages
-    from pipeline.export import export
+    from pipeline.export.export import export
     from recommender.train import train_sbr as run_training
 
     settings = settings.model_copy(update={"sbr": settings.sbr.model_copy(update={"refit": False})})  # nothing here is for use

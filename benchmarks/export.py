@@ -37,13 +37,13 @@ from pipeline.core.config_file import load_config, save_config
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.distill.distill import publish
-from pipeline.export import export
+from pipeline.export.export import export
+from pipeline.export.exporter import own_device
 from pipeline.mllm.backbone import build_backbone, weights_sha256
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import Encoder
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.saved_mllm import load_mllm
-from pipeline.parts import own_device
 
 BATCH = 32  # of the plain loop and of sentence-transformers: their usual default
 METHODS = ("plain", "sentence-transformers", "tpad")

@@ -24,11 +24,11 @@ import torch
 from export import fresh, plain, prepared, tpad
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from pipeline import parts
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
-from pipeline.parts import own_device
+from pipeline.export import exporter
+from pipeline.export.exporter import own_device
 
 PLAIN_ITEMS = 600
 
@@ -69,22 +69,22 @@ def flops(run: Path, config: Config) -> float:
 def forward_only(config: Config, run: Path, data: Path, out: Path) -> dict[str, Any]:
     """Our export, with every batch read before the first one is computed; timed from there to the last part written."""
     marks: list[float] = []
-    ahead, whole = parts.ahead, parts.Exporter.run
+    ahead, whole = exporter.ahead, exporter.Exporter.run
 
     def all_first(*arguments: Any) -> Any:
         ready = list(ahead(*arguments))
         marks.append(time.perf_counter())
         yield from ready
 
-    def to_the_end(self: parts.Exporter, names: list[str], wait: bool) -> None:
+    def to_the_end(self: exporter.Exporter, names: list[str], wait: bool) -> None:
         whole(self, names, wait)
         marks.append(time.perf_counter())
 
-    parts.ahead, parts.Exporter.run = all_first, to_the_end  # type: ignore[assignment, method-assign]
+    exporter.ahead, exporter.Exporter.run = all_first, to_the_end  # type: ignore[assignment, method-assign]
     try:
         return tpad(config, run, data, out) | {"running": marks[-1] - marks[-2]}
     finally:
-        parts.ahead, parts.Exporter.run = ahead, whole  # type: ignore[method-assign]
+        exporter.ahead, exporter.Exporter.run = ahead, whole  # type: ignore[method-assign]
 
 
 def profile(config: Config, run: Path, data: Path, out: Path) -> dict[str, Any]:

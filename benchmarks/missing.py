@@ -29,7 +29,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.sample_shop import build_law, ceiling
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.export import export
+from pipeline.export.export import export
 from recommender.evaluate import cases_of, model_ranks
 from recommender.metrics import summarise
 from recommender.published import load_model

@@ -34,7 +34,7 @@ from pipeline.distill.distill import distill, keep_pictures
 from pipeline.distill.phases import Transfer
 from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import train_phase
-from pipeline.export import export
+from pipeline.export.export import export
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import Encoder

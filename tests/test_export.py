@@ -22,12 +22,12 @@ from tiny import ENVIRONMENT, contents
 from tiny_items import make
 from tiny_run import PHASES, change_items, distill_run, export_run, kill_when, published_folder, settings, start
 
-from pipeline.batches import Source
 from pipeline.core.errors import ARTIFACT, DATA, UserError
 from pipeline.core.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.export import export
+from pipeline.export.export import export
+from pipeline.export.item_batches import Source
 from pipeline.mllm.prompts import Prompts
 
 
@@ -263,7 +263,7 @@ def test_an_update_that_cannot_be_one_says_why(tiny_run: Path, tiny_data: Path, 
 def test_a_part_may_be_measured_by_several_workers(
     tiny_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.parts.MEASURED", 5)  # rows; a part has 16
+    monkeypatch.setattr("pipeline.export.exporter.MEASURED", 5)  # rows; a part has 16
     run = model_only(tiny_run, tmp_path / "run")
     export_run(run, tiny_data, "export.workers=2")
     assert parts(run) == parts(tiny_run)

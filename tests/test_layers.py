@@ -11,7 +11,7 @@ from tiny_run import PHASES, distill_run, export_run, published_folder, save_bac
 
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.embeddings import read_embeddings
-from pipeline.export import export
+from pipeline.export.export import export
 from pipeline.mllm.early_exit import apart
 
 FEW = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=2", "batch=4")]

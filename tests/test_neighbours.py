@@ -13,7 +13,7 @@ from tiny_run import PHASES, distill_run, export_run, published_folder, settings
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.export import export
+from pipeline.export.export import export
 from pipeline.mllm.neighbour_titles import load_neighbours
 from pipeline.mllm.prompts import FULL, Prompts, View
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import shards as module
 from pipeline.core.artifact import open_verified, stage
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.shards import Shards, current_pointer
+from pipeline.export import part_claims as module
+from pipeline.export.part_claims import Shards, current_pointer
 
 NAMES = [f"part-{n:05d}.parquet" for n in range(12)]
 FORK = multiprocessing.get_context("fork")  # no torch here

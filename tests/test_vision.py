@@ -14,7 +14,7 @@ from tiny_run import PHASES, distill_run, kill_when, same, save_backbone, settin
 
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.export import export
+from pipeline.export.export import export
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import Encoder

@@ -43,7 +43,7 @@ from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import UserError as UserError
 from pipeline.distill.distill import distill
-from pipeline.export import export
+from pipeline.export.export import export
 
 ROOT = Path(__file__).parents[1]
 PHASES = ("knowledge", "transfer", "align")

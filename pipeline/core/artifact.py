@@ -3,7 +3,7 @@
 A published artifact is `<root>/v000N/` with its files and a `manifest.json` that lists each of them with size and
 sha256; `<root>/current` names the version and the sha256 of its manifest. Readers follow `current` only, take no
 lock, and refuse whatever differs by one bit. Writers hold `<root>/.lock`, work in `<root>/.staging` on the same file
-system, and make a version visible by one rename (`shards.py` has the form for several writers of one version).
+system, and make a version visible by one rename (`part_claims.py` has the form for several writers of one version).
 Manifests hold no clock, host or absolute path, so equal inputs give equal bytes. POSIX only (flock, atomic rename).
 Sizes and checksums guard against damage, not against forgery.
 """
@@ -48,7 +48,7 @@ class Version:
 
 
 class Staging:
-    """A folder to write in; `publish` turns it into the next version. Made by `stage`, or `shards.Shards`."""
+    """A folder to write in; `publish` turns it into the next version. Made by `stage`, or `part_claims.Shards`."""
 
     def __init__(self, root: Path, kind: str, name: str = STAGING) -> None:
         self.root = root

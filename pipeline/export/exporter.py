@@ -1,6 +1,6 @@
 """The parts of an export computed: batches in, vectors out, one Parquet file each.
 
-`batches.py` reads ahead of the model, and a thread behind it takes the vectors off the device and writes. On a CPU the
+`item_batches.py` reads ahead of the model, and a thread behind it takes the vectors off the device and writes. On a CPU the
 model computes several batches at a time, a core each: cores that share one batch mostly wait for each other; on a GPU two, each
 in a stream of its own. Where a version is updated, rows of unchanged content are taken from it, bit for bit.
 """
@@ -19,23 +19,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.batches import Batch, Source, load, loader, measure
-from pipeline.core.artifact import Version
 from pipeline.core.config import ExportConfig
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.prefetch import ahead
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog
-from pipeline.data.embeddings import HALVES, embeddings_schema, read_part, vector_columns
+from pipeline.data.embeddings import HALVES, embeddings_schema, vector_columns
+from pipeline.export.item_batches import Batch, Source, load, loader, measure
+from pipeline.export.part_claims import Shards
+from pipeline.export.unchanged_rows import Base
 from pipeline.mllm.model import Mllm, SideBySide
 from pipeline.mllm.token_batches import cut
 from pipeline.mllm.vision_tower import pack_attention
-from pipeline.shards import Shards
 
 LANES = 8  # batches the model computes at a time on a CPU, at most: more cores than that share batches
 GPU_LANES = 2  # and on a GPU, each in a stream of its own: it computes one while the other is sent, launched or waited for
@@ -72,39 +71,6 @@ def is_part(path: Path, catalog: Catalog, rows: np.ndarray, skips: bool) -> bool
         return False
     wanted, there = [catalog.item_ids[row] for row in rows], set(found)
     return bool(found == wanted or (skips and found == [item for item in wanted if item in there]))
-
-
-class Base:
-    """The version that is updated: its contents and vectors by the rows of the new catalogue."""
-
-    def __init__(self, version: Version, item_ids: list[str]) -> None:
-        self.version = version
-        self.parts = [(version.path / part["name"], part["rows"]) for part in version.manifest["parts"]]
-        self.bounds = np.cumsum([0, *(rows for _, rows in self.parts)])
-        columns = ["item_id", "content_sha256"]
-        found = pa.concat_tables([pq.read_table(path, columns=columns, page_checksum_verification=True) for path, _ in self.parts])
-        self.place = pc.index_in(pa.array(item_ids, pa.string()), found["item_id"]).fill_null(-1).to_numpy()  # (N,) row there, or -1
-        self.contents = np.frombuffer(b"".join(found["content_sha256"].to_pylist()), np.uint8).reshape(-1, 32)
-        self._read: tuple[int, pa.Table] | None = None
-
-    def contents_of(self, rows: np.ndarray) -> np.ndarray:
-        """(n, 32), zeros for items it does not have"""
-        place = self.place[rows]
-        return np.where(place[:, None] < 0, np.uint8(0), self.contents[place])
-
-    def take(self, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
-        """Its rows of items that it has, in their order."""
-        place = self.place[rows]
-        number = np.searchsorted(self.bounds, place, side="right") - 1
-        order = np.argsort(number, kind="stable")
-        tables = [self._part(n, schema).take(place[number == n] - self.bounds[n]) for n in np.unique(number)]
-        return pa.concat_tables(tables).take(np.argsort(order))
-
-    def _part(self, number: int, schema: pa.Schema) -> pa.Table:
-        if self._read is None or self._read[0] != number:
-            path, rows = self.parts[number]
-            self._read = number, read_part(path, schema, rows, "run `tpad export-embeddings` without --update first")
-        return self._read[1]
 
 
 @dataclass
