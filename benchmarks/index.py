@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from recommender.index import CHECK_K, ItemIndex, build_indexes, exact_worst, factory_of
-from recommender.model import SessionModel
-from recommender.ranker import Ranker
-from recommender.shape import ModelConfig
+from recommender.session_model.config import ModelConfig
+from recommender.session_model.model import SessionModel
+from recommender.session_model.numpy_model import Ranker
 
 DIM, PREFIX = 64, 20
 

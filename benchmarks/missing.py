@@ -30,10 +30,11 @@ from pipeline.data.sample_shop import build_law, ceiling
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
 from pipeline.export.export import export
-from recommender.evaluate import cases_of, model_ranks
+from recommender.evaluate import model_ranks
 from recommender.metrics import summarise
 from recommender.published import load_model
 from recommender.refresh import refresh
+from recommender.session_model.windows import cases_of
 from recommender.train import train_sbr
 
 SHARES = (0.3, 0.5)

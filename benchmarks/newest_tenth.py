@@ -26,11 +26,12 @@ from pipeline.data.parquet_checks import ITEMS, SESSIONS
 from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.baselines import BASELINES
 from recommender.calibration import apply
-from recommender.evaluate import baseline_ranks, cases_of, model_ranks
+from recommender.evaluate import baseline_ranks, model_ranks
 from recommender.inputs import load_inputs
 from recommender.metrics import case_values, paired_bootstrap
 from recommender.models import Model
 from recommender.published import load_model
+from recommender.session_model.windows import cases_of
 from recommender.train import train_sbr
 from recommender.trainer import make_accelerator, refit_model, train_model
 from recommender.update import update_sbr

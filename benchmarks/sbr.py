@@ -26,9 +26,9 @@ from srgnn_reference import SRGNN, samples_of
 
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
-from recommender.evaluate import cases_of, model_ranks, prefixes_of
+from recommender.evaluate import model_ranks
 from recommender.metrics import summarise, target_ranks
-from recommender.sessions import PAD, DeviceWindows, batches, pack
+from recommender.session_model.windows import PAD, DeviceWindows, batches, cases_of, pack, prefixes_of
 from recommender.trainer import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
 
 PREFIX, CONTENT = 20, 128

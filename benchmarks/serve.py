@@ -37,7 +37,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import HALVES
 from recommender.published import write_model
 from recommender.recommend import Recommender
-from recommender.whitening import Whitening
+from recommender.session_model.whitening import Whitening
 
 LENGTHS, RATE = (1, 5, 50), 50
 SESSIONS = 10  # different ones of each length, one after the other

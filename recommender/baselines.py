@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recommender.sessions import PAD
+from recommender.session_model.windows import PAD
 
 
 class Entries(NamedTuple):

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recommender.evaluate import prefixes_of
 from recommender.metrics import case_values
-from recommender.model import SessionModel
-from recommender.sessions import PAD, Windows
+from recommender.session_model.model import SessionModel
+from recommender.session_model.windows import PAD, Windows, prefixes_of
 
 LEAST_CASES = 100
 REPEAT_STEP, COLD_STEP = 1.0, 0.5  # of log-weights

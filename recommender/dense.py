@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from recommender.index import first
-from recommender.model import SessionModel
-from recommender.sessions import pad_prefixes
-from recommender.shape import ModelConfig
+from recommender.session_model.config import ModelConfig
+from recommender.session_model.model import SessionModel
+from recommender.session_model.top_k import first
+from recommender.session_model.windows import pad_prefixes
 
 SCORES_AT_ONCE = 8_000_000  # numbers: bounds the memory of a batch
 ENTRY = 10  # numbers that an entry of a table of pairs takes while it is added, whether a filter leaves its item or not
@@ -45,7 +45,7 @@ class Dense:
 
 
 def greatest(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """`index.first` of each line of (B, C): values and places (B, k). Of equal ones `topk` takes any, in any order."""
+    """`top_k.first` of each line of (B, C): values and places (B, k). Of equal ones `topk` takes any, in any order."""
     values, places = scores.topk(min(k + 1, scores.shape[1]))
     places, order = places.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)

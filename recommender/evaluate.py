@@ -25,9 +25,9 @@ from pipeline.data.session_log import SessionLog
 from pipeline.data.split import Split
 from recommender.baselines import BASELINES, Scorer
 from recommender.metrics import summarise_buckets, target_ranks
-from recommender.model import SessionModel
 from recommender.models import MODELS, Model
-from recommender.sessions import PAD, Windows, pack
+from recommender.session_model.model import SessionModel
+from recommender.session_model.windows import PAD, Windows, prefixes_of
 
 WIDTH = 140  # of a table that goes to a file or a pipe
 READ_AT_ONCE = 2_000  # events: enough to be worth the calls
@@ -38,18 +38,6 @@ PREFIXES_AT_ONCE = 256  # that baselines are asked for
 REFIT_NOTE = "the figures are of models that have seen the training sessions alone; the published one was then trained on all sessions"
 ROWS = (*BASELINES, *MODELS, "ceiling")
 Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
-
-
-def cases_of(log: SessionLog, max_prefix: int, timed: bool = False) -> Windows:
-    """Every position of each session, or its last one alone, where the others were trained on; if `timed`, with the targets' times."""
-    windows = pack(log.rows, log.offsets, max_prefix, times=log.times if timed else None)
-    if not log.last_out:
-        return windows
-    last = np.flatnonzero(np.diff(windows.session, append=-1))  # the window of each session that ends it
-    inputs, line, place = windows.inputs[last], np.arange(len(last)), (windows.inputs[last] != PAD).sum(1) - 1
-    targets = np.full_like(inputs, PAD)
-    targets[line, place] = windows.targets[last, place]
-    return Windows(inputs, targets, windows.session[last], None if windows.times is None else windows.times[last])
 
 
 def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndarray]:
@@ -164,13 +152,6 @@ def baseline_ranks(
 def count_top(scores: torch.Tensor, recommended: np.ndarray) -> None:
     values, top = scores.topk(min(TOP, scores.shape[1]))
     recommended += np.bincount(top[values > -torch.inf].cpu().numpy(), minlength=len(recommended))  # of few available items not all
-
-
-def prefixes_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
-    """Every case on its own: prefixes (cases, L) padded on the right, targets (cases,)."""
-    window, position = np.nonzero(windows.targets != PAD)
-    shown = np.arange(windows.inputs.shape[1]) <= position[:, None]
-    return np.where(shown, windows.inputs[window], PAD), windows.targets[window, position]
 
 
 def buckets_of(windows: Windows, counts: np.ndarray) -> dict[str, np.ndarray]:

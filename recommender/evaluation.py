@@ -39,13 +39,12 @@ from recommender.evaluate import (
     facts_of,
     model_ranks,
     positions_of,
-    prefixes_of,
 )
 from recommender.inputs import Inputs, load_inputs, model_fingerprint
 from recommender.metrics import NotANumber, case_values, gini, paired_bootstraps, summarise_buckets
 from recommender.models import MODELS, Model
 from recommender.search import settings_for, with_settings
-from recommender.sessions import PAD, Windows
+from recommender.session_model.windows import PAD, Windows, prefixes_of
 from recommender.trainer import alone, train_model
 
 PAPER_MAX = "paper-max"

@@ -24,8 +24,9 @@ import numpy as np
 
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.progress import Steps
-from recommender.ranker import Ranker, Read
-from recommender.shape import NEVER
+from recommender.session_model.config import NEVER
+from recommender.session_model.numpy_model import Ranker, Read
+from recommender.session_model.top_k import first
 
 FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
 HNSW_ITEMS = 2_000_000  # ... up to here HNSW, and above IVF, which is built faster and finds less
@@ -185,13 +186,6 @@ def offered(prior: np.ndarray) -> np.ndarray:
     """The items of a channel's index: those it can offer."""
     rows: np.ndarray = np.flatnonzero(prior > NEVER / 2)
     return rows
-
-
-def first(scores: np.ndarray, k: int) -> np.ndarray:
-    """Places of the k greatest of (C,), the greatest first; of equal ones the first."""
-    some = np.flatnonzero(scores >= np.partition(scores, -k)[-k]) if k < len(scores) else np.arange(len(scores))
-    found: np.ndarray = some[np.lexsort((some, -scores[some]))][:k]
-    return found
 
 
 def exact_worst(ranker: Ranker, sessions: Sequence[Read]) -> list[float]:

@@ -15,11 +15,10 @@ from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import Embeddings, published_in, read_embeddings
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import Split, split_sessions, split_window
-from recommender.evaluate import cases_of
 from recommender.models import MODELS, chosen
-from recommender.sessions import Windows, pack
-from recommender.shape import FORM
-from recommender.whitening import Whitening, fit_whitening
+from recommender.session_model.config import FORM
+from recommender.session_model.whitening import Whitening, fit_whitening
+from recommender.session_model.windows import Windows, cases_of, pack
 
 PUBLICATION = {"index", "models", "seeds", "refit", "new_items"}  # settings that no trained model depends on
 SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels", "layers", "neighbours")  # of two manifests: equal content, equal vectors

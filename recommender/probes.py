@@ -11,9 +11,9 @@ import torch
 from pipeline.data.catalog import Catalog
 from pipeline.data.embeddings import Embeddings
 from pipeline.objectives.mutual_information import CLUB, Gaussian
-from recommender.evaluate import SCORES_AT_ONCE, prefixes_of
+from recommender.evaluate import SCORES_AT_ONCE
 from recommender.metrics import summarise, target_ranks
-from recommender.sessions import PAD, Windows
+from recommender.session_model.windows import PAD, Windows, prefixes_of
 
 HELD_OUT = 0.3  # share of the items
 FEWEST = 20  # items, to say anything about how the halves hang together

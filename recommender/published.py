@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from pipeline.core.files import canonical_json
 from pipeline.data.catalog import Catalog
 from recommender.index import ItemIndex, build_indexes, describe, save_indexes
-from recommender.model import SessionModel
-from recommender.ranker import Ranker
-from recommender.shape import config_of
-from recommender.whitening import Whitening
+from recommender.session_model.config import config_of
+from recommender.session_model.model import SessionModel
+from recommender.session_model.numpy_model import Ranker
+from recommender.session_model.whitening import Whitening
 
 
 def write_model(

@@ -22,9 +22,9 @@ from pipeline.core.files import canonical_json
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import Embeddings, read_embeddings
 from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
-from recommender.model import SessionModel
 from recommender.published import load_model, write_model
-from recommender.whitening import Whitening
+from recommender.session_model.model import SessionModel
+from recommender.session_model.whitening import Whitening
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
 from pipeline.core.files import remove, write_json
 from recommender.inputs import Inputs, model_fingerprint
 from recommender.models import MODELS, chosen
-from recommender.sessions import Windows
+from recommender.session_model.windows import Windows
 from recommender.steplog import Diverged
 from recommender.trainer import train_model
 

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 
 from pipeline.core.artifact import CURRENT
 from recommender.gate import Metrics, log
-from recommender.index import first
 from recommender.pictures import Pictures
 from recommender.recommend import Recommender
+from recommender.session_model.top_k import first
 
 POLL_SECONDS = 1.0  # between two looks at `current`
 RETRY_SECONDS = 30.0  # until a version that was refused is tried again: a disk may have been full

@@ -14,7 +14,7 @@ from pipeline.core.artifact import open_verified
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.data.session_log import SessionLog
 from recommender.published import load_model
-from recommender.sessions import pad_prefixes
+from recommender.session_model.windows import pad_prefixes
 
 
 class Teacher:

@@ -27,10 +27,10 @@ from recommender.evaluate import Metrics, buckets_of, cases_table, collect_resul
 from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
 from recommender.metrics import summarise_buckets
-from recommender.model import SessionModel
 from recommender.models import MODELS, chosen
 from recommender.published import write_model
 from recommender.search import forget, need_optuna, search, settings_for
+from recommender.session_model.model import SessionModel
 from recommender.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index

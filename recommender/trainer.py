@@ -32,16 +32,16 @@ from pipeline.core.process import keep_freed_memory
 from pipeline.core.progress import Steps
 from pipeline.data.availability import Availability
 from recommender.calibration import Calibration, calibrate
-from recommender.candidates import Candidates, drawn_evenly, everything, sampled, share_drawn
 from recommender.evaluate import model_ranks
 from recommender.inputs import Inputs, model_fingerprint
 from recommender.metrics import NotANumber, summarise
-from recommender.model import SessionModel
 from recommender.models import MODELS, Model
 from recommender.models.sasrec import SASRec
 from recommender.models.sequence import SequenceModel
-from recommender.sessions import DeviceWindows, Windows, batches
-from recommender.shape import ModelConfig, Parts
+from recommender.session_model.config import ModelConfig, Parts
+from recommender.session_model.model import SessionModel
+from recommender.session_model.negative_sampling import Candidates, drawn_evenly, everything, sampled, share_drawn
+from recommender.session_model.windows import DeviceWindows, Windows, batches
 from recommender.steplog import Diverged, StepLog
 
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices

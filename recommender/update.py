@@ -19,10 +19,10 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.core.files import canonical_json, remove
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import SessionLog, load_sessions
-from recommender.evaluate import cases_of, model_ranks
+from recommender.evaluate import model_ranks
 from recommender.metrics import case_values
 from recommender.refresh import open_current
-from recommender.sessions import pack
+from recommender.session_model.windows import cases_of, pack
 from recommender.trainer import alone, fit, make_accelerator
 
 LEAST_SESSIONS = 10  # new ones: with fewer there is no tenth to check on

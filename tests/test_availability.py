@@ -24,14 +24,15 @@ from pipeline.data.availability import ALWAYS, NEVER, Availability
 from pipeline.data.catalog import load_catalog
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
 from recommender.baselines import BASELINES
-from recommender.candidates import Candidates, everything, log_partition
-from recommender.evaluate import baseline_ranks, model_ranks, prefixes_of
+from recommender.evaluate import baseline_ranks, model_ranks
 from recommender.inputs import Inputs, load_inputs
 from recommender.metrics import target_ranks
-from recommender.model import SessionModel
 from recommender.published import load_model
 from recommender.recommend import Recommender
-from recommender.sessions import PAD
+from recommender.session_model.losses import log_partition
+from recommender.session_model.model import SessionModel
+from recommender.session_model.negative_sampling import Candidates, everything
+from recommender.session_model.windows import PAD, prefixes_of
 from recommender.train import train_sbr
 from recommender.trainer import build_model
 

@@ -8,7 +8,7 @@ import torch
 
 from recommender import baselines
 from recommender.metrics import target_ranks
-from recommender.sessions import PAD, pad_prefixes
+from recommender.session_model.windows import PAD, pad_prefixes
 
 ITEMS = 25
 

@@ -25,11 +25,11 @@ from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from recommender import evaluation
 from recommender.baselines import BASELINES
-from recommender.evaluate import baseline_ranks, prefixes_of
+from recommender.evaluate import baseline_ranks
 from recommender.evaluation import evaluate, open_inputs, shuffled_prefixes
 from recommender.inputs import load_inputs
 from recommender.metrics import gini, summarise, target_ranks
-from recommender.sessions import PAD, pack
+from recommender.session_model.windows import PAD, pack, prefixes_of
 from recommender.trainer import train_model
 
 NAMES = ["popularity", "last-item repeat", "SKNN", "ID-only", "full"]

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recommender.evaluate import prefixes_of
 from recommender.metrics import CUTOFFS, paired_bootstrap, summarise, target_ranks
-from recommender.sessions import PAD, batches, pack, pad_prefixes
+from recommender.session_model.windows import PAD, batches, pack, pad_prefixes, prefixes_of
 
 
 def test_ranks_are_those_of_sorting() -> None:

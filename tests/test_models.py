@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from recommender.candidates import everything
 from recommender.evaluate import model_ranks
 from recommender.models import ENCODERS
 from recommender.models.sequence import SequenceModel
 from recommender.models.sr_gnn import SRGNN
-from recommender.sessions import PAD, pack, pad_prefixes
+from recommender.session_model.negative_sampling import everything
+from recommender.session_model.windows import PAD, pack, pad_prefixes
 
 ITEMS, COLD, DIM = 30, 4, 16  # the last items are in no training session
 EVERY = pytest.mark.parametrize("name", ENCODERS)

@@ -9,7 +9,7 @@ from standin_run import write_data
 from pipeline.data.catalog import load_catalog
 from recommender.metrics import summarise
 from recommender.probes import accuracy, attribute_columns, club_a_dimension, linear_cka, retrieval_ranks
-from recommender.sessions import pack
+from recommender.session_model.windows import pack
 
 RNG = np.random.default_rng(0)
 

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from recommender.calibration import calibrate
-from recommender.candidates import drawn_evenly, everything, gbce, log_partition, sampled, share_drawn
 from recommender.evaluate import model_ranks
-from recommender.expected import expected_log_counts
 from recommender.index import ItemIndex, build_indexes
-from recommender.model import SessionModel
-from recommender.pairs import Pairs
-from recommender.ranker import PairCounts, Ranker
-from recommender.sessions import PAD, Windows, pack, pad_prefixes
-from recommender.shape import LEAST_MASS, ModelConfig, Parts
-from recommender.whitening import fit_whitening
+from recommender.session_model.config import LEAST_MASS, ModelConfig, Parts
+from recommender.session_model.losses import gbce, log_partition
+from recommender.session_model.model import SessionModel
+from recommender.session_model.negative_sampling import drawn_evenly, everything, sampled, share_drawn
+from recommender.session_model.numpy_model import PairCounts, Ranker
+from recommender.session_model.pair_counts import Pairs
+from recommender.session_model.popularity_prior import expected_log_counts
+from recommender.session_model.whitening import fit_whitening
+from recommender.session_model.windows import PAD, Windows, pack, pad_prefixes
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
 

@@ -17,9 +17,9 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_by_time, split_sessions
-from recommender.evaluate import cases_of, positions_of, prefixes_of
+from recommender.evaluate import positions_of
 from recommender.inputs import load_inputs
-from recommender.sessions import PAD
+from recommender.session_model.windows import PAD, cases_of, prefixes_of
 from recommender.train import train_sbr
 
 

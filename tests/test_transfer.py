@@ -23,7 +23,7 @@ from pipeline.distill.phases import starts, summary_key
 from pipeline.mllm.prompts import Part, Prompts
 from pipeline.objectives.contrastive import soft_loss
 from recommender.published import load_model
-from recommender.sessions import pad_prefixes
+from recommender.session_model.windows import pad_prefixes
 from recommender.teacher import Teacher
 from recommender.train import train_sbr
 

@@ -6,12 +6,12 @@ To add one: a file with an encoder (see `sequence`), and a line of `ENCODERS`.
 from typing import NamedTuple
 
 from pipeline.core.errors import USAGE, UserError
-from recommender.model import SessionModel
 from recommender.models.gru4rec import GRU4Rec
 from recommender.models.narm import NARM
 from recommender.models.sasrec import SASRec
 from recommender.models.sequence import Encoder, SequenceModel
 from recommender.models.sr_gnn import SRGNN
+from recommender.session_model.model import SessionModel
 
 ENCODERS: dict[str, Encoder] = {"GRU4Rec": GRU4Rec, "NARM": NARM, "SR-GNN": SRGNN, "SASRec": SASRec}
 

@@ -7,7 +7,7 @@ items. Departures: the global and the local encoder are one GRU, and all positio
 import torch
 from torch import Tensor, nn
 
-from recommender.pairs import causal
+from recommender.session_model.ops import causal
 
 
 class NARM(nn.Module):

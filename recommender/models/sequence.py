@@ -7,7 +7,7 @@ that reads no later position.
 Items have a vector learned for their id, or a learned projection of the exported one ("on vectors"), or the sum of both, which is
 how such models are usually given side information. An item without training events has no id vector: where nothing
 else is read it scores below all others. `SequenceModel` answers what training and evaluation ask of a session model, as
-`recommender.model.SessionModel` does: losses (forward), `draw_known`, `tables`, `scores`, `known`.
+`recommender.session_model.model.SessionModel` does: losses (forward), `draw_known`, `tables`, `scores`, `known`.
 """
 
 import math
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recommender.candidates import Candidates, gbce, log_partition
-from recommender.sessions import PAD
+from recommender.session_model.losses import gbce, log_partition
+from recommender.session_model.negative_sampling import Candidates
+from recommender.session_model.windows import PAD
 
 Encoder = Callable[[int, int, float], nn.Module]  # dim, max_prefix, dropout
 

@@ -9,9 +9,8 @@ which the paper has none of.
 import torch
 from torch import Tensor, nn
 
-from recommender.channels import share
-from recommender.pairs import causal
-from recommender.sessions import PAD
+from recommender.session_model.ops import causal, share
+from recommender.session_model.windows import PAD
 
 
 class SRGNN(nn.Module):

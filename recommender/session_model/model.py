@@ -28,12 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.candidates import Candidates, log_partition
-from recommender.channels import Channel, packed, padded
-from recommender.expected import expected_log_counts
-from recommender.pairs import Pairs, causal, find, steps_back
-from recommender.sessions import PAD
-from recommender.shape import LEAST_MASS, NEVER, SEEN_RATE, ModelConfig, Parts
+from recommender.session_model.channel import Channel
+from recommender.session_model.config import LEAST_MASS, NEVER, SEEN_RATE, ModelConfig, Parts
+from recommender.session_model.losses import log_partition
+from recommender.session_model.negative_sampling import Candidates
+from recommender.session_model.ops import causal, find, packed, padded, steps_back
+from recommender.session_model.pair_counts import Pairs
+from recommender.session_model.popularity_prior import expected_log_counts
+from recommender.session_model.windows import PAD
 
 LOG2E = float(np.log2(np.e))  # exp2 takes half the time of exp, and of a small number no more than of another
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.pairs import causal, steps_back
-from recommender.shape import MAX_SCALE, NEVER, Parts
+from recommender.session_model.config import MAX_SCALE, NEVER, Parts
+from recommender.session_model.ops import causal, packed, padded, share, steps_back
 
 
 class SessionGraph(nn.Module):
@@ -26,20 +26,6 @@ class SessionGraph(nn.Module):
         return padded(own + self.gate * (self.cell(messages, own) - own), real)
 
 
-# sessions are short and the longest of a batch is not: what is done to each position alone is done to the E real ones
-
-
-def packed(values: Tensor, real: Tensor) -> Tensor:
-    """(B, L, D) -> (E, D)"""
-    return values.flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
-
-
-def padded(values: Tensor, real: Tensor) -> Tensor:
-    """(E, D) -> (B, L, D)"""
-    empty = values.new_zeros(real.numel(), values.shape[-1])
-    return empty.index_copy(0, real.flatten().nonzero()[:, 0], values).view(*real.shape, -1)
-
-
 def transitions(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """rows (B, L) -> (B, L, L) twice, rows summing to 1 or 0: for t, the positions s <= t just before, and just after,
     an occurrence of t's item."""
@@ -49,10 +35,6 @@ def transitions(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     before[:, :, :-1] = same[:, :, 1:]
     after[:, :, 1:] = same[:, :, :-1] & causal(length, rows.device)[:, 1:] & real[:, None, 1:]
     return share(before), share(after)
-
-
-def share(neighbours: Tensor) -> Tensor:
-    return neighbours / neighbours.sum(-1, keepdim=True).clamp(min=1)
 
 
 class Attention(nn.Module):

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recommender.sessions import PAD
-from recommender.shape import NEVER
+from recommender.session_model.config import NEVER
+from recommender.session_model.ops import causal, find, steps_back
+from recommender.session_model.windows import PAD
 
 
 class Pairs(nn.Module):
@@ -147,24 +148,7 @@ def pairs(rows: np.ndarray, offsets: np.ndarray, items: int, step: int) -> np.nd
     return keys
 
 
-def find(items: Tensor, rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the `rows` stand in `items` (C,), ascending, and which of the `real` ones do."""
-    place = torch.searchsorted(items, rows).clamp(max=len(items) - 1)
-    return place, real & (items[place] == rows)
-
-
 def tally(keys: Tensor, counts: Tensor, items: int) -> tuple[Tensor, Tensor]:
     """How many pairs start at each item, and with how many different others, both (N,)."""
     source = keys // items
     return torch.bincount(source, weights=counts, minlength=items).float(), torch.bincount(source, minlength=items).float()
-
-
-def causal(length: int, device: torch.device) -> Tensor:
-    """(L, L) bool: at t, which s are past or present."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-
-
-def steps_back(length: int, device: torch.device) -> Tensor:
-    """(L, L): t - s, 0 where s is later."""
-    position = torch.arange(length, device=device)
-    return (position[:, None] - position[None, :]).clamp(min=0)

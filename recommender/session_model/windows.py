@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.session_log import SessionLog
+
 PAD = -1  # in `inputs`: no event; in `targets`: not a case
 
 
@@ -99,3 +101,22 @@ def batches(count: int, batch: int, seed: int, epoch: int) -> Iterator[np.ndarra
     order = np.random.default_rng((seed, epoch)).permutation(count)
     for start in range(0, count, batch):
         yield order[start : start + batch]
+
+
+def cases_of(log: SessionLog, max_prefix: int, timed: bool = False) -> Windows:
+    """Every position of each session, or its last one alone, where the others were trained on; if `timed`, with the targets' times."""
+    windows = pack(log.rows, log.offsets, max_prefix, times=log.times if timed else None)
+    if not log.last_out:
+        return windows
+    last = np.flatnonzero(np.diff(windows.session, append=-1))  # the window of each session that ends it
+    inputs, line, place = windows.inputs[last], np.arange(len(last)), (windows.inputs[last] != PAD).sum(1) - 1
+    targets = np.full_like(inputs, PAD)
+    targets[line, place] = windows.targets[last, place]
+    return Windows(inputs, targets, windows.session[last], None if windows.times is None else windows.times[last])
+
+
+def prefixes_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Every case on its own: prefixes (cases, L) padded on the right, targets (cases,)."""
+    window, position = np.nonzero(windows.targets != PAD)
+    shown = np.arange(windows.inputs.shape[1]) <= position[:, None]
+    return np.where(shown, windows.inputs[window], PAD), windows.targets[window, position]

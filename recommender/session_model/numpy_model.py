@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recommender.shape import LEAST_MASS, MAX_SCALE, NEVER, SEEN_RATE, ModelConfig
+from recommender.session_model.config import LEAST_MASS, MAX_SCALE, NEVER, SEEN_RATE, ModelConfig
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -239,7 +239,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def transitions(rows: np.ndarray, open_: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`recommender.channels.transitions` of one session: rows (L,), open_ (L, L) bool -> (L, L) twice."""
+    """`recommender.session_model.channel.transitions` of one session: rows (L,), open_ (L, L) bool -> (L, L) twice."""
     same = (rows[:, None] == rows) & open_
     before, after = np.zeros(same.shape, np.float32), np.zeros(same.shape, np.float32)
     before[:, :-1] = same[:, 1:]
