@@ -24,12 +24,11 @@ from pipeline.core.config_file import load_config
 from pipeline.data.catalog import load_catalog
 from pipeline.data.parquet_checks import ITEMS, SESSIONS
 from pipeline.data.session_log import SessionLog, load_sessions
-from recommender.baselines import BASELINES
+from recommender.baselines.registry import BASELINES, Model
 from recommender.calibration import apply
 from recommender.evaluate import baseline_ranks, model_ranks
 from recommender.inputs import load_inputs
 from recommender.metrics import case_values, paired_bootstrap
-from recommender.models import Model
 from recommender.published import load_model
 from recommender.session_model.windows import cases_of
 from recommender.train import train_sbr

@@ -23,9 +23,9 @@ from pipeline.core.config import DataConfig
 from pipeline.data.availability import Availability
 from pipeline.data.session_log import SessionLog
 from pipeline.data.split import Split
-from recommender.baselines import BASELINES, Scorer
+from recommender.baselines.counts import Scorer
+from recommender.baselines.registry import BASELINES, MODELS, Model
 from recommender.metrics import summarise_buckets, target_ranks
-from recommender.models import MODELS, Model
 from recommender.session_model.model import SessionModel
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 

@@ -25,7 +25,8 @@ from pipeline.core.config import Config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.core.files import canonical_json, remove, write_json
 from pipeline.data.session_log import SessionLog
-from recommender.baselines import BASELINES, Scorer
+from recommender.baselines.counts import Scorer
+from recommender.baselines.registry import BASELINES, MODELS, Model
 from recommender.comparison import Figure, Row, table, told
 from recommender.evaluate import (
     ROWS,
@@ -42,7 +43,6 @@ from recommender.evaluate import (
 )
 from recommender.inputs import Inputs, load_inputs, model_fingerprint
 from recommender.metrics import NotANumber, case_values, gini, paired_bootstraps, summarise_buckets
-from recommender.models import MODELS, Model
 from recommender.search import settings_for, with_settings
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 from recommender.trainer import alone, train_model

@@ -15,7 +15,7 @@ from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import Embeddings, published_in, read_embeddings
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import Split, split_sessions, split_window
-from recommender.models import MODELS, chosen
+from recommender.baselines.registry import MODELS, chosen
 from recommender.session_model.config import FORM
 from recommender.session_model.whitening import Whitening, fit_whitening
 from recommender.session_model.windows import Windows, cases_of, pack

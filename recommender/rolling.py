@@ -19,7 +19,7 @@ from pipeline.core.artifact import LOCK, Version, published, stage
 from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.files import canonical_json, remove, write_json
-from recommender.baselines import BASELINES
+from recommender.baselines.registry import BASELINES
 from recommender.comparison import Figure, table
 from recommender.evaluate import ROWS, Metrics, average, baseline_ranks, buckets_of, model_ranks
 from recommender.evaluation import MAIN, TESTED, chosen_reference, open_inputs, row_of

@@ -20,8 +20,8 @@ from accelerate.utils import broadcast_object_list
 from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
 from pipeline.core.files import remove, write_json
+from recommender.baselines.registry import MODELS, chosen
 from recommender.inputs import Inputs, model_fingerprint
-from recommender.models import MODELS, chosen
 from recommender.session_model.windows import Windows
 from recommender.steplog import Diverged
 from recommender.trainer import train_model

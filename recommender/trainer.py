@@ -31,13 +31,13 @@ from pipeline.core.interrupt import Interrupt
 from pipeline.core.process import keep_freed_memory
 from pipeline.core.progress import Steps
 from pipeline.data.availability import Availability
+from recommender.baselines.registry import MODELS, Model
+from recommender.baselines.sasrec import SASRec
+from recommender.baselines.sequence_model import SequenceModel
 from recommender.calibration import Calibration, calibrate
 from recommender.evaluate import model_ranks
 from recommender.inputs import Inputs, model_fingerprint
 from recommender.metrics import NotANumber, summarise
-from recommender.models import MODELS, Model
-from recommender.models.sasrec import SASRec
-from recommender.models.sequence import SequenceModel
 from recommender.session_model.config import ModelConfig, Parts
 from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, drawn_evenly, everything, sampled, share_drawn

@@ -23,7 +23,7 @@ from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.data.availability import ALWAYS, NEVER, Availability
 from pipeline.data.catalog import load_catalog
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
-from recommender.baselines import BASELINES
+from recommender.baselines.registry import BASELINES
 from recommender.evaluate import baseline_ranks, model_ranks
 from recommender.inputs import Inputs, load_inputs
 from recommender.metrics import target_ranks

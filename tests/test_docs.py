@@ -289,9 +289,9 @@ def test_a_session_model_is_added_by_one_file_and_one_entry(place: Path, played:
     snippet = SNIPPETS["add_model"]
     path = snippet.content.splitlines()[0].removeprefix("# ")
     (tmp_path / path).write_text(snippet.content)
-    table = tmp_path / "recommender" / "models" / "__init__.py"
+    table = tmp_path / "recommender" / "baselines" / "registry.py"
     name_of_file, name = Path(path).stem, "RecentMean"
-    line, entry = f"from recommender.models.{name_of_file} import {name}", f'"{name}": {name}'
+    line, entry = f"from recommender.baselines.{name_of_file} import {name}", f'"{name}": {name}'
     assert f"`{line}`" in TEXTS[snippet.document] and f"`{entry}`" in TEXTS[snippet.document]
     text = table.read_text().replace("ENCODERS: dict[str, Encoder] = {", f"{line}\n\nENCODERS: dict[str, Encoder] = {{{entry}, ")
     table.write_text(text)

@@ -24,7 +24,7 @@ from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from recommender import evaluation
-from recommender.baselines import BASELINES
+from recommender.baselines.registry import BASELINES
 from recommender.evaluate import baseline_ranks
 from recommender.evaluation import evaluate, open_inputs, shuffled_prefixes
 from recommender.inputs import load_inputs

@@ -15,8 +15,8 @@ from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
+from recommender.baselines.registry import MODELS
 from recommender.inputs import load_inputs
-from recommender.models import MODELS
 from recommender.train import train_sbr
 from recommender.trainer import build_model
 

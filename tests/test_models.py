@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from recommender.baselines.registry import ENCODERS
+from recommender.baselines.sequence_model import SequenceModel
+from recommender.baselines.sr_gnn import SRGNN
 from recommender.evaluate import model_ranks
-from recommender.models import ENCODERS
-from recommender.models.sequence import SequenceModel
-from recommender.models.sr_gnn import SRGNN
 from recommender.session_model.negative_sampling import everything
 from recommender.session_model.windows import PAD, pack, pad_prefixes
 

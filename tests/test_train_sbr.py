@@ -20,7 +20,7 @@ from pipeline.core.artifact import locked
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from recommender.models import ENCODERS
+from recommender.baselines.registry import ENCODERS
 from recommender.published import load_model
 from recommender.recommend import Recommender
 from recommender.train import train_sbr
