@@ -206,8 +206,8 @@ def index(
         with errors(debug):  # without `open_run`, which would remember what was given
             if rebuild or config or data or set_:
                 raise UserError("--check changes nothing (command line); give it no other option than --run", USAGE)
-            from recommender.index import check as run_check
             from recommender.recommend import Recommender
+            from recommender.retrieval.index_tuning import check as run_check
 
             recommender = Recommender.load(run)
             for line in run_check(recommender.index, recommender.sample_rows(), recommender.version.manifest["index"]):

@@ -13,7 +13,8 @@ import time
 import numpy as np
 import torch
 
-from recommender.index import CHECK_K, ItemIndex, build_indexes, exact_worst, factory_of
+from recommender.retrieval.index import ItemIndex, build_indexes, factory_of
+from recommender.retrieval.index_tuning import CHECK_K, exact_worst
 from recommender.session_model.config import ModelConfig
 from recommender.session_model.model import SessionModel
 from recommender.session_model.numpy_model import Ranker

@@ -32,8 +32,8 @@ from pipeline.data.split import split_sessions
 from pipeline.export.export import export
 from recommender.evaluate import model_ranks
 from recommender.metrics import summarise
-from recommender.published import load_model
 from recommender.refresh import refresh
+from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import cases_of
 from recommender.train import train_sbr
 

@@ -29,7 +29,7 @@ from recommender.calibration import apply
 from recommender.evaluate import baseline_ranks, model_ranks
 from recommender.inputs import load_inputs
 from recommender.metrics import case_values, paired_bootstrap
-from recommender.published import load_model
+from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import cases_of
 from recommender.train import train_sbr
 from recommender.trainer import make_accelerator, refit_model, train_model

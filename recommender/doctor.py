@@ -87,7 +87,7 @@ def examine_faiss(findings: Findings) -> None:
     try:
         import faiss  # type: ignore[import-untyped]
 
-        from recommender.index import gpus
+        from recommender.retrieval.index import gpus
     except ImportError as error:
         findings.add("index", f"FAISS cannot be loaded: {error}")
         findings.missing.append("a FAISS that loads: uninstall it, and install it again")

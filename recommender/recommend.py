@@ -25,7 +25,7 @@ from pipeline.core.artifact import Version, open_verified
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.availability import ALWAYS, NEVER, read_availability
 from pipeline.data.embeddings import HALVES
-from recommender.index import ItemIndex, load_indexes
+from recommender.retrieval.index import ItemIndex, load_indexes
 from recommender.session_model.config import ModelConfig, config_of
 from recommender.session_model.numpy_model import Ranker, Read, unit
 from recommender.session_model.top_k import first

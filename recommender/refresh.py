@@ -22,7 +22,7 @@ from pipeline.core.files import canonical_json
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import Embeddings, read_embeddings
 from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
-from recommender.published import load_model, write_model
+from recommender.retrieval.saved_model import load_model, write_model
 from recommender.session_model.model import SessionModel
 from recommender.session_model.whitening import Whitening
 

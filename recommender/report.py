@@ -22,10 +22,11 @@ from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog, load_catalog
 from recommender.charts import Curve, chart, plane
 from recommender.evaluate import COLUMNS, REFIT_NOTE, ROWS
-from recommender.index import CHECK_K, EFFORTS, FLAT_ITEMS, ItemIndex, asked, build_indexes, exact_worst, factory_of, measure
 from recommender.metrics import case_values, paired_bootstrap
 from recommender.pictures import small
 from recommender.recommend import Recommender
+from recommender.retrieval.index import FLAT_ITEMS, ItemIndex, build_indexes, factory_of
+from recommender.retrieval.index_tuning import CHECK_K, EFFORTS, asked, exact_worst, measure
 from recommender.session_model.top_k import first
 
 SESSIONS, SEEN, SHOWN = 20, 5, 10  # test sessions, the last items of each, and the first of its ranking

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.core.artifact import open_verified
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.data.session_log import SessionLog
-from recommender.published import load_model
+from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import pad_prefixes
 
 

@@ -25,10 +25,10 @@ from pipeline.data.embeddings import published_in
 from recommender.baselines.registry import MODELS, chosen
 from recommender.calibration import Calibration, apply
 from recommender.evaluate import Metrics, buckets_of, cases_table, collect_results, print_results, read_ceiling
-from recommender.index import empty_index
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
 from recommender.metrics import summarise_buckets
-from recommender.published import write_model
+from recommender.retrieval.index import empty_index
+from recommender.retrieval.saved_model import write_model
 from recommender.search import forget, need_optuna, search, settings_for
 from recommender.session_model.model import SessionModel
 from recommender.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model

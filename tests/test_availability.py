@@ -27,8 +27,8 @@ from recommender.baselines.registry import BASELINES
 from recommender.evaluate import baseline_ranks, model_ranks
 from recommender.inputs import Inputs, load_inputs
 from recommender.metrics import target_ranks
-from recommender.published import load_model
 from recommender.recommend import Recommender
+from recommender.retrieval.saved_model import load_model
 from recommender.session_model.losses import log_partition
 from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, everything

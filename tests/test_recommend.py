@@ -21,9 +21,9 @@ from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
 from pipeline.data.embeddings import read_embeddings
 from recommender import batch, dense, recommend
 from recommender.batch import recommend_file
-from recommender.index import WANTED, check
 from recommender.recommend import Recommender
 from recommender.refresh import refresh
+from recommender.retrieval.index_tuning import WANTED, check
 from recommender.service import Served
 from recommender.train import train_sbr
 

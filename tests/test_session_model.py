@@ -11,7 +11,7 @@ import torch
 
 from recommender.calibration import calibrate
 from recommender.evaluate import model_ranks
-from recommender.index import ItemIndex, build_indexes
+from recommender.retrieval.index import ItemIndex, build_indexes
 from recommender.session_model.config import LEAST_MASS, ModelConfig, Parts
 from recommender.session_model.losses import gbce, log_partition
 from recommender.session_model.model import SessionModel

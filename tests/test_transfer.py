@@ -22,7 +22,7 @@ from pipeline.distill.experimental.session_summaries import folds
 from pipeline.distill.phases import starts, summary_key
 from pipeline.mllm.prompts import Part, Prompts
 from pipeline.objectives.contrastive import soft_loss
-from recommender.published import load_model
+from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import pad_prefixes
 from recommender.teacher import Teacher
 from recommender.train import train_sbr

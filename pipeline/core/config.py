@@ -425,7 +425,7 @@ class SbrConfig(Section):
     )
     models: list[str] = Field(
         default=["ID-only", "content-only", "full"],
-        description="models to train, of those in recommender/baselines (e.g. SASRec, SASRec on vectors); full is published, or else ID-only",
+        description="models to train, of those in recommender/baselines (e.g. SASRec, SASRec on vectors); full is published, else ID-only",
     )
 
     @field_validator("models")

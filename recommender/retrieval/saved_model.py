@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.files import canonical_json
 from pipeline.data.catalog import Catalog
-from recommender.index import ItemIndex, build_indexes, describe, save_indexes
+from recommender.retrieval.index import ItemIndex, build_indexes, save_indexes
+from recommender.retrieval.index_tuning import describe
 from recommender.session_model.config import config_of
 from recommender.session_model.model import SessionModel
 from recommender.session_model.numpy_model import Ranker
