@@ -30,8 +30,8 @@ from pipeline.data.sample_shop import build_law, ceiling
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
 from pipeline.export.export import export
-from recommender.evaluate import model_ranks
-from recommender.metrics import summarise
+from recommender.metrics.evaluator import model_ranks
+from recommender.metrics.ranks import summarise
 from recommender.refresh import refresh
 from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import cases_of

@@ -26,9 +26,10 @@ from pipeline.data.parquet_checks import ITEMS, SESSIONS
 from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.baselines.registry import BASELINES, Model
 from recommender.calibration import apply
-from recommender.evaluate import baseline_ranks, model_ranks
 from recommender.inputs import load_inputs
-from recommender.metrics import case_values, paired_bootstrap
+from recommender.metrics.evaluator import baseline_ranks, model_ranks
+from recommender.metrics.ranks import case_values
+from recommender.metrics.significance import paired_bootstrap
 from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import cases_of
 from recommender.train import train_sbr

@@ -26,8 +26,8 @@ from srgnn_reference import SRGNN, samples_of
 
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
-from recommender.evaluate import model_ranks
-from recommender.metrics import summarise, target_ranks
+from recommender.metrics.evaluator import model_ranks
+from recommender.metrics.ranks import summarise, target_ranks
 from recommender.session_model.windows import PAD, DeviceWindows, batches, cases_of, pack, prefixes_of
 from recommender.trainer import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recommender.metrics import case_values
+from recommender.metrics.ranks import case_values
 from recommender.session_model.model import SessionModel
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 

@@ -1,7 +1,7 @@
 """The cells of an ablation side by side: ablation.md, ablation.csv and, with matplotlib, ablation.png.
 
 Figures are means over the seeds. A difference to the full method is of the same test cases, its interval from drawing test
-sessions anew (`metrics.paired_bootstrap`); it does not tell how far another seed would fall, which the deviation does.
+sessions anew (`significance.paired_bootstrap`); it does not tell how far another seed would fall, which the deviation does.
 """
 
 import csv
@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,7 +19,9 @@ from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.files import replacing
 from recommender.inputs import load_inputs
-from recommender.metrics import Difference, case_values, paired_bootstrap
+from recommender.metrics.ranks import case_values
+from recommender.metrics.results_table import Figure, Row, table, told
+from recommender.metrics.significance import paired_bootstrap
 
 PROBES = "probes.json"
 DOWNSTREAM = ("HR@10", "HR@20", "MRR@20", "warm HR@20", "cold HR@20")
@@ -39,20 +41,6 @@ COST = {
     "export passes": "export passes",
     "export seconds per 1000 items": "export, s per 1000 items",
 }
-
-
-class Figure(NamedTuple):
-    """One metric of one row, over the seeds."""
-
-    values: list[float]
-    against: Difference | None = None  # full, on the same cases
-
-    def __str__(self) -> str:
-        deviation = f" ± {np.std(self.values, ddof=1):.4f}" if len(self.values) > 1 else ""
-        return f"{np.mean(self.values):.4f}{deviation}"
-
-
-Row = dict[str, Figure]  # by metric
 
 
 def report(config: Config, run: Path, data: Path, variants: Sequence[str], seeds: Sequence[int]) -> None:
@@ -111,18 +99,6 @@ def markdown(rows: Mapping[str, Row], seeds: Sequence[int]) -> str:
     lines += ["", "## Cost", ""]
     lines += table({name: row for name, row in rows.items() if "export passes" in row}, COST, lambda f: f"{np.mean(f.values):.1f}")
     return "\n".join(lines) + "\n"
-
-
-def table(rows: Mapping[str, Row], columns: Mapping[str, str], cell: Any = str) -> list[str]:
-    heads = {metric: head for metric, head in columns.items() if any(metric in row for row in rows.values())}
-    lines = [f"| | {' | '.join(heads.values())} |", "| --- |" + " ---: |" * len(heads)]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(cell(row[metric]) if metric in row else '-' for metric in heads)} |")
-    return lines
-
-
-def told(found: Difference | None) -> str:
-    return "-" if found is None else f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}], p {found.p:.4f}"
 
 
 def as_csv(rows: Mapping[str, Row]) -> str:

@@ -27,9 +27,8 @@ from pipeline.core.files import canonical_json, remove, write_json
 from pipeline.data.session_log import SessionLog
 from recommender.baselines.counts import Scorer
 from recommender.baselines.registry import BASELINES, MODELS, Model
-from recommender.comparison import Figure, Row, table, told
-from recommender.evaluate import (
-    ROWS,
+from recommender.inputs import Inputs, load_inputs, model_fingerprint
+from recommender.metrics.evaluator import (
     TOP,
     Metrics,
     average,
@@ -41,8 +40,9 @@ from recommender.evaluate import (
     model_ranks,
     positions_of,
 )
-from recommender.inputs import Inputs, load_inputs, model_fingerprint
-from recommender.metrics import NotANumber, case_values, gini, paired_bootstraps, summarise_buckets
+from recommender.metrics.ranks import NotANumber, case_values, gini, summarise_buckets
+from recommender.metrics.results_table import ROWS, Figure, Row, table, told
+from recommender.metrics.significance import paired_bootstraps
 from recommender.search import settings_for, with_settings
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 from recommender.trainer import alone, train_model

@@ -11,8 +11,8 @@ import torch
 from pipeline.data.catalog import Catalog
 from pipeline.data.embeddings import Embeddings
 from pipeline.objectives.mutual_information import CLUB, Gaussian
-from recommender.evaluate import SCORES_AT_ONCE
-from recommender.metrics import summarise, target_ranks
+from recommender.metrics.evaluator import SCORES_AT_ONCE
+from recommender.metrics.ranks import summarise, target_ranks
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 
 HELD_OUT = 0.3  # share of the items

@@ -21,8 +21,10 @@ from pipeline.core.files import replacing
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog, load_catalog
 from recommender.charts import Curve, chart, plane
-from recommender.evaluate import COLUMNS, REFIT_NOTE, ROWS
-from recommender.metrics import case_values, paired_bootstrap
+from recommender.metrics.evaluator import REFIT_NOTE
+from recommender.metrics.ranks import case_values
+from recommender.metrics.results_table import COLUMNS, ROWS
+from recommender.metrics.significance import paired_bootstrap
 from recommender.pictures import small
 from recommender.recommend import Recommender
 from recommender.retrieval.index import FLAT_ITEMS, ItemIndex, build_indexes, factory_of

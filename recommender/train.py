@@ -24,9 +24,10 @@ from pipeline.core.files import canonical_json, remove
 from pipeline.data.embeddings import published_in
 from recommender.baselines.registry import MODELS, chosen
 from recommender.calibration import Calibration, apply
-from recommender.evaluate import Metrics, buckets_of, cases_table, collect_results, print_results, read_ceiling
 from recommender.inputs import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
-from recommender.metrics import summarise_buckets
+from recommender.metrics.evaluator import Metrics, buckets_of, cases_table, collect_results, read_ceiling
+from recommender.metrics.ranks import summarise_buckets
+from recommender.metrics.results_table import print_results
 from recommender.retrieval.index import empty_index
 from recommender.retrieval.saved_model import write_model
 from recommender.search import forget, need_optuna, search, settings_for

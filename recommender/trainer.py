@@ -35,9 +35,9 @@ from recommender.baselines.registry import MODELS, Model
 from recommender.baselines.sasrec import SASRec
 from recommender.baselines.sequence_model import SequenceModel
 from recommender.calibration import Calibration, calibrate
-from recommender.evaluate import model_ranks
 from recommender.inputs import Inputs, model_fingerprint
-from recommender.metrics import NotANumber, summarise
+from recommender.metrics.evaluator import model_ranks
+from recommender.metrics.ranks import NotANumber, summarise
 from recommender.session_model.config import ModelConfig, Parts
 from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, drawn_evenly, everything, sampled, share_drawn

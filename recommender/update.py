@@ -19,8 +19,8 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.core.files import canonical_json, remove
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import SessionLog, load_sessions
-from recommender.evaluate import model_ranks
-from recommender.metrics import case_values
+from recommender.metrics.evaluator import model_ranks
+from recommender.metrics.ranks import case_values
 from recommender.refresh import open_current
 from recommender.session_model.windows import cases_of, pack
 from recommender.trainer import alone, fit, make_accelerator

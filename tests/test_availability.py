@@ -24,9 +24,9 @@ from pipeline.data.availability import ALWAYS, NEVER, Availability
 from pipeline.data.catalog import load_catalog
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
 from recommender.baselines.registry import BASELINES
-from recommender.evaluate import baseline_ranks, model_ranks
 from recommender.inputs import Inputs, load_inputs
-from recommender.metrics import target_ranks
+from recommender.metrics.evaluator import baseline_ranks, model_ranks
+from recommender.metrics.ranks import target_ranks
 from recommender.recommend import Recommender
 from recommender.retrieval.saved_model import load_model
 from recommender.session_model.losses import log_partition

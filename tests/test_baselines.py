@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recommender.baselines import counts, nearest_sessions, registry
-from recommender.metrics import target_ranks
+from recommender.metrics.ranks import target_ranks
 from recommender.session_model.windows import PAD, pad_prefixes
 
 ITEMS = 25

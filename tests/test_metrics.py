@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recommender.metrics import CUTOFFS, paired_bootstrap, summarise, target_ranks
+from recommender.metrics.ranks import CUTOFFS, summarise, target_ranks
+from recommender.metrics.significance import paired_bootstrap
 from recommender.session_model.windows import PAD, batches, pack, pad_prefixes, prefixes_of
 
 

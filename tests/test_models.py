@@ -9,7 +9,7 @@ import torch
 from recommender.baselines.registry import ENCODERS
 from recommender.baselines.sequence_model import SequenceModel
 from recommender.baselines.sr_gnn import SRGNN
-from recommender.evaluate import model_ranks
+from recommender.metrics.evaluator import model_ranks
 from recommender.session_model.negative_sampling import everything
 from recommender.session_model.windows import PAD, pack, pad_prefixes
 

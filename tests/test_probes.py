@@ -7,7 +7,7 @@ import pytest
 from standin_run import write_data
 
 from pipeline.data.catalog import load_catalog
-from recommender.metrics import summarise
+from recommender.metrics.ranks import summarise
 from recommender.probes import accuracy, attribute_columns, club_a_dimension, linear_cka, retrieval_ranks
 from recommender.session_model.windows import pack
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recommender.calibration import calibrate
-from recommender.evaluate import model_ranks
+from recommender.metrics.evaluator import model_ranks
 from recommender.retrieval.index import ItemIndex, build_indexes
 from recommender.session_model.config import LEAST_MASS, ModelConfig, Parts
 from recommender.session_model.losses import gbce, log_partition

@@ -17,8 +17,8 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_by_time, split_sessions
-from recommender.evaluate import positions_of
 from recommender.inputs import load_inputs
+from recommender.metrics.evaluator import positions_of
 from recommender.session_model.windows import PAD, cases_of, prefixes_of
 from recommender.train import train_sbr
 

@@ -48,7 +48,7 @@ class Scorer:
         return row[order][place < k].reshape(len(prefixes), -1)
 
     def ranks(self, prefixes: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """What `metrics.target_ranks` says of these scores, (B,)."""
+        """What `ranks.target_ranks` says of these scores, (B,)."""
         case, row, value = self.added(prefixes)
         before, after = self.base[row], self.base[row] + value
         own = self.base[targets]

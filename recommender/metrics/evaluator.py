@@ -1,11 +1,9 @@
-"""Models and baselines held against the same cases, and the table of what came out.
+"""Models and baselines held against the same cases.
 
-A case is every position of a test session from the second on. All items of the catalogue are ranked, cold ones too, as far as they are
-available at the time of the case.
+A case is every position of a test session from the second on; all items of the catalogue are ranked, cold ones too.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,8 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from pipeline.core.config import DataConfig
@@ -24,19 +20,16 @@ from pipeline.data.availability import Availability
 from pipeline.data.session_log import SessionLog
 from pipeline.data.split import Split
 from recommender.baselines.counts import Scorer
-from recommender.baselines.registry import BASELINES, MODELS, Model
-from recommender.metrics import summarise_buckets, target_ranks
+from recommender.baselines.registry import BASELINES, Model
+from recommender.metrics.ranks import summarise_buckets, target_ranks
 from recommender.session_model.model import SessionModel
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 
-WIDTH = 140  # of a table that goes to a file or a pipe
 READ_AT_ONCE = 2_000  # events: enough to be worth the calls
 SCORES_AT_ONCE = 1_000_000  # numbers of a batch: few enough for a processor's cache, enough to be worth the calls
-COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
 TOP = 20  # recommendations of a case that are counted
 PREFIXES_AT_ONCE = 256  # that baselines are asked for
 REFIT_NOTE = "the figures are of models that have seen the training sessions alone; the published one was then trained on all sessions"
-ROWS = (*BASELINES, *MODELS, "ceiling")
 Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
 
 
@@ -203,29 +196,6 @@ def read_ceiling(data: Path, settings: DataConfig) -> Metrics | None:
         return None
 
 
-def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """`results`: name -> {"mean": Metrics, "std": Metrics, "seeds": n}; the rows are in the order of `ROWS`."""
-    first: Metrics = results["popularity"]["mean"]
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    for bucket, metric in COLUMNS:
-        name = metric if bucket == "all" else f"{bucket} {metric}"
-        table.add_column(
-            f"{name}\n({int(first[bucket]['cases'])} cases)" if metric in ("HR@10", "HR@20") else name, justify="right", no_wrap=True
-        )
-    for name in sorted(results, key=ROWS.index):
-        table.add_row(name, *(_cell(results[name], bucket, metric) for bucket, metric in COLUMNS))
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
-
-
-def _cell(result: Mapping[str, Any], bucket: str, metric: str) -> str:
-    value = result["mean"].get(bucket, {}).get(metric)
-    if value is None:
-        return "-"
-    spread = f" +- {result['std'][bucket][metric]:.4f}" if result.get("seeds", 1) > 1 else ""
-    return f"{value:.4f}{spread}"
-
-
 def collect_results(
     split: Split,
     counts: np.ndarray,
@@ -269,18 +239,3 @@ def cases_table(test: Windows, log: SessionLog, item_ids: Sequence[str], ranks: 
         "item_id": [item_ids[row] for row in log.rows[log.offsets[session] + position]],
     }
     return pa.table(columns | {name: pa.array(of, pa.float64()) for name, of in ranks.items()})
-
-
-def print_results(metrics: dict[str, Any]) -> None:
-    facts = metrics["facts"]
-    print(f"{facts['items']} items, {facts['cold_items']} of them in no training session")
-    print(
-        f"sessions: {facts['train_sessions']} training, {facts['valid_sessions']} validation, {facts['test_sessions']} test "
-        f"({facts['test_sessions_also_in_training']} of these also in training, {facts['test_sessions_repeated']} repeated); "
-        f"{facts['one_event_sessions_dropped']} of one event left out"
-    )
-    if (calibration := facts.get("calibration")) is not None and calibration["told"]:
-        print(calibration["told"])
-    print_table(metrics["results"], "Next item, every test position, all items ranked")
-    if facts.get("refit"):
-        print(REFIT_NOTE)

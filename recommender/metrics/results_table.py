@@ -1,0 +1,81 @@
+"""Tables of results, for a terminal and in Markdown."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from recommender.baselines.registry import BASELINES, MODELS
+from recommender.metrics.evaluator import REFIT_NOTE, Metrics
+from recommender.metrics.significance import Difference
+
+WIDTH = 140  # of a table that goes to a file or a pipe
+COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
+ROWS = (*BASELINES, *MODELS, "ceiling")
+
+
+def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """`results`: name -> {"mean": Metrics, "std": Metrics, "seeds": n}; the rows are in the order of `ROWS`."""
+    first: Metrics = results["popularity"]["mean"]
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for bucket, metric in COLUMNS:
+        name = metric if bucket == "all" else f"{bucket} {metric}"
+        table.add_column(
+            f"{name}\n({int(first[bucket]['cases'])} cases)" if metric in ("HR@10", "HR@20") else name, justify="right", no_wrap=True
+        )
+    for name in sorted(results, key=ROWS.index):
+        table.add_row(name, *(_cell(results[name], bucket, metric) for bucket, metric in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+
+
+def _cell(result: Mapping[str, Any], bucket: str, metric: str) -> str:
+    value = result["mean"].get(bucket, {}).get(metric)
+    if value is None:
+        return "-"
+    spread = f" +- {result['std'][bucket][metric]:.4f}" if result.get("seeds", 1) > 1 else ""
+    return f"{value:.4f}{spread}"
+
+
+def print_results(metrics: dict[str, Any]) -> None:
+    facts = metrics["facts"]
+    print(f"{facts['items']} items, {facts['cold_items']} of them in no training session")
+    print(
+        f"sessions: {facts['train_sessions']} training, {facts['valid_sessions']} validation, {facts['test_sessions']} test "
+        f"({facts['test_sessions_also_in_training']} of these also in training, {facts['test_sessions_repeated']} repeated); "
+        f"{facts['one_event_sessions_dropped']} of one event left out"
+    )
+    if (calibration := facts.get("calibration")) is not None and calibration["told"]:
+        print(calibration["told"])
+    print_table(metrics["results"], "Next item, every test position, all items ranked")
+    if facts.get("refit"):
+        print(REFIT_NOTE)
+
+
+class Figure(NamedTuple):
+    """One metric of one row, over the seeds."""
+
+    values: list[float]
+    against: Difference | None = None  # full, on the same cases
+
+    def __str__(self) -> str:
+        deviation = f" ± {np.std(self.values, ddof=1):.4f}" if len(self.values) > 1 else ""
+        return f"{np.mean(self.values):.4f}{deviation}"
+
+
+Row = dict[str, Figure]  # by metric
+
+
+def table(rows: Mapping[str, Row], columns: Mapping[str, str], cell: Any = str) -> list[str]:
+    heads = {metric: head for metric, head in columns.items() if any(metric in row for row in rows.values())}
+    lines = [f"| | {' | '.join(heads.values())} |", "| --- |" + " ---: |" * len(heads)]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(cell(row[metric]) if metric in row else '-' for metric in heads)} |")
+    return lines
+
+
+def told(found: Difference | None) -> str:
+    return "-" if found is None else f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}], p {found.p:.4f}"
