@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.data.session_log import SessionLog
     from pipeline.export.export import Exported
     from recommender.recommend import Item, Recommender
-    from recommender.teacher import Teacher
+    from recommender.training.teacher import Teacher
 
 RUN = Path("artifacts/shop")
 ABLATION = Path("artifacts/ablation")
@@ -73,7 +73,7 @@ def following(command: str, run: Path) -> None:
 
 
 def open_teacher(run: Path, item_ids: list[str], train: "SessionLog") -> "Teacher":
-    from recommender.teacher import Teacher
+    from recommender.training.teacher import Teacher
 
     return Teacher(run, item_ids, train)
 
@@ -177,14 +177,14 @@ def train_sbr(
         if update:
             if search or fresh:
                 raise UserError("--update goes on from the published model (command line); give it without --search and --fresh", USAGE)
-            from recommender.update import update_sbr
+            from recommender.training.update import update_sbr
 
             updated = update_sbr(settings, run, folder)
             say(updated.told)
             say(f"session model: {updated.version.path} ({f'{updated.sessions} sessions learned' if updated.sessions else 'as it was'})")
             following("recommend", run)
             return
-        from recommender.train import train_sbr as run_training
+        from recommender.training.train import train_sbr as run_training
 
         found = run_training(settings, run, folder, fresh, search)
         say(f"session model: {found.version.path}{'' if found.made else ' (up to date)'}")
@@ -214,7 +214,7 @@ def index(
                 typer.echo(line)
         return
     with errors(debug), open_run(config, data, run, set_) as (settings, folder):
-        from recommender.refresh import refresh
+        from recommender.training.rebuild_index import refresh
 
         found = refresh(run, folder, settings.sbr.index, settings.sbr.new_items, rebuild)
         changes = f"{found.added} items added, {found.removed} removed" if found.made else "up to date"
@@ -361,7 +361,7 @@ def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]
     """The three steps from data to session model, for a run of an ablation; what the export cost, where it was made."""
     from pipeline.distill.distill import distill as run_stages
     from pipeline.export.export import export
-    from recommender.train import train_sbr as run_training
+    from recommender.training.train import train_sbr as run_training
 
     settings = settings.model_copy(update={"sbr": settings.sbr.model_copy(update={"refit": False})})  # nothing here is for use
     remember(run, data, settings)

@@ -32,10 +32,10 @@ from pipeline.data.split import split_sessions
 from pipeline.export.export import export
 from recommender.metrics.evaluator import model_ranks
 from recommender.metrics.ranks import summarise
-from recommender.refresh import refresh
 from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import cases_of
-from recommender.train import train_sbr
+from recommender.training.rebuild_index import refresh
+from recommender.training.train import train_sbr
 
 SHARES = (0.3, 0.5)
 

@@ -25,16 +25,16 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.parquet_checks import ITEMS, SESSIONS
 from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.baselines.registry import BASELINES, Model
-from recommender.calibration import apply
-from recommender.inputs import load_inputs
 from recommender.metrics.evaluator import baseline_ranks, model_ranks
 from recommender.metrics.ranks import case_values
 from recommender.metrics.significance import paired_bootstrap
 from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import cases_of
-from recommender.train import train_sbr
-from recommender.trainer import make_accelerator, refit_model, train_model
-from recommender.update import update_sbr
+from recommender.training.calibration import apply
+from recommender.training.dataset import load_inputs
+from recommender.training.train import train_sbr
+from recommender.training.trainer import make_accelerator, refit_model, train_model
+from recommender.training.update import update_sbr
 
 METRICS = ("HR@20", "MRR@20")
 NAME = "ID-only"

@@ -29,7 +29,7 @@ from pipeline.core.config_file import load_config
 from recommender.metrics.evaluator import model_ranks
 from recommender.metrics.ranks import summarise, target_ranks
 from recommender.session_model.windows import PAD, DeviceWindows, batches, cases_of, pack, prefixes_of
-from recommender.trainer import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
+from recommender.training.trainer import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
 
 PREFIX, CONTENT = 20, 128
 SRGNN_BATCH, RECBOLE_BATCH = 100, 2048  # samples, by default

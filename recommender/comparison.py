@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.files import replacing
-from recommender.inputs import load_inputs
 from recommender.metrics.ranks import case_values
 from recommender.metrics.results_table import Figure, Row, table, told
 from recommender.metrics.significance import paired_bootstrap
+from recommender.training.dataset import load_inputs
 
 PROBES = "probes.json"
 DOWNSTREAM = ("HR@10", "HR@20", "MRR@20", "warm HR@20", "cold HR@20")

@@ -27,7 +27,6 @@ from pipeline.core.files import canonical_json, remove, write_json
 from pipeline.data.session_log import SessionLog
 from recommender.baselines.counts import Scorer
 from recommender.baselines.registry import BASELINES, MODELS, Model
-from recommender.inputs import Inputs, load_inputs, model_fingerprint
 from recommender.metrics.evaluator import (
     TOP,
     Metrics,
@@ -43,9 +42,10 @@ from recommender.metrics.evaluator import (
 from recommender.metrics.ranks import NotANumber, case_values, gini, summarise_buckets
 from recommender.metrics.results_table import ROWS, Figure, Row, table, told
 from recommender.metrics.significance import paired_bootstraps
-from recommender.search import settings_for, with_settings
 from recommender.session_model.windows import PAD, Windows, prefixes_of
-from recommender.trainer import alone, train_model
+from recommender.training.dataset import Inputs, load_inputs, model_fingerprint
+from recommender.training.search import settings_for, with_settings
+from recommender.training.trainer import alone, train_model
 
 PAPER_MAX = "paper-max"
 PROTOCOLS = ("time", "user-hash", "last-out", PAPER_MAX)

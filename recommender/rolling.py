@@ -21,12 +21,12 @@ from pipeline.core.errors import USAGE, UserError
 from pipeline.core.files import canonical_json, remove, write_json
 from recommender.baselines.registry import BASELINES
 from recommender.evaluation import MAIN, TESTED, chosen_reference, open_inputs, row_of
-from recommender.inputs import Inputs, load_inputs, model_fingerprint
 from recommender.metrics.evaluator import Metrics, average, baseline_ranks, buckets_of, model_ranks
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import ROWS, Figure, table
-from recommender.search import settings_for
-from recommender.trainer import alone, train_model
+from recommender.training.dataset import Inputs, load_inputs, model_fingerprint
+from recommender.training.search import settings_for
+from recommender.training.trainer import alone, train_model
 
 
 def evaluate_windows(

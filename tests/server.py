@@ -20,7 +20,7 @@ from tiny import ENVIRONMENT, ROOT, command
 
 from pipeline.core.artifact import OWN_KEYS, Version, open_verified, stage
 from pipeline.core.config_file import load_config
-from recommender.train import train_sbr
+from recommender.training.train import train_sbr
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
 SETTINGS = load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.batch=64"])

@@ -24,7 +24,6 @@ from pipeline.data.availability import ALWAYS, NEVER, Availability
 from pipeline.data.catalog import load_catalog
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
 from recommender.baselines.registry import BASELINES
-from recommender.inputs import Inputs, load_inputs
 from recommender.metrics.evaluator import baseline_ranks, model_ranks
 from recommender.metrics.ranks import target_ranks
 from recommender.recommend import Recommender
@@ -33,8 +32,9 @@ from recommender.session_model.losses import log_partition
 from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, everything
 from recommender.session_model.windows import PAD, prefixes_of
-from recommender.train import train_sbr
-from recommender.trainer import build_model
+from recommender.training.dataset import Inputs, load_inputs
+from recommender.training.train import train_sbr
+from recommender.training.trainer import build_model
 
 SETTINGS = load_config(None, ["sbr.dim=8", "sbr.epochs=2", "sbr.batch=64", "sbr.lr=0.01", "sbr.models=[full]"])
 LAUNCH = 1_600_320_000  # when the first session with a cold item begins

@@ -26,11 +26,11 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from recommender import evaluation
 from recommender.baselines.registry import BASELINES
 from recommender.evaluation import evaluate, open_inputs, shuffled_prefixes
-from recommender.inputs import load_inputs
 from recommender.metrics.evaluator import baseline_ranks
 from recommender.metrics.ranks import gini, summarise, target_ranks
 from recommender.session_model.windows import PAD, pack, prefixes_of
-from recommender.trainer import train_model
+from recommender.training.dataset import load_inputs
+from recommender.training.trainer import train_model
 
 NAMES = ["popularity", "last-item repeat", "SKNN", "ID-only", "full"]
 

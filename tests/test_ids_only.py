@@ -18,10 +18,10 @@ from pipeline.core.config_file import load_config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
 from recommender.recommend import Recommender
-from recommender.refresh import refresh
 from recommender.report import write_report
 from recommender.service import Served
-from recommender.train import SbrSummary, train_sbr
+from recommender.training.rebuild_index import refresh
+from recommender.training.train import SbrSummary, train_sbr
 
 SETTINGS = ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[GRU4Rec, ID-only]"]
 

@@ -16,9 +16,9 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
 from recommender.baselines.registry import MODELS
-from recommender.inputs import load_inputs
-from recommender.train import train_sbr
-from recommender.trainer import build_model
+from recommender.training.dataset import load_inputs
+from recommender.training.train import train_sbr
+from recommender.training.trainer import build_model
 
 
 def settings(*more: str) -> Config:

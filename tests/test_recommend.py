@@ -22,10 +22,10 @@ from pipeline.data.embeddings import read_embeddings
 from recommender import batch, dense, recommend
 from recommender.batch import recommend_file
 from recommender.recommend import Recommender
-from recommender.refresh import refresh
 from recommender.retrieval.index_tuning import WANTED, check
 from recommender.service import Served
-from recommender.train import train_sbr
+from recommender.training.rebuild_index import refresh
+from recommender.training.train import train_sbr
 
 SETTINGS = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32"])
 

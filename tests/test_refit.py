@@ -30,8 +30,8 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
 from recommender.recommend import Recommender
-from recommender.teacher import Teacher
-from recommender.train import train_sbr
+from recommender.training.teacher import Teacher
+from recommender.training.train import train_sbr
 
 SETTINGS = ["sbr.dim=8", "sbr.epochs=3", "sbr.batch=16", "sbr.lr=0.01", "sbr.models=[ID-only, full]"]
 
@@ -103,9 +103,9 @@ def test_the_calibration_is_that_of_the_twin(refitted: Path) -> None:
     """Added to what the training on all sessions left: without it, the two differ by exactly that."""
     from accelerate import Accelerator
 
-    from recommender.calibration import Calibration, apply
-    from recommender.inputs import load_inputs
-    from recommender.trainer import refit_model
+    from recommender.training.calibration import Calibration, apply
+    from recommender.training.dataset import load_inputs
+    from recommender.training.trainer import refit_model
 
     facts = manifest(refitted)["refit"]
     assert isinstance(facts, dict)

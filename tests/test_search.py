@@ -14,7 +14,7 @@ from standin_run import publish_embeddings, write_data
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ENVIRONMENT, UserError
-from recommender.train import train_sbr
+from recommender.training.train import train_sbr
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["sbr.dim=8", "sbr.epochs=2", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[GRU4Rec, full]"]
@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.core.config_file import load_config
-from recommender.train import train_sbr
+from recommender.training.train import train_sbr
 torch.set_num_threads(1)
 train_sbr(load_config(None, sys.argv[4:]), Path(sys.argv[1]), Path(sys.argv[2]), trials=int(sys.argv[3]))
 """

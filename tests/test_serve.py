@@ -31,7 +31,7 @@ from recommender import gate
 from recommender.pictures import Pictures
 from recommender.recommend import Recommender
 from recommender.serve import serve
-from recommender.train import train_sbr
+from recommender.training.train import train_sbr
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from recommender.calibration import calibrate
 from recommender.metrics.evaluator import model_ranks
 from recommender.retrieval.index import ItemIndex, build_indexes
 from recommender.session_model.config import LEAST_MASS, ModelConfig, Parts
@@ -21,6 +20,7 @@ from recommender.session_model.pair_counts import Pairs
 from recommender.session_model.popularity_prior import expected_log_counts
 from recommender.session_model.whitening import fit_whitening
 from recommender.session_model.windows import PAD, Windows, pack, pad_prefixes
+from recommender.training.calibration import calibrate
 
 ITEMS, COLD = 50, 6  # the last items are in no training session
 

@@ -17,10 +17,10 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_by_time, split_sessions
-from recommender.inputs import load_inputs
 from recommender.metrics.evaluator import positions_of
 from recommender.session_model.windows import PAD, cases_of, prefixes_of
-from recommender.train import train_sbr
+from recommender.training.dataset import load_inputs
+from recommender.training.train import train_sbr
 
 
 def log_of(count: int, length: int = 2, users: int = 0) -> SessionLog:

@@ -23,7 +23,7 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from recommender.baselines.registry import ENCODERS
 from recommender.recommend import Recommender
 from recommender.retrieval.saved_model import load_model
-from recommender.train import train_sbr
+from recommender.training.train import train_sbr
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["sbr.dim=16", "sbr.epochs=6", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[SASRec, ID-only, content-only, full]"]
@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.core.config_file import load_config
-from recommender.train import train_sbr
+from recommender.training.train import train_sbr
 torch.set_num_threads(1)
 train_sbr(load_config(None, sys.argv[3:]), Path(sys.argv[1]), Path(sys.argv[2]))
 """

@@ -24,8 +24,8 @@ from pipeline.mllm.prompts import Part, Prompts
 from pipeline.objectives.contrastive import soft_loss
 from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import pad_prefixes
-from recommender.teacher import Teacher
-from recommender.train import train_sbr
+from recommender.training.teacher import Teacher
+from recommender.training.train import train_sbr
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,8 +28,8 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from recommender.recommend import Recommender
-from recommender.train import train_sbr
-from recommender.update import update_sbr
+from recommender.training.train import train_sbr
+from recommender.training.update import update_sbr
 
 SETTINGS = ["sbr.dim=8", "sbr.epochs=4", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[full]"]
 OLD = 320  # sessions before the night; none has one of the eight cold items
@@ -38,7 +38,7 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.core.config_file import load_config
-from recommender.update import update_sbr
+from recommender.training.update import update_sbr
 torch.set_num_threads(1)
 update_sbr(load_config(None, sys.argv[2:]), Path(sys.argv[1]), Path(sys.argv[1]) / "data")
 """

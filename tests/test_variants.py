@@ -17,7 +17,7 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.distill.distill import distill
 from pipeline.distill.variants import VARIANTS, varied
 from recommender.recommend import Recommender
-from recommender.train import train_sbr
+from recommender.training.train import train_sbr
 
 
 @pytest.fixture(scope="module")

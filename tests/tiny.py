@@ -38,7 +38,9 @@ def tpad_from_nothing(*args: object, cwd: Path = ROOT) -> subprocess.CompletedPr
 # Its children start with everything imported, and die like any process. What it does not find it leaves out without a word: modules
 # of tests/ are such, since Python 3.11 does not give it this process's path
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["cli", "pipeline.distill.distill", "pipeline.export.export", "recommender.train", "recommender.recommend"])
+FORK.set_forkserver_preload(
+    ["cli", "pipeline.distill.distill", "pipeline.export.export", "recommender.training.train", "recommender.recommend"]
+)
 
 
 def tpad(*args: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -21,10 +21,10 @@ from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
 from pipeline.core.files import remove, write_json
 from recommender.baselines.registry import MODELS, chosen
-from recommender.inputs import Inputs, model_fingerprint
 from recommender.session_model.windows import Windows
-from recommender.steplog import Diverged
-from recommender.trainer import train_model
+from recommender.training.dataset import Inputs, model_fingerprint
+from recommender.training.step_log import Diverged
+from recommender.training.trainer import train_model
 
 if TYPE_CHECKING:
     from optuna import Study

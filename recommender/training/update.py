@@ -21,9 +21,9 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.metrics.evaluator import model_ranks
 from recommender.metrics.ranks import case_values
-from recommender.refresh import open_current
 from recommender.session_model.windows import cases_of, pack
-from recommender.trainer import alone, fit, make_accelerator
+from recommender.training.rebuild_index import open_current
+from recommender.training.trainer import alone, fit, make_accelerator
 
 LEAST_SESSIONS = 10  # new ones: with fewer there is no tenth to check on
 REPLAY = 4  # old sessions trained on beside each new one

@@ -1,7 +1,7 @@
-"""Trains one session model: the loop over its epochs, its checkpoints, its choice by validation.
+"""Trains one session model, or a model of the literature: the loop, its optimiser, its checkpoints.
 
-Every random draw is a function of (seed, epoch, step), so that a training that was killed goes on to the same weights, and several
-processes (accelerate) take the same steps as one (but for dropout inside the models of the literature, which each process draws for
+Every random draw is a function of (seed, epoch, step), so a run that was killed goes on to the same weights, and several processes
+(accelerate) take the same steps as one (but for dropout inside the models of the literature, which each process draws for
 its own share of the batch). With `sbr.precision: bf16` matrix products are in bfloat16 under autocast; weights, their
 optimiser, logsumexp and losses stay in float32.
 """
@@ -34,15 +34,15 @@ from pipeline.data.availability import Availability
 from recommender.baselines.registry import MODELS, Model
 from recommender.baselines.sasrec import SASRec
 from recommender.baselines.sequence_model import SequenceModel
-from recommender.calibration import Calibration, calibrate
-from recommender.inputs import Inputs, model_fingerprint
 from recommender.metrics.evaluator import model_ranks
 from recommender.metrics.ranks import NotANumber, summarise
 from recommender.session_model.config import ModelConfig, Parts
 from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, drawn_evenly, everything, sampled, share_drawn
 from recommender.session_model.windows import DeviceWindows, Windows, batches
-from recommender.steplog import Diverged, StepLog
+from recommender.training.calibration import Calibration, calibrate
+from recommender.training.dataset import Inputs, model_fingerprint
+from recommender.training.step_log import Diverged, StepLog
 
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
 MANY_ITEMS = 5_000  # above, a softmax over all of them costs more than it gives

@@ -23,16 +23,16 @@ from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json, remove
 from pipeline.data.embeddings import published_in
 from recommender.baselines.registry import MODELS, chosen
-from recommender.calibration import Calibration, apply
-from recommender.inputs import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
 from recommender.metrics.evaluator import Metrics, buckets_of, cases_table, collect_results, read_ceiling
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import print_results
 from recommender.retrieval.index import empty_index
 from recommender.retrieval.saved_model import write_model
-from recommender.search import forget, need_optuna, search, settings_for
 from recommender.session_model.model import SessionModel
-from recommender.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model
+from recommender.training.calibration import Calibration, apply
+from recommender.training.dataset import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
+from recommender.training.search import forget, need_optuna, search, settings_for
+from recommender.training.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model
 
 SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
 

@@ -21,10 +21,10 @@ from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import Embeddings, read_embeddings
-from recommender.inputs import SAME_VECTORS, check_catalogue, whitened
 from recommender.retrieval.saved_model import load_model, write_model
 from recommender.session_model.model import SessionModel
 from recommender.session_model.whitening import Whitening
+from recommender.training.dataset import SAME_VECTORS, check_catalogue, whitened
 
 
 @dataclass(frozen=True)
