@@ -334,7 +334,7 @@ def ablate(
             raise UserError("tpad ablate starts its own processes (accelerate launch); start it alone, with --jobs", USAGE)
         chosen = parse_variants(variants)
         with open_run(config, data, run, set_, begin=True) as (settings, folder):
-            from recommender.ablate import ablate as run_ablation
+            from recommender.experiments.ablate import ablate as run_ablation
 
             run_ablation(settings, run, folder, chosen, range(settings.seed, settings.seed + seeds), jobs, found_run if table else make_run)
 
@@ -392,8 +392,8 @@ def evaluate(
 ) -> None:
     """Train models and baselines under one protocol, and tell what the figures are worth. Goes on where it was, if it was killed."""
     with errors(debug), open_run(config, data, run, set_) as (settings, folder):
-        from recommender.evaluation import PROTOCOLS, chosen_models
-        from recommender.evaluation import evaluate as run_evaluation
+        from recommender.experiments.evaluate import PROTOCOLS, chosen_models
+        from recommender.experiments.evaluate import evaluate as run_evaluation
 
         protocol = protocol or settings.data.protocol
         if protocol not in PROTOCOLS:
@@ -404,7 +404,7 @@ def evaluate(
         if windows:
             if protocol != "time":
                 raise UserError(f"--windows cuts the log by time (--protocol {protocol}); leave --protocol out", USAGE)
-            from recommender.rolling import evaluate_windows
+            from recommender.experiments.rolling import evaluate_windows
 
             version, text, left_out = evaluate_windows(settings, run, folder, windows, names, against, fresh)
         else:

@@ -19,7 +19,7 @@ from pipeline.core.config_file import load_config
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.run_folder import remember
-from recommender.rolling import evaluate_windows
+from recommender.experiments.rolling import evaluate_windows
 
 METRICS = ("HR@20", "MRR@20")
 CHANGES = {

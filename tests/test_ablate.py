@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import cli
 from pipeline.core.errors import ARTIFACT, USAGE
-from recommender.ablate import Cell, ablate
+from recommender.experiments.ablate import Cell, ablate
 from recommender.recommend import Recommender
 
 SBR = "sbr.epochs=1"

@@ -23,9 +23,9 @@ from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from recommender import evaluation
 from recommender.baselines.registry import BASELINES
-from recommender.evaluation import evaluate, open_inputs, shuffled_prefixes
+from recommender.experiments import evaluate as evaluation
+from recommender.experiments.evaluate import evaluate, open_inputs, shuffled_prefixes
 from recommender.metrics.evaluator import baseline_ranks
 from recommender.metrics.ranks import gini, summarise, target_ranks
 from recommender.session_model.windows import PAD, pack, prefixes_of

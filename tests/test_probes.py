@@ -7,8 +7,8 @@ import pytest
 from standin_run import write_data
 
 from pipeline.data.catalog import load_catalog
+from recommender.experiments.embedding_probes import accuracy, attribute_columns, club_a_dimension, linear_cka, retrieval_ranks
 from recommender.metrics.ranks import summarise
-from recommender.probes import accuracy, attribute_columns, club_a_dimension, linear_cka, retrieval_ranks
 from recommender.session_model.windows import pack
 
 RNG = np.random.default_rng(0)

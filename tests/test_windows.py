@@ -19,8 +19,8 @@ from pipeline.core.config import Config, DataConfig
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.data.split import split_sessions, split_window
-from recommender.evaluation import evaluate
-from recommender.rolling import evaluate_windows
+from recommender.experiments.evaluate import evaluate
+from recommender.experiments.rolling import evaluate_windows
 
 SETTINGS = ["sbr.dim=8", "sbr.epochs=1", "sbr.batch=64", "sbr.lr=0.01"]
 

@@ -29,8 +29,8 @@ from pipeline.core.errors import ENVIRONMENT, UserError
 from pipeline.core.files import write_json
 from pipeline.core.process import end_with
 from pipeline.data.embeddings import read_embeddings
-from recommender.comparison import PROBES, report
-from recommender.probes import attribute_columns, probe
+from recommender.experiments.ablation_report import PROBES, report
+from recommender.experiments.embedding_probes import attribute_columns, probe
 from recommender.training.dataset import load_inputs, model_fingerprint
 
 COST = "cost.json"

@@ -20,7 +20,7 @@ from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.files import canonical_json, remove, write_json
 from recommender.baselines.registry import BASELINES
-from recommender.evaluation import MAIN, TESTED, chosen_reference, open_inputs, row_of
+from recommender.experiments.evaluate import MAIN, TESTED, chosen_reference, open_inputs, row_of
 from recommender.metrics.evaluator import Metrics, average, baseline_ranks, buckets_of, model_ranks
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import ROWS, Figure, table
