@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.core.config import Config, VariantName
     from pipeline.data.session_log import SessionLog
     from pipeline.export.export import Exported
-    from recommender.recommend import Item, Recommender
+    from recommender.serving.recommender import Item, Recommender
     from recommender.training.teacher import Teacher
 
 RUN = Path("artifacts/shop")
@@ -206,8 +206,8 @@ def index(
         with errors(debug):  # without `open_run`, which would remember what was given
             if rebuild or config or data or set_:
                 raise UserError("--check changes nothing (command line); give it no other option than --run", USAGE)
-            from recommender.recommend import Recommender
             from recommender.retrieval.index_tuning import check as run_check
+            from recommender.serving.recommender import Recommender
 
             recommender = Recommender.load(run)
             for line in run_check(recommender.index, recommender.sample_rows(), recommender.version.manifest["index"]):
@@ -259,7 +259,7 @@ def recommend(
         for option, text in [("--session", session or ""), *(("--filter", wish) for wish in filter_ or [])]:
             if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python has bytes that are not UTF-8
                 raise UserError(f"{option} {text!r} is not UTF-8 (command line); give ids and values as the catalogue has them", USAGE)
-        from recommender.recommend import Recommender
+        from recommender.serving.recommender import Recommender
 
         moment = None if at is None else parse_time(at)
         filters: dict[str, list[str]] = {}
@@ -270,7 +270,7 @@ def recommend(
             filters.setdefault(column, []).append(value)
         recommender = Recommender.load(run)
         if sessions is not None and out is not None:
-            from recommender.batch import recommend_file
+            from recommender.serving.recommend_file import recommend_file
 
             share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
             done = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share)
@@ -438,7 +438,7 @@ def serve(
         if shared is not None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
         try:
-            from recommender.serve import serve as run_service
+            from recommender.serving.server import serve as run_service
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed (tpad serve); pip install '.[faiss-cpu,serve]'", ENVIRONMENT) from None
 

@@ -35,8 +35,8 @@ from threadpoolctl import threadpool_limits
 from pipeline.core.artifact import OWN_KEYS, open_verified, stage
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import HALVES
-from recommender.recommend import Recommender
 from recommender.retrieval.saved_model import write_model
+from recommender.serving.recommender import Recommender
 from recommender.session_model.whitening import Whitening
 
 LENGTHS, RATE = (1, 5, 50), 50

@@ -25,10 +25,10 @@ from recommender.metrics.evaluator import REFIT_NOTE
 from recommender.metrics.ranks import case_values
 from recommender.metrics.results_table import COLUMNS, ROWS
 from recommender.metrics.significance import paired_bootstrap
-from recommender.pictures import small
-from recommender.recommend import Recommender
 from recommender.retrieval.index import FLAT_ITEMS, ItemIndex, build_indexes, factory_of
 from recommender.retrieval.index_tuning import CHECK_K, EFFORTS, asked, exact_worst, measure
+from recommender.serving.recommender import Recommender
+from recommender.serving.thumbnails import small
 from recommender.session_model.top_k import first
 
 SESSIONS, SEEN, SHOWN = 20, 5, 10  # test sessions, the last items of each, and the first of its ranking

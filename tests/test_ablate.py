@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import cli
 from pipeline.core.errors import ARTIFACT, USAGE
 from recommender.experiments.ablate import Cell, ablate
-from recommender.recommend import Recommender
+from recommender.serving.recommender import Recommender
 
 SBR = "sbr.epochs=1"
 

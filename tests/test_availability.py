@@ -26,8 +26,8 @@ from pipeline.data.prepare.prepare import PrepareOptions, prepare
 from recommender.baselines.registry import BASELINES
 from recommender.metrics.evaluator import baseline_ranks, model_ranks
 from recommender.metrics.ranks import target_ranks
-from recommender.recommend import Recommender
 from recommender.retrieval.saved_model import load_model
+from recommender.serving.recommender import Recommender
 from recommender.session_model.losses import log_partition
 from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, everything
@@ -354,7 +354,7 @@ def test_only_what_is_available_is_recommended(
     assert all(
         {item.item_id for item in found.items} == names(rows) for found in recommender.recommend_batch([["item-000"]] * 9, 60, at=at)
     )
-    monkeypatch.setattr("recommender.recommend.DENSE_ITEMS", 0)
+    monkeypatch.setattr("recommender.serving.recommender.DENSE_ITEMS", 0)
     assert items_of(recommender, at) == names(rows)
     red = {row for row in rows if row % 4 == 0}
     assert {item.item_id for item in recommender.recommend(["item-001"], 60, filters={"colour": ["red"]}, at=at).items} == names(red)

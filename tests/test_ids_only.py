@@ -17,9 +17,9 @@ from tiny import tpad
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
-from recommender.recommend import Recommender
 from recommender.report import write_report
-from recommender.service import Served
+from recommender.serving.live_version import Served
+from recommender.serving.recommender import Recommender
 from recommender.training.rebuild_index import refresh
 from recommender.training.train import SbrSummary, train_sbr
 
@@ -93,7 +93,7 @@ def test_items_that_nobody_has_seen_come_last_with_scores_that_are_numbers(made:
     recommender = Recommender.load(run)
     for dense in (0, len(items) + 2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("recommender.recommend.DENSE_ITEMS", dense)
+            patch.setattr("recommender.serving.recommender.DENSE_ITEMS", dense)
             found = recommender.recommend(["item-001"], k=1000).items
         assert {"new-1", "new-2"} <= {item.item_id for item in found if item.score == found[-1].score}
         assert math.isfinite(found[-1].score)

@@ -19,11 +19,13 @@ import cli
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
 from pipeline.data.embeddings import read_embeddings
-from recommender import batch, dense, recommend
-from recommender.batch import recommend_file
-from recommender.recommend import Recommender
 from recommender.retrieval.index_tuning import WANTED, check
-from recommender.service import Served
+from recommender.serving import batch_scorer
+from recommender.serving import recommend_file as batch
+from recommender.serving import recommender as recommend
+from recommender.serving.live_version import Served
+from recommender.serving.recommend_file import recommend_file
+from recommender.serving.recommender import Recommender
 from recommender.training.rebuild_index import refresh
 from recommender.training.train import train_sbr
 
@@ -80,7 +82,7 @@ def test_each_item_says_why(recommender: Recommender) -> None:
 
 
 def test_many_sessions_get_what_each_gets_alone(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "SCORES_AT_ONCE", 20_000)  # some ten sessions
+    monkeypatch.setattr(batch_scorer, "SCORES_AT_ONCE", 20_000)  # some ten sessions
     rng = np.random.default_rng(0)
     sessions = [[f"item-{n:03d}" for n in rng.integers(0, 60, size=rng.integers(0, 30))] for _ in range(50)]
     for filters in (None, {"colour": ["red"]}):

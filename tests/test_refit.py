@@ -29,7 +29,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
-from recommender.recommend import Recommender
+from recommender.serving.recommender import Recommender
 from recommender.training.teacher import Teacher
 from recommender.training.train import train_sbr
 

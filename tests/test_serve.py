@@ -27,10 +27,10 @@ from server import HOSTILE, Server, publish_again, serving, write_shop
 from tiny import FORK, tpad, tpad_from_nothing
 
 from pipeline.core.config_file import load_config
-from recommender import gate
-from recommender.pictures import Pictures
-from recommender.recommend import Recommender
-from recommender.serve import serve
+from recommender.serving import middleware
+from recommender.serving.recommender import Recommender
+from recommender.serving.server import serve
+from recommender.serving.thumbnails import Pictures
 from recommender.training.train import train_sbr
 
 
@@ -300,7 +300,7 @@ def test_more_at_once_than_allowed_is_told_to_come_again(server: Server) -> None
 
 
 def serve_impatiently(run: Path, port: int) -> None:
-    gate.PATIENCE = 0.2
+    middleware.PATIENCE = 0.2
     serve(run, None, "127.0.0.1", port, None, 1, print)
 
 

@@ -21,8 +21,8 @@ from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from recommender.baselines.registry import ENCODERS
-from recommender.recommend import Recommender
 from recommender.retrieval.saved_model import load_model
+from recommender.serving.recommender import Recommender
 from recommender.training.train import train_sbr
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
-from recommender.recommend import Recommender
+from recommender.serving.recommender import Recommender
 from recommender.training.train import train_sbr
 from recommender.training.update import update_sbr
 

@@ -16,7 +16,7 @@ from pipeline.core.errors import USAGE, UserError
 from pipeline.data.embeddings import read_embeddings
 from pipeline.distill.distill import distill
 from pipeline.distill.variants import VARIANTS, varied
-from recommender.recommend import Recommender
+from recommender.serving.recommender import Recommender
 from recommender.training.train import train_sbr
 
 

@@ -39,7 +39,7 @@ def tpad_from_nothing(*args: object, cwd: Path = ROOT) -> subprocess.CompletedPr
 # of tests/ are such, since Python 3.11 does not give it this process's path
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
-    ["cli", "pipeline.distill.distill", "pipeline.export.export", "recommender.training.train", "recommender.recommend"]
+    ["cli", "pipeline.distill.distill", "pipeline.export.export", "recommender.training.train", "recommender.serving.recommender"]
 )
 
 

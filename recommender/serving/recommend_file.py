@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
-from recommender.recommend import Filters, Recommender
+from recommender.serving.recommender import Filters, Recommender
 
 PIECE = 32_768  # events of a Parquet file read at a time
 NEEDED = ("session_id", "item_id")

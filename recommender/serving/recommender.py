@@ -31,7 +31,7 @@ from recommender.session_model.numpy_model import Ranker, Read, unit
 from recommender.session_model.top_k import first
 
 if TYPE_CHECKING:
-    from recommender.dense import Dense
+    from recommender.serving.batch_scorer import Dense
 
 DENSE_ITEMS = 20_000
 TOGETHER = 8  # sessions, from which on one product is quicker than numpy session by session
@@ -107,7 +107,7 @@ class Recommender:
     @cached_property
     def dense(self) -> "Dense":
         """For many sessions. PyTorch is imported here, for which neither the service nor one session need wait."""
-        from recommender.dense import Dense
+        from recommender.serving.batch_scorer import Dense
 
         return Dense(self.config, self.arrays)
 

@@ -1,159 +1,58 @@
 """`tpad serve`: recommendations over HTTP, and a page to try them at `/`. No MLLM; one process, or several alike.
 
-Every answer names the version it is from. What a request may be is said here and in `gate.py`, each limit with its status
-code in the OpenAPI document (/openapi.json); `service.py` holds the version that answers, and takes up new ones.
+Every answer names the version it is from. What a request may be is said in `schemas.py` and `middleware.py`, each limit with its status
+code in the OpenAPI document (/openapi.json); `live_version.py` holds the version that answers, and takes up new ones.
 Limits: an item_id that ends in /similar or /image cannot be asked for by path.
 """
 
 import asyncio
 import base64
 import hashlib
-import os
 import re
 import signal
-import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-import uvicorn
 from fastapi import Body, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
-from threadpoolctl import threadpool_limits
 
-from pipeline.core.errors import ENVIRONMENT, UserError
-from pipeline.data.parquet_checks import MAX_ID_BYTES
-from recommender.gate import FAULT, MAX_AT_ONCE, MAX_BODY, Gate, Problem, log_to_stderr
-from recommender.recommend import MAX_SHIFT, Recommendation
-from recommender.service import Refused, Served, Service
-from recommender.workers import ENDS, share
+from pipeline.core.errors import UserError
+from recommender.serving.live_version import Served, Service
+from recommender.serving.middleware import FAULT, MAX_AT_ONCE, MAX_BODY, Gate, Problem
+from recommender.serving.recommender import Recommendation
+from recommender.serving.schemas import (
+    MAX_BATCH,
+    MAX_K,
+    MAX_PAGE,
+    MAX_SESSION,
+    Alive,
+    Answer,
+    Answers,
+    Ask,
+    AskMany,
+    Info,
+    ItemFacts,
+    ItemName,
+    Near,
+    Page,
+    Ranked,
+    Ranking,
+    Ready,
+    Similar,
+    Wishes,
+)
+from recommender.serving.workers import ENDS
 
 NAMED = 80  # letters of a key that a message repeats
-MAX_SESSION, MAX_BATCH, MAX_K, MAX_PAGE = 1000, 64, 500, 100
-MAX_FILTERS, MAX_TEXT = 20, 1000  # columns, letters of a value
-BACKLOG = 2048  # connections that wait to be taken
-DRAIN_SECONDS = 30  # for requests in hand after SIGTERM
 PAGE = Path(__file__).with_name("page.html")
-
-ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES)]
-Text = Annotated[str, Field(max_length=MAX_TEXT)]  # a limit has it looked at: without one, what is no Unicode would pass
-Session = Annotated[list[ItemId], Field(max_length=MAX_SESSION, description="item_ids, oldest first")]
-Whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number.is_integer() else number)  # 5.0 is, in JSON
-K = Annotated[int, Field(ge=1, le=MAX_K, description="how many items"), Whole]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-# --- what is asked and answered
-
-
-class Wishes(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    k: K = 10
-    exclude_seen: Annotated[bool, Field(description="leave out the items of the session")] = False
-    filters: Annotated[
-        dict[Text, Annotated[list[Text], Field(min_length=1)]],
-        Field(max_length=MAX_FILTERS, description="attribute -> values, of which an item has one"),
-    ] = {}
-    diversify: Annotated[Share, Field(description="0: relevance only, 1: diversity only (MMR)")] = 0.0
-    new_items: Annotated[
-        float | None,
-        Field(ge=-MAX_SHIFT, le=MAX_SHIFT, description="log-odds added to items without training events; null: sbr.new_items"),
-    ] = None
-
-
-class Ask(Wishes):
-    session: Session
-
-
-class AskMany(Wishes):
-    sessions: Annotated[list[Session], Field(min_length=1, max_length=MAX_BATCH)]
-
-
-class Near(BaseModel):
-    rank: int
-    item_id: str
-    title: str
-    score: float
-
-
-class Ranked(Near):
-    similar_to: Annotated[str | None, Field(description="item of the session that it is most like (knowledge half)")] = None
-    after: Annotated[
-        str | None,
-        Field(description="item of the session that it most often came after in training; else the one its score comes from most"),
-    ] = None
-
-
-class Ranking(BaseModel):
-    items: list[Ranked]
-    unknown: Annotated[list[str], Field(description="item_ids of the session that the catalogue does not have")]
-    fallback: Annotated[Literal["popular"] | None, Field(description="nothing of the session was known")]
-
-
-class FromVersion(BaseModel):
-    version: Annotated[str, Field(description="of the session model that answered")]
-    took_ms: float
-
-
-class Answer(Ranking, FromVersion):
-    pass
-
-
-class Answers(FromVersion):
-    answers: list[Ranking]
-
-
-class ItemName(BaseModel):
-    item_id: str
-    title: str
-
-
-class Page(FromVersion):
-    items: list[ItemName]
-    total: Annotated[int, Field(description="of all pages")]
-
-
-class ItemFacts(FromVersion):
-    item_id: str
-    title: str
-    attributes: Annotated[dict[str, str], Field(description="its columns in the data folder")]
-
-
-class Similar(FromVersion):
-    item_id: str
-    half: str
-    items: list[Near]
-
-
-class Info(FromVersion):
-    manifest_sha256: str
-    embeddings_version: Annotated[str | None, Field(description="null: the model knows items by their ids alone")]
-    items: int
-    model: dict[str, Any]
-    figures_of: Annotated[str, Field(description="whose figures `tpad train-sbr` printed")]
-    loaded_at: float
-    refused: Annotated[Refused | None, Field(description="why the newest version does not answer")]
-    limits: dict[str, int]
-
-
-class Alive(BaseModel):
-    status: Literal["alive"] = "alive"
-
-
-class Ready(BaseModel):
-    status: Literal["ready"] = "ready"
-    version: str
-
-
 # --- the application
 
 
@@ -346,58 +245,3 @@ def content_security_policy(html: str) -> str:
         f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src 'self' blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-
-
-def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, workers: int, say: Callable[[str], None]) -> None:
-    """Answers until a signal; then finishes what is in hand and ends with 130 or 143. `workers`: processes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
-    threadpool_limits(1, "blas")  # a request is too small to be shared among cores; requests are
-    listener = bind(host, port)
-    host, port = listener.getsockname()[:2]
-
-    def answer(say: Callable[[str], None]) -> None:
-        service = Service(run, data, max(1, (os.cpu_count() or 1) // workers))
-        log_to_stderr()
-        config = uvicorn.Config(
-            create_app(service, key),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-            backlog=BACKLOG,
-        )
-        try:
-            listener.listen(BACKLOG)
-        except OSError as error:  # another one bound it too, while neither listened
-            raise cannot_listen(error, host, port) from None
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # until the server heeds them (`watching`): one in between may be lost
-        say(f"serving {service.now.version}: http://{f'[{host}]' if ':' in host else host}:{port}")
-        uvicorn.Server(config).run([listener])
-
-    if workers == 1:
-        answer(say)
-    else:
-        share(listener, workers, answer, say)
-
-
-def leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
-        raise cannot_listen(error, host, port) from None
-    return listener
-
-
-def cannot_listen(error: OSError | UnicodeError, host: str, port: int) -> UserError:
-    reason = (getattr(error, "strerror", None) or str(error)).lower()
-    return UserError(f"cannot listen: {reason} ({host} port {port}); give another --host or --port", ENVIRONMENT)

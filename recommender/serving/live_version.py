@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.artifact import CURRENT
-from recommender.gate import Metrics, log
-from recommender.pictures import Pictures
-from recommender.recommend import Recommender
+from recommender.serving.middleware import Metrics, log
+from recommender.serving.recommender import Recommender
+from recommender.serving.thumbnails import Pictures
 from recommender.session_model.top_k import first
 
 POLL_SECONDS = 1.0  # between two looks at `current`
