@@ -497,7 +497,7 @@ def prepare(
 def report(data: DataFolder = None, run: RunFolder = RUN, debug: Debug = False) -> None:
     """Write the run's report.html: results, curves, maps of the catalogue, the index, test sessions as pictures."""
     with errors(debug):
-        from recommender.report import write_report
+        from recommender.report.html_report import write_report
 
         config = run / "config.yaml"
         text = config.read_text(encoding="utf-8") if config.exists() else ""

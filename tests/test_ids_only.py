@@ -17,7 +17,7 @@ from tiny import tpad
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
-from recommender.report import write_report
+from recommender.report.html_report import write_report
 from recommender.serving.live_version import Served
 from recommender.serving.recommender import Recommender
 from recommender.training.rebuild_index import refresh

@@ -18,7 +18,7 @@ from tiny import CHROMIUM, ROOT, tpad_from_nothing
 
 from pipeline.core.config_file import load_config
 from recommender.doctor import SERVE
-from recommender.report import SESSIONS, write_report
+from recommender.report.html_report import SESSIONS, write_report
 from recommender.training.train import train_sbr
 
 HOSTILE = "<script>document.title='taken'</script>\"'&"

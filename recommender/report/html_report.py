@@ -20,11 +20,11 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import replacing
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog, load_catalog
-from recommender.charts import Curve, chart, plane
 from recommender.metrics.evaluator import REFIT_NOTE
 from recommender.metrics.ranks import case_values
 from recommender.metrics.results_table import COLUMNS, ROWS
 from recommender.metrics.significance import paired_bootstrap
+from recommender.report.charts import Curve, chart, plane
 from recommender.retrieval.index import FLAT_ITEMS, ItemIndex, build_indexes, factory_of
 from recommender.retrieval.index_tuning import CHECK_K, EFFORTS, asked, exact_worst, measure
 from recommender.serving.recommender import Recommender
