@@ -21,9 +21,9 @@ import memory
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from export import fresh, plain, prepared, tpad
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from export import fresh, plain, prepared, tpad
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config

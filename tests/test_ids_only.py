@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from server import serving
-from standin_run import write_data
-from tiny import tpad
 
+from helpers.fake_embeddings import write_data
+from helpers.processes import tpad
+from helpers.server import serving
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.prepare.prepare import PrepareOptions, prepare

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -56,24 +57,26 @@ def allowed(package: str) -> set[str]:
     return {package}.union(*(allowed(below) for below in PACKAGES[package]))
 
 
-def is_free(module: str) -> bool:
-    """Of a module that has no package yet."""
-    package = package_of(module)
-    return package not in PACKAGES or (package in ("pipeline", "recommender") and module.split(".")[-1] not in ("run_folder", "doctor"))
-
-
 def ours(path: Path) -> set[str]:
     return imported(path) & MODULES.keys()
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "cli"])
 def test_imports_follow_the_packages(module: str) -> None:
-    wrong = {
-        name
-        for name in ours(MODULES[module])
-        if name == "cli" or not (is_free(module) or is_free(name) or package_of(name) in allowed(package_of(module)))
-    }
+    wrong = {name for name in ours(MODULES[module]) if name == "cli" or package_of(name) not in allowed(package_of(module))}
     assert not wrong, f"{module} imports {wrong}"
+
+
+def test_no_two_modules_import_each_other_in_a_circle() -> None:
+    """Nor by an import inside a function."""
+    TopologicalSorter({module: ours(path) for module, path in MODULES.items()}).prepare()
+
+
+def test_every_package_says_what_it_is_for_and_does_nothing() -> None:
+    for path in SOURCES:
+        if path.name == "__init__.py":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            assert ast.get_docstring(tree) and len(tree.body) == 1, path
 
 
 def test_files_and_objectives_need_no_model_code() -> None:

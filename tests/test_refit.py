@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from server import serving
-from standin_run import publish_embeddings, write_data
 from test_train_sbr import SCRIPT, copy_inputs, weights
-from tiny import ENVIRONMENT, ROOT
-from tiny_run import SETTINGS as DISTILLING
 from typer.testing import CliRunner
 
 import cli
+from helpers.fake_embeddings import publish_embeddings, write_data
+from helpers.processes import ENVIRONMENT, ROOT
+from helpers.runs import SETTINGS as DISTILLING
+from helpers.server import serving
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from standin_run import publish_embeddings, write_data
 from test_train_sbr import weights
-from tiny import ENVIRONMENT, ROOT, contents
 from typer.testing import CliRunner
 
 import cli
+from helpers.fake_embeddings import publish_embeddings, write_data
+from helpers.processes import ENVIRONMENT, ROOT, contents
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config

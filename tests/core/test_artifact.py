@@ -1,0 +1,448 @@
+"""A reader gets a whole version or one clear refusal, whatever happens to the writer, the disk or the bytes."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.core import artifact
+from pipeline.core.artifact import Version, open_verified, published, stage
+from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
+from pipeline.core.files import sha256_file, write_json
+from pipeline.data.embeddings import HALVES, Dtype, embeddings_schema, read_embeddings, vector_columns, write_part
+
+HINT = "run `tpad export-embeddings` first"
+REPOSITORY = Path(__file__).parents[2]
+
+
+def publish(root: Path, text: str = "content", keep: int = 2, kind: str = "mllm") -> Version:
+    with stage(root, kind) as staging:
+        (staging.path / "adapter").mkdir()
+        (staging.path / "adapter" / "weights.bin").write_text(text * 50)
+        (staging.path / "notes.txt").write_text(text)
+        return staging.publish({"backbone": "tiny", "text": text}, keep=keep)
+
+
+def table(rows: int = 2500, dim: int = 8, dtype: Dtype = "float32", first: int = 0) -> pa.Table:
+    schema = embeddings_schema(dim, dtype)
+    draw = np.random.default_rng(first)
+    columns: dict[str, Any] = {
+        "item_id": [f"item {first + i}" for i in range(rows)],
+        "has_image": [i % 3 == 0 for i in range(rows)],
+        "has_text": [True] * rows,
+        "n_tokens": [7] * rows,
+        "content_sha256": [draw.bytes(32) for _ in range(rows)],
+    }
+    for half in HALVES:
+        columns |= vector_columns(half, draw.normal(size=(rows, dim)).astype(np.float32), schema)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def publish_embeddings(root: Path, tables: list[pa.Table], dim: int = 8, dtype: Dtype = "float32", **changes: Any) -> Version:
+    with stage(root, "embeddings") as staging:
+        parts = []
+        for number, part in enumerate(tables):
+            write_part(staging.path / f"part-{number:05d}.parquet", part)
+            parts.append({"name": f"part-{number:05d}.parquet", "rows": part.num_rows})
+        manifest = {"dim": dim, "dtype": dtype, "rows": sum(t.num_rows for t in tables), "parts": parts}
+        return staging.publish(manifest | changes)
+
+
+def refusal(root: Path, kind: str = "mllm") -> str:
+    with pytest.raises(UserError) as caught:
+        open_verified(root, kind, HINT)
+    assert caught.value.code == ARTIFACT
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_was_published_is_what_is_opened(tmp_path: Path) -> None:
+    made = publish(tmp_path / "mllm")
+    version = open_verified(tmp_path / "mllm", "mllm", HINT)
+    assert version == made
+    assert version.name == "v0001" and version.path == tmp_path / "mllm" / "v0001"
+    assert version.manifest["backbone"] == "tiny" and version.manifest["format_version"] == 1 and version.manifest["kind"] == "mllm"
+    assert [f["name"] for f in version.manifest["files"]] == ["adapter/weights.bin", "notes.txt"]
+    assert (version.path / "adapter" / "weights.bin").read_text() == "content" * 50
+    assert sorted(p.name for p in (tmp_path / "mllm").iterdir()) == [".lock", "current", "v0001"]
+
+
+def test_equal_content_gives_an_equal_manifest_anywhere(tmp_path: Path) -> None:
+    assert publish(tmp_path / "a").manifest_sha256 == publish(tmp_path / "deep" / "b").manifest_sha256
+    assert publish(tmp_path / "a", "other").manifest_sha256 != publish(tmp_path / "a").manifest_sha256
+
+
+def test_nothing_published_names_the_command_to_run(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "embeddings", "embeddings") == f"embeddings not found ({tmp_path / 'embeddings'}); {HINT}"
+    with pytest.raises(RuntimeError), stage(tmp_path / "embeddings", "embeddings") as staging:
+        (staging.path / "part").write_text("half")
+        raise RuntimeError
+    assert "not found" in refusal(tmp_path / "embeddings", "embeddings")
+
+
+def test_asking_what_is_published_is_no_error(tmp_path: Path) -> None:
+    assert published(tmp_path, "mllm") is None
+    version = publish(tmp_path)
+    assert published(tmp_path, "mllm") == version
+    (version.path / "notes.txt").write_text("Content")
+    assert published(tmp_path, "mllm") is None
+
+
+def test_another_kind_or_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path, kind="sbr")
+    assert "holds 'sbr', not 'mllm'" in refusal(tmp_path)
+    monkeypatch.setattr(artifact, "FORMAT_VERSION", 2)
+    assert "format 1, but this tpad reads format 2" in refusal(tmp_path, "sbr")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("embeddings")
+    publish_embeddings(root, [table(60, 4), table(40, 4, first=60)], dim=4)
+    open_verified(root, "embeddings", HINT)
+    return root
+
+
+def files_of(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.is_file() and p.name != artifact.LOCK)
+
+
+def test_every_bit_flip_is_refused(sound: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "copy"))
+    names = [p.relative_to(root) for p in files_of(root)]
+    assert len(names) == 4
+    draw = random.Random(0)
+    for number in range(400):
+        path = root / names[number % 4]
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        path.write_bytes(bad)
+        assert path.name in refusal(root, "embeddings") or path.name == artifact.CURRENT
+        path.write_bytes(good)
+    open_verified(root, "embeddings", HINT)
+
+
+def test_every_bit_of_the_pointer_counts(sound: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "copy"))
+    path = root / artifact.CURRENT
+    good = path.read_bytes()
+    for bit in range(len(good) * 8):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        refusal(root, "embeddings")
+
+
+def test_every_truncation_and_extension_is_refused(sound: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "copy"))
+    draw = random.Random(1)
+    for path in files_of(root):
+        good = path.read_bytes()
+        for length in [0, len(good) - 1, *(draw.randrange(len(good)) for _ in range(23))]:
+            path.write_bytes(good[:length])
+            refusal(root, "embeddings")
+        path.write_bytes(good + b"\n")
+        refusal(root, "embeddings")
+        path.unlink()
+        refusal(root, "embeddings")
+        path.write_bytes(good)
+    open_verified(root, "embeddings", HINT)
+
+
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    version = publish(tmp_path)
+    path = version.path / "adapter" / "weights.bin"
+    path.write_text("contenT" * 50)
+    assert refusal(tmp_path) == f"file differs from what was published ({path}); restore it, or run `tpad export-embeddings` again"
+
+
+def test_foreign_files_and_links_in_a_version_are_refused(tmp_path: Path) -> None:
+    version = publish(tmp_path)
+    (version.path / "adapter" / "pytorch_model.bin").write_text("surprise")
+    assert "pytorch_model.bin" in refusal(tmp_path)
+    (version.path / "adapter" / "pytorch_model.bin").unlink()
+    (tmp_path / "elsewhere").write_text("content")
+    (version.path / "notes.txt").unlink()
+    (version.path / "notes.txt").symlink_to(tmp_path / "elsewhere")
+    assert "notes.txt" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "a/../../../secret", "", ".", "notes.txt/"])
+def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    version = publish(root)
+    (tmp_path / "secret").write_text("s")
+    manifest = version.manifest | {"files": [{"name": name, "bytes": 1, "sha256": sha256_file(tmp_path / "secret")}]}
+    write_json(version.path / artifact.MANIFEST, manifest)
+    write_json(root / artifact.CURRENT, {"version": "v0001", "manifest_sha256": sha256_file(version.path / artifact.MANIFEST)})
+    assert "outside its folder" in refusal(root)
+
+
+@pytest.mark.parametrize("version", ["../root/v0001", "v1", "v0001/", "/v0001", "v0009", "v0001\n"])
+def test_a_pointer_to_anything_but_a_version_is_refused(tmp_path: Path, version: str) -> None:
+    made = publish(tmp_path / "root")
+    write_json(tmp_path / "root" / artifact.CURRENT, {"version": version, "manifest_sha256": made.manifest_sha256})
+    refusal(tmp_path / "root")
+
+
+def test_old_versions_are_pruned_and_the_current_one_never(tmp_path: Path) -> None:
+    for number in range(5):
+        publish(tmp_path, f"text {number}", keep=2)
+    assert sorted(p.name for p in tmp_path.glob("v*")) == ["v0004", "v0005"]
+    publish(tmp_path, keep=1)
+    assert sorted(p.name for p in tmp_path.glob("v*")) == ["v0006"]
+    assert open_verified(tmp_path, "mllm", HINT).name == "v0006"
+
+
+def test_a_version_that_was_never_made_current_does_not_push_out_one_that_was(tmp_path: Path) -> None:
+    publish(tmp_path, "good")
+    shutil.copytree(tmp_path / "v0001", tmp_path / "v0002")  # as a kill just before the pointer is replaced leaves it
+    assert open_verified(tmp_path, "mllm", HINT).name == "v0001"
+    assert publish(tmp_path, "next").name == "v0003"
+    assert sorted(p.name for p in tmp_path.glob("v*")) == ["v0001", "v0003"]
+
+
+def test_publishing_mends_a_damaged_artifact(tmp_path: Path) -> None:
+    publish(tmp_path)
+    (tmp_path / artifact.CURRENT).write_text("{")
+    refusal(tmp_path)
+    publish(tmp_path, "again")
+    assert open_verified(tmp_path, "mllm", HINT).manifest["text"] == "again"
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), stage(tmp_path, "mllm") as staging:
+        (staging.path / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == [artifact.LOCK]
+    (tmp_path / artifact.STAGING).mkdir()  # as a kill leaves it
+    (tmp_path / artifact.STAGING / "half").write_text("half")
+    (tmp_path / ".current.123.tmp").write_text("{")
+    assert [f["name"] for f in publish(tmp_path).manifest["files"]] == ["adapter/weights.bin", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "current", "v0001"]
+
+
+def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from pipeline.core.artifact import stage\nwith stage(Path(sys.argv[1]), 'mllm'): pass"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with stage(tmp_path, "mllm") as staging:
+        (staging.path / "mine").write_text("mine")
+        second = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True)
+        assert second.returncode != 0 and "another tpad is writing here" in second.stderr
+        with pytest.raises(UserError, match="another tpad"), stage(tmp_path, "mllm"):
+            pass
+        staging.publish({})
+    assert [f["name"] for f in open_verified(tmp_path, "mllm", HINT).manifest["files"]] == ["mine"]
+    assert subprocess.run(command, check=False, cwd=REPOSITORY).returncode == 0
+
+
+def publish_forever(root: Path) -> None:
+    while True:
+        with stage(root, "mllm") as staging:
+            text = str(time.monotonic_ns()) * 100
+            for name in "abcdefgh":
+                (staging.path / name).write_text(text)
+            staging.publish({"text": text}, keep=1)
+
+
+def test_a_reader_sees_whole_versions_only_while_writers_are_killed(tmp_path: Path) -> None:
+    publish(tmp_path)
+    names: set[str] = set()
+    for kill in range(8):
+        writer = multiprocessing.get_context("fork").Process(target=publish_forever, args=(tmp_path,))
+        writer.start()
+        try:
+            before, end = len(names), time.monotonic() + 10
+            while len(names) < before + 3 and time.monotonic() < end:
+                version = open_verified(tmp_path, "mllm", HINT)
+                names.add(version.name)
+            assert len(names) > before + 2, "the writer did not publish"
+            time.sleep(random.Random(kill).random() * 0.02)
+        finally:
+            writer.kill()
+            writer.join()
+        version = open_verified(tmp_path, "mllm", HINT)
+        contents = {(version.path / f["name"]).read_text() for f in version.manifest["files"] if len(f["name"]) == 1}
+        assert contents == {version.manifest["text"]}
+    (tmp_path / ".pruned-1").mkdir(exist_ok=True)  # as a kill in the middle of pruning leaves it
+    assert publish(tmp_path, "last").name == open_verified(tmp_path, "mllm", HINT).name
+    assert len(list(tmp_path.glob("v*"))) == 2
+    assert not list(tmp_path.glob(".pruned-*")) and not (tmp_path / artifact.STAGING).exists()
+
+
+WRITER = """
+    import sys, os
+    from pathlib import Path
+    from pipeline.core.artifact import stage
+    from pipeline.data.embeddings import write_part
+    from pipeline.core.errors import UserError
+    import numpy, pyarrow
+    {setup}
+    try:
+        with stage(Path(sys.argv[1]), "mllm") as staging:
+            write_part(staging.path / "part", pyarrow.table([numpy.random.default_rng(0).random(100_000)], names=["x"]))
+            staging.publish({{}})
+    except UserError as error:
+        print(error)
+        sys.exit(error.code)
+"""
+
+
+def write_in_subprocess(root: Path, setup: str) -> subprocess.CompletedProcess[str]:
+    code = textwrap.dedent(WRITER).format(setup=setup)
+    return subprocess.run([sys.executable, "-c", code, str(root)], check=False, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_old_version(tmp_path: Path) -> None:
+    publish(tmp_path)
+    before = {p: p.read_bytes() for p in files_of(tmp_path)}
+    done = write_in_subprocess(tmp_path, "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))")
+    assert done.returncode == ENVIRONMENT and "file too large" in done.stdout and done.stdout.count("\n") == 1, done.stderr
+    assert {p: p.read_bytes() for p in files_of(tmp_path)} == before
+    with pytest.raises(UserError, match="no space left on device") as caught, stage(tmp_path, "mllm"):
+        Path("/dev/full").write_text("x")
+    assert caught.value.code == ENVIRONMENT
+    assert open_verified(tmp_path, "mllm", HINT).name == "v0001"
+
+
+def test_a_read_only_folder_can_be_read_and_refuses_a_writer_in_one_line(tmp_path: Path) -> None:
+    root = tmp_path / "mllm"
+    publish(root)
+    before = {p: p.read_bytes() for p in files_of(tmp_path)}
+    for folder in [tmp_path, *tmp_path.parents]:
+        if os.stat(folder).st_uid == os.getuid() and folder.is_relative_to(tmp_path.parents[1]):
+            folder.chmod(0o755)
+    (root / artifact.LOCK).chmod(0o444)
+    root.chmod(0o555)
+    try:
+        setup = "os.setuid(65534)" if os.getuid() == 0 else ""  # root may write anywhere
+        done = write_in_subprocess(root, setup)
+        assert done.returncode == ENVIRONMENT and "permission denied" in done.stdout, done.stderr
+        assert open_verified(root, "mllm", HINT).name == "v0001"
+    finally:
+        root.chmod(0o755)
+    assert {p: p.read_bytes() for p in files_of(tmp_path)} == before
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    for root in (tmp_path / "taken", tmp_path / "taken" / "mllm"):
+        with pytest.raises(UserError) as caught, stage(root, "mllm"):
+            pass
+        assert caught.value.code == ENVIRONMENT
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_json(path, {"b": 1, "a": [0.1, "é"]})
+    assert path.read_text() == '{\n "a": [\n  0.1,\n  "\\u00e9"\n ],\n "b": 1\n}\n'
+    for bad in (float("nan"), float("inf"), {"x": {1, 2}}):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(path, bad)
+    assert path.read_text().startswith('{\n "a"') and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_embeddings_come_back_bit_for_bit(tmp_path: Path, dtype: Dtype) -> None:
+    tables = [table(1500, 8, dtype), table(3, 8, dtype, first=1500)]
+    publish_embeddings(tmp_path, tables, dtype=dtype)
+    back = read_embeddings(tmp_path)
+    whole = pa.concat_tables(tables).to_pydict()
+    assert back.item_ids == whole["item_id"]
+    for half in ("knowledge", "transition"):
+        vectors = getattr(back, half)
+        assert vectors.shape == (1503, 8) and vectors.dtype == np.float32
+        np.testing.assert_array_equal(vectors, np.array(whole[half], dtype))
+    assert back.has_image.tolist() == whole["has_image"] and back.has_text.tolist() == whole["has_text"]
+    assert back.version.name == "v0001"
+
+
+def test_int8_halves_come_back_within_half_a_step_of_their_scale(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    values[5] = 0
+    schema = embeddings_schema(8, "int8")
+    columns = {name: rows for name, rows in zip(table(300).column_names, table(300).columns, strict=True) if name not in HALVES}
+    for half in HALVES:
+        columns |= vector_columns(half, values, schema)
+    publish_embeddings(tmp_path, [pa.table({name: columns[name] for name in schema.names}, schema=schema)], dtype="int8")
+    back = read_embeddings(tmp_path)
+    assert back.knowledge.dtype == np.float32
+    assert (np.abs(back.knowledge - values) <= np.abs(values).max(1, keepdims=True) / 127 * 0.501).all()
+    np.testing.assert_array_equal(back.knowledge, back.transition)
+
+
+def test_a_part_has_the_promised_layout_and_always_the_same_bytes(tmp_path: Path) -> None:
+    rows = table(2500)
+    write_part(tmp_path / "a", rows)
+    write_part(tmp_path / "b", pa.concat_tables([rows[:7], rows[7:2000], rows[2000:]]).replace_schema_metadata({"host": "here"}))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with pq.ParquetFile(tmp_path / "a") as file:
+        groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+        assert [g.num_rows for g in groups] == [1024, 1024, 452]
+        assert {groups[0].column(n).compression for n in range(7)} == {"ZSTD"}
+        assert not any("DICTIONARY" in e for n in range(7) for e in groups[0].column(n).encodings)
+        assert file.schema_arrow.equals(embeddings_schema(8, "float32"))
+
+
+def test_page_checksums_are_written(tmp_path: Path) -> None:
+    rows = table(64, 64)
+    write_part(tmp_path / "part", rows)
+    data = bytearray((tmp_path / "part").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "part").write_bytes(data)
+    with pytest.raises(OSError, match="CRC"):
+        pq.read_table(tmp_path / "part", page_checksum_verification=True)
+
+
+def test_a_failing_write_leaves_the_part_that_was_there(tmp_path: Path) -> None:
+    write_part(tmp_path / "part", table(10))
+    before = (tmp_path / "part").read_bytes()
+    with pytest.raises(pa.ArrowException):
+        write_part(tmp_path / "part", pa.table([pa.nulls(1, pa.month_day_nano_interval())], ["not for Parquet"]))
+    assert (tmp_path / "part").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def with_value(rows: pa.Table, value: float) -> pa.Table:
+    values = rows["transition"].combine_chunks().flatten().to_numpy().copy()
+    values[11] = value
+    kind = rows.schema.field("transition").type
+    return rows.set_column(2, rows.schema.field("transition"), pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind))
+
+
+def test_embeddings_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    good = table(50)
+    cases: dict[str, tuple[list[pa.Table], dict[str, Any]]] = {
+        "not finite": ([with_value(good, float("nan"))], {}),
+        "vectors that are not finite": ([good, with_value(table(50, first=50), float("-inf"))], {}),
+        "item_id stands twice": ([good, table(50)], {}),
+        "rows promised": ([good], {"rows": 51}),
+        "51 rows promised, 50 found": ([good], {"rows": 51, "parts": [{"name": "part-00000.parquet", "rows": 51}]}),
+        "columns are not those": ([good], {"dim": 4}),
+        "wrong 'float64'": ([good], {"dtype": "float64"}),
+        "not a readable Parquet file|columns are not": ([good.drop_columns(["n_tokens"])], {}),
+        "file is missing": ([good], {"parts": [{"name": "part-00007.parquet", "rows": 50}]}),
+        "wrong 'name'": ([good], {"parts": [{"rows": 50}]}),
+    }
+    for number, (message, (tables, changes)) in enumerate(cases.items()):
+        publish_embeddings(tmp_path / str(number), tables, **changes)
+        with pytest.raises(UserError, match=message) as caught:
+            read_embeddings(tmp_path / str(number))
+        assert caught.value.code == ARTIFACT
+    with pytest.raises(UserError, match=r"not found .*; run `tpad export-embeddings` first"):
+        read_embeddings(tmp_path / "none")

@@ -1,0 +1,150 @@
+"""Each protocol splits as it says, what was learned under another one is refused, and the whole chain obeys the setting."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from helpers.fake_embeddings import publish_embeddings, write_data
+from helpers.runs import distill_run, export_run, same, weights
+from pipeline.core.config import Config, DataConfig
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ARTIFACT, DATA, UserError
+from pipeline.data.catalog import load_catalog
+from pipeline.data.embeddings import read_embeddings
+from pipeline.data.session_log import SessionLog, load_sessions
+from pipeline.data.split import split_by_time, split_sessions
+from recommender.metrics.evaluator import positions_of
+from recommender.session_model.windows import PAD, cases_of, prefixes_of
+from recommender.training.dataset import load_inputs
+from recommender.training.train import train_sbr
+
+
+def log_of(count: int, length: int = 2, users: int = 0) -> SessionLog:
+    """Sessions of the items 0, 1, 2, ..., each with a time of its own."""
+    offsets, rows = np.arange(count + 1, dtype=np.int64) * length, np.tile(np.arange(length, dtype=np.int32), count)
+    whose = [f"u{n % users}" for n in range(count)] if users else []
+    return SessionLog([f"s{n}" for n in range(count)], rows, offsets, np.arange(count, dtype=np.int64), np.arange(len(rows)), users=whose)
+
+
+def refused(action: Callable[[], object], *words: str) -> None:
+    with pytest.raises(UserError) as error:
+        action()
+    assert error.value.code == DATA
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_split_is_by_start_and_complete() -> None:
+    split = split_by_time(log_of(100), valid=0.1, test=0.2)
+    assert [len(part) for part in (split.train, split.valid, split.test)] == [70, 10, 20]
+    assert split.train.start.max() < split.valid.start.min() and split.valid.start.max() < split.test.start.min()
+    assert [len(part) for part in vars(split_by_time(log_of(3), 0.1, 0.1)).values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("count", "valid", "test"), [(2, 0.1, 0.1), (100, 0.0, 0.1), (100, 0.5, 0.5)])
+def test_split_without_a_part_is_refused(count: int, valid: float, test: float) -> None:
+    refused(lambda: split_by_time(log_of(count), valid, test), f"{count} sessions", "data.valid")
+
+
+def test_a_user_is_in_one_part_and_stays_there_as_the_log_grows() -> None:
+    settings = DataConfig(protocol="user-hash", valid=0.2, test=0.2)
+    small, large = (split_sessions(log_of(count, users=300), settings) for count in (300, 1200))
+    of = [{"train": part.train, "valid": part.valid, "test": part.test} for part in (small, large)]
+    users = [{name: set(part.users) for name, part in parts.items()} for parts in of]
+    assert users[0] == users[1]
+    assert sum(map(len, users[0].values())) == 300  # no user twice
+    assert 0.1 < len(users[0]["test"]) / 300 < 0.3 and 0.1 < len(users[0]["valid"]) / 300 < 0.3
+    assert sum(map(len, of[1].values())) == 1200
+    assert all(np.all(np.diff(part.start) > 0) for part in of[1].values())
+    without = split_sessions(log_of(1200), settings)  # no users: by session
+    assert 0.15 < len(without.test) / 1200 < 0.25
+
+
+def test_last_out_holds_out_one_item_of_each_session() -> None:
+    rows = np.array([*range(10, 16), *range(20, 24), *range(30, 33), *range(40, 42)], np.int32)
+    log = SessionLog(["a", "b", "c", "d"], rows, np.array([0, 6, 10, 13, 15]), np.arange(4), np.arange(15))
+    split = split_sessions(log, DataConfig(protocol="last-out"))
+    found = [[part.session(i).tolist() for i in range(len(part))] for part in (split.train, split.valid, split.test)]
+    assert found[0] == [[10, 11, 12, 13], [20, 21]]
+    assert found[1] == [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31]]
+    assert found[2] == [[10, 11, 12, 13, 14, 15], [20, 21, 22, 23], [30, 31, 32], [40, 41]]
+    windows = cases_of(split.test, max_prefix=3)
+    prefixes, targets = prefixes_of(windows)
+    assert [p[p != PAD].tolist() for p in prefixes] == [[12, 13, 14], [20, 21, 22], [30, 31], [40]]
+    assert targets.tolist() == [15, 23, 32, 41]
+    session, position = positions_of(windows, split.test)
+    assert session.tolist() == [0, 1, 2, 3] and position.tolist() == [5, 3, 2, 1]
+    gone = np.arange(50)
+    gone[15] = -1  # an item that left the catalogue: 14 must not become the target, it was validation's
+    assert [split.test.moved(gone).session_ids, split.valid.moved(gone).session_ids] == [["b", "c", "d"], ["a", "b", "c"]]
+    gone[13] = -1  # the last one of a's in training: what stands before it is still there to be learned from
+    kept = split.train.moved(gone, training=True)
+    assert [kept.session(i).tolist() for i in range(len(kept))] == [[10, 11, 12], [20, 21]]
+    refused(lambda: split_sessions(log_of(9, length=3), DataConfig(protocol="last-out")), "four events", "data.protocol")
+
+
+def test_positions_are_those_of_the_targets() -> None:
+    log = log_of(5, length=9)
+    session, position = positions_of(cases_of(log, max_prefix=4), log)
+    assert session.tolist() == [n for n in range(5) for _ in range(8)]
+    assert position.tolist() == list(range(1, 9)) * 5
+
+
+def settings(protocol: str) -> Config:
+    return load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[full]", f"data.protocol={protocol}"])
+
+
+@pytest.mark.parametrize("protocol", ["user-hash", "last-out"])
+def test_vectors_of_one_protocol_are_refused_under_another(tmp_path: Path, protocol: str) -> None:
+    data = tmp_path / "data"
+    publish_embeddings(tmp_path, data, write_data(data), settings("time"))
+    with pytest.raises(UserError, match=r"other training sessions.*data\.protocol") as error:
+        train_sbr(settings(protocol), tmp_path, data)
+    assert error.value.code == ARTIFACT
+
+
+def test_the_protocol_is_obeyed_from_the_distillation_on(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    protocol = "data.protocol=last-out"
+    distill_run(tmp_path, tiny_data, protocol)
+    export_run(tmp_path, tiny_data, protocol)
+    assert not same(weights(tmp_path), weights(tiny_run))
+    whole = load_sessions(tiny_data, load_catalog(tiny_data))
+    train = split_sessions(whole, settings("last-out").data).train
+    assert read_embeddings(tmp_path / "embeddings").version.manifest["sessions_sha256"] == train.ids_sha256()
+    for run, other in ((tmp_path, "time"), (tiny_run, "last-out")):
+        with pytest.raises(UserError, match=r"other training sessions.*data\.protocol"):
+            train_sbr(settings(other), run, tiny_data)
+
+
+def test_vectors_of_shortened_sessions_are_not_those_of_whole_ones(tmp_path: Path) -> None:
+    """Under last-out the ids of the training sessions may be all ids; the hash tells what of them was seen."""
+    log = log_of(20, length=6)
+    assert split_sessions(log, DataConfig(protocol="last-out")).train.session_ids == log.session_ids
+    assert split_sessions(log, DataConfig(protocol="last-out")).train.ids_sha256() != log.ids_sha256()
+
+
+def test_a_run_under_last_out_has_one_case_a_session(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    publish_embeddings(tmp_path, data, write_data(data), settings("last-out"))
+    found = train_sbr(settings("last-out"), tmp_path, data)
+    ranks = pq.read_table(found.version.path / "ranks.parquet").to_pylist()
+    log = pq.read_table(data / "sessions.parquet").to_pylist()
+    last = {event["session_id"]: event["item_id"] for event in log}
+    assert {line["session_id"]: line["item_id"] for line in ranks} == last
+    assert len(ranks) == len(last) == found.metrics["facts"]["test_sessions"]
+
+
+def test_sessions_of_a_user_column_stay_together(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    publish_embeddings(tmp_path, data, write_data(data), settings("user-hash"))
+    log = pq.read_table(data / "sessions.parquet")
+    users = [f"u{int(name[1:]) % 90}" for name in log["session_id"].to_pylist()]
+    pq.write_table(log.append_column("user_id", pa.array(users)), data / "sessions.parquet")
+    split = split_sessions(load_sessions(data, load_catalog(data)), settings("user-hash").data)
+    whose = [{f"u{int(name[1:]) % 90}" for name in part.session_ids} for part in (split.train, split.valid, split.test)]
+    assert sum(map(len, whose)) == 90
+    with pytest.raises(UserError, match="other training sessions"):  # they were distilled from a split by session
+        load_inputs(settings("user-hash"), tmp_path, data)

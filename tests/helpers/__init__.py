@@ -1,0 +1,1 @@
+"""What several test files share: processes, runs, backbones, items, embeddings, a server."""

@@ -1,0 +1,76 @@
+"""Early exit: what `tpad distill` says of each layer is what an export that stops there costs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.backbones import save_backbone
+from helpers.runs import PHASES, distill_run, export_run, published_folder, settings
+from pipeline.core.errors import USAGE, UserError
+from pipeline.data.embeddings import read_embeddings
+from pipeline.export.export import export
+from pipeline.mllm.early_exit import apart
+
+FEW = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=2", "batch=4")]
+
+
+@pytest.fixture(scope="module", params=["tiny", "qwen3_vl"])
+def run(request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run with all its layers exported: trained in full, or with adapters and DeepStack."""
+    root = tmp_path_factory.mktemp("layers")
+    if request.param == "tiny":
+        more = [*FEW, "backbone.tiny.layers=3"]
+    else:
+        folder = save_backbone(root / "backbone", request.param)
+        more = [*FEW, f"backbone.name={folder}", "backbone.lora.rank=2"]
+    distill_run(root / "run", tiny_data, *more)
+    export_run(root / "run", tiny_data, *more)
+    return root / "run", more
+
+
+def test_an_export_that_stops_early_is_as_near_the_full_one_as_was_said(
+    run: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path
+) -> None:
+    folder, more = run
+    table = json.loads((published_folder(folder, "mllm") / "mllm.json").read_text())["layers"]
+    assert len(table) == (3 if "backbone.tiny.layers=3" in more else 2)
+    assert table[-1]["knowledge"] == table[-1]["transition"] == 1
+    assert all(0 < layer["importance"] < 2 for layer in table)
+    whole = read_embeddings(folder / "embeddings")
+    for count in range(1, len(table)):
+        copy = Path(shutil.copytree(folder, tmp_path / str(count)))
+        found = export(settings(*more, f"export.layers={count}"), copy, tiny_data, update=True)
+        assert found.notes == ["a full export, not an update: how many layers are run changed"]
+        early = read_embeddings(copy / "embeddings")
+        for half in ("knowledge", "transition"):
+            cosine = (getattr(early, half) * getattr(whole, half)).sum(1).mean()
+            assert cosine == pytest.approx(table[count - 1][half], abs=2e-4)
+            assert cosine < 0.9999
+        assert early.version.manifest["layers"] == count
+        assert f"first {count} layers" in (early.version.path / "README.md").read_text()
+        assert not export(settings(*more, f"export.layers={count}"), copy, tiny_data).made
+    assert not export(settings(*more, f"export.layers={len(table)}"), folder, tiny_data).made
+
+
+def test_more_layers_than_there_are_is_one_clear_line(run: tuple[Path, list[str]], tiny_data: Path) -> None:
+    folder, more = run
+    with pytest.raises(UserError, match=r"export\.layers = 9") as error:
+        export(settings(*more, "export.layers=9"), folder, tiny_data)
+    assert error.value.code == USAGE
+
+
+def test_importance_is_the_mean_distance_of_tokens() -> None:
+    """Against every pair, one by one."""
+    states = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    vision = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]]).bool()
+    text = torch.tensor([[1, 0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1]]).bool()
+    unit = (states / states.norm(dim=-1, keepdim=True)).numpy()
+    for b, given in enumerate(apart(states, vision, text).tolist()):
+        v, t = (np.flatnonzero(of[b]) for of in (vision, text))
+        pairs = [[(i, j) for i in v for j in v if i != j], [(i, j) for i in t for j in t if i != j], [(i, j) for i in v for j in t]]
+        means = [np.mean([1 - unit[b, i] @ unit[b, j] for i, j in kind]) for kind in pairs if kind]
+        assert given == pytest.approx(np.mean(means), abs=1e-5)

@@ -1,0 +1,110 @@
+"""`tpad train-sbr --search`: what it finds, that a kill costs nothing, and for what it holds."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.fake_embeddings import publish_embeddings, write_data
+from pipeline.core.config import Config
+from pipeline.core.config_file import load_config
+from pipeline.core.errors import ENVIRONMENT, UserError
+from recommender.training.train import train_sbr
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ["sbr.dim=8", "sbr.epochs=2", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[GRU4Rec, full]"]
+TRIALS = 5  # one more than the pruner waits for
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from pipeline.core.config_file import load_config
+from recommender.training.train import train_sbr
+torch.set_num_threads(1)
+train_sbr(load_config(None, sys.argv[4:]), Path(sys.argv[1]), Path(sys.argv[2]), trials=int(sys.argv[3]))
+"""
+
+
+def settings(*more: str) -> Config:
+    return load_config(None, [*SETTINGS, *more])
+
+
+def start_run(run: Path) -> Path:
+    torch.set_num_threads(1)
+    publish_embeddings(run, run / "data", write_data(run / "data"), settings())
+    return run
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = start_run(tmp_path_factory.mktemp("searched"))
+    train_sbr(settings(), run, run / "data", trials=TRIALS)
+    return run
+
+
+def found(run: Path) -> dict[str, dict]:
+    return dict(json.loads((run / "sbr-train" / "search.json").read_text()))
+
+
+def test_every_model_gets_as_many_trials_and_is_trained_with_its_best(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = found(searched)
+    assert {name: entry["trials"] for name, entry in models.items()} == {"GRU4Rec": TRIALS, "full": TRIALS}
+    assert "dropout" in models["GRU4Rec"]["settings"] and "id_dropout" in models["full"]["settings"]
+    again = train_sbr(settings(), searched, searched / "data")  # without --search: what was found stays
+    assert not again.made
+    assert models["full"]["settings"].items() <= again.version.manifest["settings"].items()
+    train_sbr(settings(), searched, searched / "data", trials=TRIALS)
+    assert f"the best of {TRIALS} trials" in capsys.readouterr().out
+    assert found(searched) == models
+
+
+def test_the_best_is_at_least_what_the_config_s_settings_reach_on_validation(searched: Path, tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    train_sbr(settings(), run, run / "data", trials=1)  # the config's alone
+    for name, first in found(run).items():
+        assert first["settings"].items() <= settings().sbr.model_dump().items()
+        assert found(searched)[name]["MRR@20"] >= first["MRR@20"]
+
+
+def kill_at(run: Path, trials: int, said: str, times: int = 1) -> None:
+    """In a process of its own, as soon as so many lines on stderr begin so."""
+    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), str(trials), *SETTINGS]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stderr is not None
+    for line in process.stderr:
+        times -= line.startswith(said)
+        if times == 0:
+            time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_search_killed_and_one_added_to_a_killed_training_end_like_an_undisturbed_one(searched: Path, tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+    kill_at(run, 1, "GRU4Rec (seed 0)", times=2)  # after the trial, and after the training that follows a smaller search
+    assert list((run / "sbr-train" / "checkpoints" / "GRU4Rec-0").glob("step-*"))
+    kill_at(run, TRIALS, "GRU4Rec: trial 4")
+    train_sbr(settings(), run, run / "data", trials=TRIALS)
+    assert found(run) == found(searched)
+    names = [json.loads((each / "sbr" / "current").read_text())["version"] for each in (run, searched)]
+    one, two = ((each / "sbr" / name / "model.safetensors").read_bytes() for each, name in zip((run, searched), names, strict=True))
+    assert one == two
+    assert not (run / "sbr-train" / "trials").exists()
+
+
+def test_settings_found_for_another_config_are_left_aside(searched: Path) -> None:
+    other = train_sbr(settings("sbr.lr=0.02", "sbr.epochs=1"), searched, searched / "data")
+    assert other.made and other.version.manifest["settings"]["lr"] == 0.02
+
+
+def test_without_optuna_it_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install '\.\[search\]'") as error:
+        train_sbr(settings(), tmp_path, tmp_path, trials=1)
+    assert error.value.code == ENVIRONMENT
