@@ -143,18 +143,12 @@ def test_new_items_are_raised_and_lowered_by_a_dial(page: Page) -> None:
     dial, told = page.get_by_label("new items"), page.locator("#shift")
     expect(told).to_have_text("as trained")
     dial.focus()
-    for key, shown, shift in (("ArrowRight", "+0.5", 0.5), ("End", "+4", 4), ("Home", "\u22124", -4), ("PageUp", None, None)):
+    for key, shown, shift in (("ArrowRight", "+0.5", 0.5), ("ArrowLeft", "as trained", 0), ("End", "+4", 4), ("Home", "\u22124", -4)):
         with page.expect_response("**/recommend"):
             page.keyboard.press(key)
-        if shown is not None:
-            expect(told).to_have_text(shown)
-            assert wishes[-1]["new_items"] == shift
-    dial.fill("0")
-    expect(told).to_have_text("as trained")
-    expect(dial).to_be_focused()
-    page.wait_for_function("() => true")
-    assert wishes[-1]["new_items"] == 0
-    page.keyboard.press("Backspace")  # which, there, takes back the last item of the session as anywhere else but in a text
+        expect(told).to_have_text(shown)
+        assert wishes[-1]["new_items"] == shift
+    page.keyboard.press("Backspace")  # takes back the last item of the session, as anywhere but in a text
     expect(page.locator("#session button")).to_have_count(0)
 
 

@@ -29,7 +29,8 @@ from recommender.serving.recommender import Recommender
 from recommender.training.rebuild_index import refresh
 from recommender.training.train import train_sbr
 
-SETTINGS = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32"])
+# without refit, so that there are cold items
+SETTINGS = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32", "sbr.refit=false"])
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_many_sessions_get_what_each_gets_alone(recommender: Recommender, monkey
 def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many are asked for, and of however many sessions: ids alone say nothing of the eight items that came last."""
     write_data(tmp_path / "data")
-    train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[ID-only]"]), tmp_path, tmp_path / "data")
+    train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[ID-only]", "sbr.refit=false"]), tmp_path, tmp_path / "data")
     ids_only = Recommender.load(tmp_path)
     sessions = [[0, 3], [7], [21, 4, 21], [30]]
     whole = [rows.tolist() for rows, _ in ids_only.rank(sessions, 60)]
@@ -303,7 +304,7 @@ def test_nothing_known_gives_popular_items_and_says_so(recommender: Recommender,
 def test_popular_is_what_was_seen_most_whatever_the_model_has_learned(run: Path, tmp_path: Path) -> None:
     """Without popularity in its scores too; of items seen as often, and of those never seen, the earlier ones come first."""
     later = Path(shutil.copytree(run, tmp_path / "run"))
-    settings = ["sbr.dim=16", "sbr.epochs=1", "sbr.models=[full]", "sbr.parts.popularity=false"]
+    settings = ["sbr.dim=16", "sbr.epochs=1", "sbr.models=[full]", "sbr.parts.popularity=false", "sbr.refit=false"]
     version = train_sbr(load_config(None, settings), later, later / "data").version
     count = pq.read_table(version.path / "items.parquet")["count"].to_pylist()
     wanted = sorted(range(60), key=lambda row: -count[row])
@@ -326,53 +327,42 @@ def test_no_items_asked_for_is_an_error(recommender: Recommender) -> None:
 # --- the dial for new items
 
 
-@pytest.fixture(scope="module")
-def twin(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Recommender:
-    """The same model trained on the training sessions alone, to which eight items are cold."""
-    folder = tmp_path_factory.mktemp("twin")
-    shutil.copytree(run / "data", folder / "data")
-    shutil.copytree(run / "embeddings", folder / "embeddings")
-    config = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32", "sbr.models=[full]", "sbr.refit=false"])
-    train_sbr(config, folder, folder / "data")
-    return Recommender.load(folder)
-
-
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 2.0, 0.5])
-def test_cold_items_shift_by_what_was_asked_for(twin: Recommender, monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
+def test_cold_items_shift_by_what_was_asked_for(recommender: Recommender, monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
     """And no other item does, whether sessions are ranked alone (numpy), together (PyTorch), or through the index, which finds the exact
     first k of the shifted scores."""
-    cold = ~twin.arrays["known"]
+    cold = ~recommender.arrays["known"]
     assert cold.sum() == 8
     sessions = [[1], [3, 57, 3], [58], list(range(12)), [20, 21, 22], [40], [51, 52], [7, 7, 7], [59, 0]]
     with torch.no_grad():
-        plain = np.stack([twin.dense.model.scores(torch.tensor([s]), twin.dense.tables)[0].numpy() for s in sessions])
+        plain = np.stack([recommender.dense.model.scores(torch.tensor([s]), recommender.dense.tables)[0].numpy() for s in sessions])
     wanted = plain + shift * cold
     for items, together in ((recommend.DENSE_ITEMS, 16), (recommend.DENSE_ITEMS, 1), (0, 16)):
         monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
         monkeypatch.setattr(recommend, "TOGETHER", together)
         for k in (1, 5, 20, 60):
-            for scores, (rows, found) in zip(wanted, twin.rank(sessions, k, new_items=shift), strict=True):
+            for scores, (rows, found) in zip(wanted, recommender.rank(sessions, k, new_items=shift), strict=True):
                 np.testing.assert_allclose(found, scores[rows], atol=2e-4)
                 np.testing.assert_allclose(found, -np.sort(-scores)[:k], atol=2e-4)
-        for scores, (rows, found) in zip(wanted, twin.rank(sessions, 6, True, {"colour": ["red"]}, new_items=shift), strict=True):
+        for scores, (rows, found) in zip(wanted, recommender.rank(sessions, 6, True, {"colour": ["red"]}, new_items=shift), strict=True):
             assert (rows % 4 == 0).all()
             np.testing.assert_allclose(found, scores[rows], atol=2e-4)
-    popular = twin.rank([[]], 60, new_items=shift)[0]
-    before = dict(zip(*(part.tolist() for part in twin.rank([[]], 60, new_items=0.0)[0]), strict=True))
+    popular = recommender.rank([[]], 60, new_items=shift)[0]
+    before = dict(zip(*(part.tolist() for part in recommender.rank([[]], 60, new_items=0.0)[0]), strict=True))
     np.testing.assert_allclose(popular[1], [before[row] + shift * cold[row] for row in popular[0]], atol=1e-5)
     assert (np.diff(popular[1]) <= 0).all()
 
 
-def test_an_index_in_which_few_items_are_looked_at_is_exact_all_the_same(twin: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_in_which_few_items_are_looked_at_is_exact_all_the_same(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shift lifts cold items out of all lists that were found without it."""
     monkeypatch.setattr(recommend, "DENSE_ITEMS", 0)
-    monkeypatch.setattr(twin.index, "first", 2)
+    monkeypatch.setattr(recommender.index, "first", 2)
     with torch.no_grad():
         for session in ([1], [3, 57], [58], [20, 21, 22]):
-            scores = twin.dense.model.scores(torch.tensor([session]), twin.dense.tables)[0].numpy()
+            scores = recommender.dense.model.scores(torch.tensor([session]), recommender.dense.tables)[0].numpy()
             for shift in (-3.0, 0.0, 2.0, 8.0):
-                shifted = scores + shift * ~twin.arrays["known"]
-                (_, found), *_ = twin.rank([session], 3, new_items=shift)
+                shifted = scores + shift * ~recommender.arrays["known"]
+                (_, found), *_ = recommender.rank([session], 3, new_items=shift)
                 np.testing.assert_allclose(found, -np.sort(-shifted)[:3], atol=2e-4)
 
 
@@ -390,9 +380,8 @@ def test_a_model_of_ids_alone_takes_the_dial_too(tmp_path: Path, monkeypatch: py
         np.testing.assert_allclose(raised - scores, 2.0 * (plain >= 52), atol=1e-4)
 
 
-def test_the_dial_has_a_default_of_the_run(twin: Recommender, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = twin.version.path.parents[1]
-    later = Path(shutil.copytree(folder, tmp_path / "run"))
+def test_the_dial_has_a_default_of_the_run(run: Path, recommender: Recommender, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    later = Path(shutil.copytree(run, tmp_path / "run"))
     words = ["--run", str(later), "--data", str(later / "data"), *("--set", "sbr.new_items=2")]
     done = CliRunner().invoke(cli.app, ["index", *words])
     assert done.exit_code == 0, done.output
@@ -401,8 +390,8 @@ def test_the_dial_has_a_default_of_the_run(twin: Recommender, run: Path, tmp_pat
     assert "up to date" in CliRunner().invoke(cli.app, ["index", "--run", str(later)]).stderr
     for session in ([1], []):
         for one, other in (
-            (raised.rank([session], 60), twin.rank([session], 60, new_items=2.0)),
-            (raised.rank([session], 60, new_items=0.0), twin.rank([session], 60)),
+            (raised.rank([session], 60), recommender.rank([session], 60, new_items=2.0)),
+            (raised.rank([session], 60, new_items=0.0), recommender.rank([session], 60)),
         ):
             assert one[0][0].tolist() == other[0][0].tolist() and np.array_equal(one[0][1], other[0][1])
 
@@ -411,18 +400,17 @@ def test_the_dial_has_a_default_of_the_run(twin: Recommender, run: Path, tmp_pat
         assert done.exit_code == 0, done.output
         return list(json.loads(done.stdout)["items"])
 
-    assert [item["item_id"] for item in first()] == ids(twin.recommend(["item-001"], 60, new_items=2.0))
-    assert [item["item_id"] for item in first("--new-items", "-3")] == ids(twin.recommend(["item-001"], 60, new_items=-3.0))
-    config = load_config(None, ["sbr.dim=16", "sbr.epochs=2", "sbr.batch=32", "sbr.models=[full]", "sbr.refit=false"])
-    assert not train_sbr(config, later, later / "data").made  # no model depends on it
+    assert [item["item_id"] for item in first()] == ids(recommender.recommend(["item-001"], 60, new_items=2.0))
+    assert [item["item_id"] for item in first("--new-items", "-3")] == ids(recommender.recommend(["item-001"], 60, new_items=-3.0))
+    assert not train_sbr(SETTINGS, later, later / "data").made  # no model depends on it
     assert "note: its new_items is still 2.0; run `tpad index` for sbr.new_items 0.0" in capsys.readouterr().err
 
 
-def test_a_file_is_ranked_with_the_dial(twin: Recommender, tmp_path: Path) -> None:
-    recommend_file(twin, write_events(tmp_path / "s.csv"), tmp_path / "out.parquet", k=3, new_items=4.0)
+def test_a_file_is_ranked_with_the_dial(recommender: Recommender, tmp_path: Path) -> None:
+    recommend_file(recommender, write_events(tmp_path / "s.csv"), tmp_path / "out.parquet", k=3, new_items=4.0)
     found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"]
     sessions = (["item-011", "item-012", "item-010"], ["item-020", "item-021"], [])
-    assert found == [i for session in sessions for i in ids(twin.recommend(session, 3, new_items=4.0))]
+    assert found == [i for session in sessions for i in ids(recommender.recommend(session, 3, new_items=4.0))]
 
 
 @pytest.mark.parametrize("shift", ["21", "-20.5", "nan", "inf"])
