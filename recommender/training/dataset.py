@@ -13,7 +13,7 @@ from pipeline.core.files import canonical_json
 from pipeline.data.availability import Availability
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import Embeddings, published_in, read_embeddings
-from pipeline.data.session_log import load_sessions
+from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import Split, split_sessions, split_window
 from recommender.baselines.registry import MODELS, chosen
 from recommender.session_model.config import FORM
@@ -95,6 +95,11 @@ def load_inputs(config: Config, run: Path, data: Path, everything: bool = False,
     content = whitened(embeddings, whitening) if embeddings is not None else None
     version = embeddings.version if embeddings is not None else None
     return Inputs(catalog, split, content, whitening, counts, version, data_fingerprint(catalog, split, config.data.max_prefix))
+
+
+def newest_session(log: SessionLog) -> list[int | str]:
+    """Start (Unix seconds) and session_id of the last session of a log: what a nightly update goes on from."""
+    return [int(log.start[-1]), log.session_ids[-1]]
 
 
 def check_catalogue(embeddings: Embeddings, catalog: Catalog, run: Path) -> None:

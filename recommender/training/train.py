@@ -30,7 +30,7 @@ from recommender.retrieval.index import empty_index
 from recommender.retrieval.saved_model import write_model
 from recommender.session_model.model import SessionModel
 from recommender.training.calibration import Calibration, apply
-from recommender.training.dataset import SAME_VECTORS, Inputs, load_inputs, model_fingerprint
+from recommender.training.dataset import SAME_VECTORS, Inputs, load_inputs, model_fingerprint, newest_session
 from recommender.training.search import forget, need_optuna, search, settings_for
 from recommender.training.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model
 
@@ -153,7 +153,7 @@ def publish(
         "catalogue_sha256": inputs.catalog.sha256,
         "skipped": inputs.embeddings.manifest.get("skipped", []) if inputs.embeddings else [],
         "sessions_sha256": inputs.split.train.ids_sha256(),
-        "newest_session": int(inputs.split.train.start.max()),
+        "newest_session": newest_session(inputs.split.train),
         "figures_of": "the held-out twin, trained without validation and test sessions" if config.sbr.refit else "this model",
         "refit": {"epochs": held_out.epochs, "calibration": calibration._asdict()} if config.sbr.refit else None,
         "settings": config.sbr.model_dump() | {"seed": config.seed},

@@ -22,6 +22,7 @@ from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.metrics.evaluator import model_ranks
 from recommender.metrics.ranks import case_values
 from recommender.session_model.windows import cases_of, pack
+from recommender.training.dataset import newest_session
 from recommender.training.rebuild_index import open_current
 from recommender.training.trainer import alone, fit, make_accelerator
 
@@ -49,7 +50,7 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
         if before.manifest.get("refit") is None:
             raise UserError(f"the published model has not seen all sessions ({run}); train it with sbr.refit=true to update it", ARTIFACT)
         log = sessions_of(current.catalog.item_ids, data)
-        new = np.flatnonzero(log.start > before.manifest["newest_session"])
+        new = sessions_after(log, *before.manifest["newest_session"])
         if len(new) < LEAST_SESSIONS:
             return Updated(before, 0, f"{len(new)} new sessions, fewer than {LEAST_SESSIONS}: nothing to learn yet")
         held_back = len(new) // 10
@@ -75,12 +76,18 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
         facts = {
             "fingerprint": fingerprint,
             "sessions_sha256": hashlib.sha256((before.manifest["sessions_sha256"] + learned.ids_sha256()).encode()).hexdigest(),
-            "newest_session": int(learned.start.max()),
+            "newest_session": newest_session(learned),
             "updates": before.manifest.get("updates", 0) + 1,
         }
         version = current.publish(run, model, counts, config.sbr.index, facts)
         remove(checkpoints.folder)
         return Updated(version, len(learned), told)
+
+
+def sessions_after(log: SessionLog, start: int, session_id: str) -> np.ndarray:
+    """Positions of the sessions after the one that began at `start` (Unix seconds); the log is in the order of (start, session_id)."""
+    same = np.flatnonzero(log.start == start)
+    return np.concatenate([[n for n in same if log.session_ids[n] > session_id], np.flatnonzero(log.start > start)]).astype(np.int64)
 
 
 def sessions_of(item_ids: list[str], data: Path) -> SessionLog:

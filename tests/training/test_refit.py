@@ -72,7 +72,7 @@ def test_the_published_model_knows_all_sessions(refitted: Path, held_out: Path) 
         counts = np.bincount(seen.rows, minlength=60)
         assert pq.read_table(run / "sbr" / "v0001" / "items.parquet")["count"].to_pylist() == counts.tolist()
         assert weights(run)["known"].tolist() == (counts > 0).tolist()
-        assert manifest(run)["sessions_sha256"] == seen.ids_sha256() and manifest(run)["newest_session"] == seen.start.max()
+        assert manifest(run)["sessions_sha256"] == seen.ids_sha256() and manifest(run)["newest_session"][0] == seen.start.max()
     newest = [row for row in range(60) if row in log.rows and row not in train.rows]
     assert newest and weights(refitted)["known"][newest].all() and not weights(held_out)["known"][newest].any()
 

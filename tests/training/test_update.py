@@ -114,7 +114,7 @@ def test_the_new_sessions_are_counted_and_their_new_items_known(trained: Path, u
     assert after["pairs.followers.keys"].tolist() == sorted(int(a) * 60 + int(b) for a, b in pairs)
     assert int(after["pairs.followers.counts"].sum()) == len(learned.rows) - len(learned)
     facts = manifest(updated)
-    assert facts["updates"] == 1 and facts["newest_session"] == learned.start.max()
+    assert facts["updates"] == 1 and facts["newest_session"] == [learned.start.max(), learned.session_ids[-1]]
     for key in ("figures_of", "refit", "settings", "embeddings_manifest_sha256"):
         assert facts[key] == manifest(trained)[key]
     assert (updated / "sbr" / "v0002" / "metrics.json").read_bytes() == (trained / "sbr" / "v0001" / "metrics.json").read_bytes()
