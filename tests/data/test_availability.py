@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_session_model import COLD, ITEMS, build
 from typer.testing import CliRunner, Result
 
 import cli
 from helpers.fake_embeddings import publish_embeddings, write_data
 from helpers.server import serving
+from helpers.session_models import COLD, ITEMS, build
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.data.availability import ALWAYS, NEVER, Availability

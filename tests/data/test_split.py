@@ -10,6 +10,7 @@ import pytest
 
 from helpers.fake_embeddings import publish_embeddings, write_data
 from helpers.runs import distill_run, export_run, same, weights
+from helpers.session_logs import log_of
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, DATA, UserError
@@ -21,13 +22,6 @@ from recommender.metrics.evaluator import positions_of
 from recommender.session_model.windows import PAD, cases_of, prefixes_of
 from recommender.training.dataset import load_inputs
 from recommender.training.train import train_sbr
-
-
-def log_of(count: int, length: int = 2, users: int = 0) -> SessionLog:
-    """Sessions of the items 0, 1, 2, ..., each with a time of its own."""
-    offsets, rows = np.arange(count + 1, dtype=np.int64) * length, np.tile(np.arange(length, dtype=np.int32), count)
-    whose = [f"u{n % users}" for n in range(count)] if users else []
-    return SessionLog([f"s{n}" for n in range(count)], rows, offsets, np.arange(count, dtype=np.int64), np.arange(len(rows)), users=whose)
 
 
 def refused(action: Callable[[], object], *words: str) -> None:

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_split import log_of
 from typer.testing import CliRunner
 
 import cli
 from helpers.fake_embeddings import publish_embeddings, write_data
+from helpers.session_logs import log_of
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import DATA, USAGE, UserError

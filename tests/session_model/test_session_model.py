@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.session_models import COLD, ITEMS, build, log
 from recommender.metrics.evaluator import model_ranks
 from recommender.retrieval.index import ItemIndex, build_indexes
 from recommender.session_model.config import LEAST_MASS, ModelConfig, Parts
@@ -22,32 +23,11 @@ from recommender.session_model.whitening import fit_whitening
 from recommender.session_model.windows import PAD, Windows, pack, pad_prefixes
 from recommender.training.calibration import calibrate
 
-ITEMS, COLD = 50, 6  # the last items are in no training session
-
-
-def log(count: int = 80) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(2, 9, size=count)
-    return rng.integers(0, ITEMS - COLD, size=lengths.sum()).astype(np.int32), np.cumsum([0, *lengths])
-
 
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def build(content: bool = True, ids: bool = True, parts: Parts | None = None, seed: int = 0) -> SessionModel:
-    """A model whose every part is at work."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    vectors = rng.normal(size=(ITEMS, 12)).astype(np.float32)
-    config = ModelConfig(ITEMS, 12 if content else 0, ids, dim=16, max_prefix=8, parts=parts or Parts())
-    model = SessionModel(config, vectors if content else None, *log())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
 
 
 VERSIONS = pytest.mark.parametrize(("content", "ids"), [(True, True), (True, False), (False, True)])
