@@ -2,7 +2,8 @@
 
 Training misjudges both. Ids memorise the training sessions, so that the repeat component looks less useful than it is. ID dropout
 hides random items, so that cold items seem to come as often as any other item, and each alone. A weight moves only where validation
-can tell it: with fewer than `LEAST_CASES` cold targets there, cold items keep the weights that ID dropout taught.
+can tell it: with fewer than `LEAST_CASES` cold targets there, cold items keep the weights that ID dropout taught. And what all cases
+gain must not be taken from the cold ones: they keep at least `KEPT` of their HR@20.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ LEAST_CASES = 100
 REPEAT_STEP, COLD_STEP = 1.0, 0.5  # of log-weights
 FARTHEST = 6  # steps
 ERRORS = 2.0  # standard errors that a gain on validation must exceed
+KEPT = 0.8  # share of the HR@20 of cold targets that a shift must leave
 METRIC = "MRR@20"  # it tells one rank from the next, as HR does not
 Ranks = Callable[[], np.ndarray]  # of the targets of validation, (cases,), by the model as it is now
 
@@ -57,10 +59,15 @@ def calibrate(model: SessionModel, windows: Windows, ranks: Ranks) -> Calibratio
         weights += [(name, weight, COLD_STEP) for name, weight, count in cold_weights if count >= LEAST_CASES]
     shifts = {}
     with torch.no_grad():
-        scores = case_values(ranks(), METRIC) if weights else np.empty(0)
+        now = ranks() if weights else np.empty(0)
+        least = KEPT * hit_rate(now[cold]) if cold.any() else 0.0
         for name, weight, step in weights:
-            shifts[name], scores = line_search(weight, step, scores, lambda: case_values(ranks(), METRIC))
+            shifts[name], now = line_search(weight, step, now, ranks, lambda moved: not cold.any() or hit_rate(moved[cold]) >= least)
     return Calibration(**shifts, cold_targets=counts[0], cold_targets_after_cold=counts[1])
+
+
+def hit_rate(ranks: np.ndarray) -> float:
+    return float(case_values(ranks, "HR@20").mean())
 
 
 def apply(model: SessionModel, calibration: Calibration) -> None:
@@ -73,23 +80,29 @@ def apply(model: SessionModel, calibration: Calibration) -> None:
             model.stranger[1].add_(calibration.cold_after_cold)
 
 
-def line_search(weight: Tensor, step: float, now: np.ndarray, scores: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Moves `weight` by steps to where the mean of the scores (cases,), `now` at its start, is highest or, nearer to the start, within
-    `ERRORS` standard errors of the highest (after Breiman et al., 1984): a difference by chance moves nothing. Returns the shift and the
-    scores there."""
+def line_search(
+    weight: Tensor, step: float, now: np.ndarray, ranks: Ranks, allowed: Callable[[np.ndarray], bool]
+) -> tuple[float, np.ndarray]:
+    """Moves `weight` by steps to where the mean of `METRIC` is highest or, nearer to the start, within `ERRORS` standard errors of the
+    highest (after Breiman et al., 1984): a difference by chance moves nothing. `now`: the ranks (cases,) at the start; only ranks that are
+    `allowed` count. Returns the shift and the ranks there."""
     start, by_steps = weight.clone(), {0: now}
     for direction in (1, -1):
         for steps in range(direction, direction * (FARTHEST + 1), direction):
             weight.copy_(start + steps * step)
-            by_steps[steps] = scores()
-            if by_steps[steps].mean() <= by_steps[steps - direction].mean():
+            moved = ranks()
+            if not allowed(moved):
                 break
-    best = max(by_steps.values(), key=lambda values: float(values.mean()))
+            by_steps[steps] = moved
+            if case_values(moved, METRIC).mean() <= case_values(by_steps[steps - direction], METRIC).mean():
+                break
+    scores = {steps: case_values(moved, METRIC) for steps, moved in by_steps.items()}
+    best = max(scores.values(), key=lambda values: float(values.mean()))
 
     def as_good(steps: int) -> bool:
-        less = best - by_steps[steps]
+        less = best - scores[steps]
         return bool(less.mean() <= ERRORS * less.std() / len(less) ** 0.5)
 
-    nearest = min(filter(as_good, by_steps), key=abs)
+    nearest = min(filter(as_good, scores), key=abs)
     weight.copy_(start + nearest * step)
     return nearest * step, by_steps[nearest]

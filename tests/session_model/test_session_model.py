@@ -297,6 +297,27 @@ def test_the_weights_of_cold_items_are_calibrated_on_validation() -> None:
         assert found.cold_targets == 200 and found.cold_targets_after_cold == (200 if together else 0)
 
 
+def test_cold_items_do_not_pay_for_what_warm_ones_gain() -> None:
+    """Many warm targets and some cold ones, whose vectors say little: without a floor the weight of cold items would fall to nothing."""
+    model = build()
+    model.stranger.zero_()
+    model.expected.fill_(2.0)
+    cold = cold_sessions(False, 120)
+    warm = pack(np.tile(np.arange(20, dtype=np.int32), 60), np.arange(0, 1201, 4), 8)
+    width = max(cold.inputs.shape[1], warm.inputs.shape[1])
+
+    def wide(windows: Windows) -> list[np.ndarray]:
+        pad = ((0, 0), (0, width - windows.inputs.shape[1]))
+        return [np.pad(each, pad, constant_values=PAD) for each in (windows.inputs, windows.targets)]
+
+    inputs, targets = (np.concatenate(parts) for parts in zip(wide(cold), wide(warm), strict=True))
+    valid = Windows(inputs, targets, np.arange(len(inputs)))
+    is_cold = targets[targets != PAD] >= ITEMS - COLD
+    before = (model_ranks(model, valid)[is_cold] <= 20).mean()
+    calibrate(model, valid, partial(model_ranks, model, valid))
+    assert (model_ranks(model, valid)[is_cold] <= 20).mean() >= 0.8 * before > 0
+
+
 @pytest.mark.parametrize("count", [0, 98])
 def test_with_few_cold_targets_cold_items_keep_what_id_dropout_taught(count: int) -> None:
     """A validation before the launch of new items would otherwise rank them lowest of all."""
