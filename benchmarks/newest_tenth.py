@@ -60,7 +60,7 @@ def refitted(config: Config, work: Path, data: Path, seed: int) -> tuple[Model, 
     return twin.model, model
 
 
-def compare(config: Config, data: Path, work: Path, seeds: int) -> dict[str, object]:
+def compare(config: Config, data: Path, work: Path, seeds: int) -> dict[str, float]:
     log = load_sessions(data, load_catalog(data))
     kept = np.arange(len(log) - len(log) // 10, len(log))
     part = write_part(data, work / "data", log, np.arange(len(log) - len(kept)))
@@ -81,6 +81,19 @@ def compare(config: Config, data: Path, work: Path, seeds: int) -> dict[str, obj
         figures |= {f"gain {metric}": difference.mean / theirs.mean(), f"gain {metric} p": difference.p}
         figures |= {f"gain {metric} low": difference.low / theirs.mean(), f"gain {metric} high": difference.high / theirs.mean()}
     return {"sessions": len(log) - len(kept), "kept sessions": len(kept), "cases": len(session), "seeds": seeds, **figures}
+
+
+def rows_of(figures: dict[str, float]) -> list[dict[str, float | str]]:
+    """The figures of `compare` as a table: a row a model."""
+    rows: list[dict[str, float | str]] = []
+    for name in ("co-occurrence", "held-out twin", "refitted"):
+        rows.append({"model": name} | {metric: figures[f"{name} {metric}"] for metric in METRICS})
+    row: dict[str, float | str] = {"model": "refitted over held-out twin, %"}
+    for metric in METRICS:
+        mean, low, high = (100 * figures[f"gain {metric}{end}"] for end in ("", " low", " high"))
+        row[metric] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    rows.append(row)
+    return rows
 
 
 def nightly(config: Config, data: Path, work: Path) -> dict[str, object]:
@@ -129,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         found = nightly(config, options.data, work) if options.update else compare(config, options.data, work, options.seeds)
-    text = json.dumps(found, indent=1)
+    text = json.dumps(found if options.update else {"rows": rows_of(found), "figures": found}, indent=1)
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
