@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from recommender.retrieval.index import ItemIndex, build_indexes, factory_of
-from recommender.retrieval.index_tuning import CHECK_K, exact_worst
+from recommender.retrieval.index_tuning import CHECK_K, exact_kth_scores
 from recommender.session_model.config import ModelConfig
 from recommender.session_model.model import SessionModel
-from recommender.session_model.numpy_model import Ranker
+from recommender.session_model.numpy_model import NumpySessionModel
 
 DIM, PREFIX = 64, 20
 
@@ -60,21 +60,21 @@ def main() -> None:
     chosen = parser.parse_args()
     model, sessions = draw_model(chosen.items, chosen.seed)
     efforts = [float(effort) for effort in chosen.effort.split(",")]
-    ranker = Ranker.of(model)
+    ranker = NumpySessionModel.of(model)
     indexes, built = {}, {}
     for setting in chosen.index.split(","):
         began = time.perf_counter()
         indexes[setting] = ItemIndex(build_indexes(ranker, setting), ranker)
         built[setting] = time.perf_counter() - began
     asking = sessions[: chosen.sessions]
-    worst = exact_worst(ranker, [ranker.read(session) for session in asking])
+    worst = exact_kth_scores(ranker, [ranker.encode(session) for session in asking])
     hits = {(setting, effort): 0 for setting in indexes for effort in efforts}
     times: dict[tuple[str, float], list[list[float]]] = {key: [] for key in hits}  # wall and CPU
     for session, score in zip(asking, worst, strict=True):
         for setting, effort in hits:
             indexes[setting].spend(effort)
             wall, work = time.perf_counter(), time.process_time()
-            best = indexes[setting].top(ranker.read(session), CHECK_K)[0]
+            best = indexes[setting].top(ranker.encode(session), CHECK_K)[0]
             times[setting, effort].append([(time.perf_counter() - wall) * 1000, (time.process_time() - work) * 1000])
             hits[setting, effort] += int((best >= score - 1e-4).sum())
     mean = np.mean([min(len(session), PREFIX) for session in asking])

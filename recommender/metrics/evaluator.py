@@ -102,7 +102,7 @@ def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor
     parts = [slice(start, start + size) for start in range(0, len(rows), size)]
     if isinstance(model, SessionModel):
         mixture = model.mixture(rows, tables, real)
-        scores = (model.masses(mixture.of(part), tables) for part in parts)
+        scores = (model.masses(mixture.select(part), tables) for part in parts)
     else:
         scores = (model.scores(rows[part], tables, real[part]) for part in parts)
     of_cases = (None if times is None else times[part][real[part]] for part in parts)

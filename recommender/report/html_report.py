@@ -26,7 +26,7 @@ from recommender.metrics.results_table import COLUMNS, ROWS
 from recommender.metrics.significance import paired_bootstrap
 from recommender.report.charts import Curve, chart, plane
 from recommender.retrieval.index import FLAT_ITEMS, ItemIndex, build_indexes, factory_of
-from recommender.retrieval.index_tuning import CHECK_K, EFFORTS, asked, exact_worst, measure
+from recommender.retrieval.index_tuning import CHECK_K, EFFORTS, encode_sessions, exact_kth_scores, measure
 from recommender.serving.recommender import Recommender
 from recommender.serving.thumbnails import small
 from recommender.session_model.top_k import first
@@ -240,11 +240,11 @@ def index(recommender: Recommender) -> Iterator[str]:
         if COMPARED_ITEMS <= items <= FLAT_ITEMS and factory_of(name, items) != published["factory"]
     ]
     curves: dict[str, Curve] = {}
-    prefixes = asked(own.ranker, recommender.sample_rows())
-    worst = exact_worst(own.ranker, prefixes)
+    prefixes = encode_sessions(own.model, recommender.sample_rows())
+    worst = exact_kth_scores(own.model, prefixes)
     with Steps("index", 1 + len(others)) as shown:
         for name in [published["factory"], *others]:
-            each = own if name == published["factory"] else ItemIndex(build_indexes(own.ranker, name), own.ranker)
+            each = own if name == published["factory"] else ItemIndex(build_indexes(own.model, name), own.model)
             usual, found = each.effort, []
             for effort in (1.0,) if each.exact else EFFORTS:
                 each.spend(effort)
@@ -262,7 +262,7 @@ def sessions(recommender: Recommender, pictures: Pictures) -> Iterator[str]:
     yield f"<p>Left: the last {SEEN} items seen. Right: the first {SHOWN} recommended; the item that came next is framed in green.</p>"
     for session in [s for s in recommender.sample_rows() if len(s) > 1][:SESSIONS]:
         *prefix, target = session
-        scores = recommender.ranker.scores(recommender.ranker.read(prefix), np.arange(len(recommender.item_ids)))
+        scores = recommender.ranker.scores(recommender.ranker.encode(prefix), np.arange(len(recommender.item_ids)))
         rank = int((scores > scores[target]).sum()) + 1
         seen = "".join(pictures.boxed(row) for row in prefix[-SEEN:])
         best = "".join(pictures.boxed(row, row == target) for row in first(scores, min(SHOWN, len(scores))).tolist())

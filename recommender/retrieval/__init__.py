@@ -1,3 +1,3 @@
-"""Makes a trained session model searchable and stores it: FAISS indexes, exact scoring of what they find, the published files. It may
-import `session_model` only, and trains nothing.
+"""Makes a trained session model searchable: FAISS indexes over the item vectors, exact scoring of the candidates, and the published files.
+It may import `session_model` only, and trains nothing.
 """

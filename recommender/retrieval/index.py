@@ -1,16 +1,16 @@
-"""FAISS over the item vectors, and the top-k of the session model through it.
+"""Searches the top-k items of the session model with FAISS.
 
-The model's score is a sum over queries: one for each channel and item of the session. So every channel has an index of its
-own, over [v ; prior / scale] of its items; the inner product with [q ; scale] is what a query gives an item. The
-best M of every query, the items counted beside those of the session, these themselves and the popular ones are scored exactly by the model.
+Each query of a session (one for each channel and position) gives item j the log-mass q . v(j) + b(j). So every channel has an index of its
+own over the vectors [v ; b / scale] of its items, whose inner product with [q ; scale] is that log-mass. The candidates are the best M
+items of every query, the items that the counts have beside those of the session, the session's items and the most popular ones; the
+model scores them exactly.
 
-With a flat index the answer is exact: it stops when the k-th best of the candidates beats all that an item outside every
-list could score, else it takes a larger M. Any other index (HNSW, IVF, ...) finds most of the candidates in a fraction of
-the time: when it is built, the recall of the answer against the exact one is measured, and the least effort that reaches
-`WANTED` is what a search spends from then on. A GPU builds what faiss-gpu can (not HNSW), and the index goes to the disk in
-its CPU form; no test of this project has had one.
+With a flat index the result is exact: the search stops when the k-th best candidate beats the upper bound of the items outside all lists,
+and otherwise takes a larger M. Any other index (HNSW, IVF, ...) finds most of the candidates in a fraction of the time: when it is
+built, its recall against the exact search is measured, and the smallest search effort that reaches `WANTED` is used from then on.
 
-This is where faiss is imported and its threads are set.
+A GPU builds the indexes that faiss-gpu supports (not HNSW), and they are saved in their CPU form; no test of this project runs that. This
+module imports faiss and sets its number of threads.
 """
 
 import math
@@ -21,30 +21,31 @@ import numpy as np
 
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.progress import Steps
-from recommender.session_model.config import NEVER
-from recommender.session_model.numpy_model import Ranker, Read
+from recommender.session_model.config import LOG_ZERO
+from recommender.session_model.numpy_model import NumpySessionModel, SessionState
 from recommender.session_model.top_k import first
 
-FLAT_ITEMS = 50_000  # auto: up to here flat, which is exact ...
-HNSW_ITEMS = 2_000_000  # ... up to here HNSW, and above IVF, which is built faster and finds less
-EFFORT = {"efSearch": 64, "nprobe": 16}  # what HNSW and IVF spend on a query at an effort of 1
-ASKED = 0.95  # of the weight of a session's queries, unless the index is exact
-FIRST_LIST = 64  # entries taken of every query at first ...
-LISTED = 448  # ... and of all queries of a session, unless the index is exact: the more there are, the less of the answer is from one
-GROWTH = 8
+FLAT_ITEMS = 50_000  # auto: up to this catalogue size a flat index, which is exact ...
+HNSW_ITEMS = 2_000_000  # ... up to this one HNSW, and above IVF, which is faster to build and has less recall
+EFFORT = {"efSearch": 64, "nprobe": 16}  # search parameters of HNSW and IVF at an effort of 1
+QUERY_WEIGHT = 0.95  # an inexact index is asked only the heaviest queries that together have this share of a session's weight
+FIRST_LIST = 64  # entries that the first search takes of every query ...
+LISTED = 448  # ... and, of an inexact index, of all queries of a session together: the more queries, the less each one contributes
+GROWTH = 8  # factor of M from one search to the next
 ADD_AT_ONCE = 20_000
 THREADS = faiss.omp_get_max_threads()  # cores, or OMP_NUM_THREADS
 
 
 def factory_of(setting: str, items: int) -> str:
-    """`sbr.index` as FAISS's factory reads it."""
+    """Translates `sbr.index` into a string for FAISS's index factory."""
     if setting == "auto":
         setting = "flat" if items <= FLAT_ITEMS else "hnsw" if items <= HNSW_ITEMS else "ivf"
-    lists = 2 ** int(math.log2(max(1.0, min(4 * math.sqrt(items), items / 40))))  # 40: of fewer items a list, FAISS warns
+    lists = 2 ** int(math.log2(max(1.0, min(4 * math.sqrt(items), items / 40))))  # FAISS warns of fewer than 40 items a list
     return {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{lists},Flat"}.get(setting, setting)
 
 
 def empty_index(setting: str, items: int, dim: int) -> faiss.Index:
+    """Creates an index without vectors. Raises `UserError` (2) for a setting that FAISS refuses."""
     try:
         return faiss.index_factory(dim, factory_of(setting, items), faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -57,30 +58,30 @@ def _refused(setting: str, error: RuntimeError) -> UserError:
     return UserError(f"FAISS cannot build this index: {reason} (sbr.index {setting!r}); {way_out}", USAGE)
 
 
-def build_indexes(ranker: Ranker, setting: str) -> dict[str, faiss.Index]:
-    """An index for each channel, over its own items."""
+def build_indexes(model: NumpySessionModel, setting: str) -> dict[str, faiss.Index]:
+    """Builds an index for each channel, over the items that the channel can offer. Raises `UserError` (2) as `empty_index` does."""
     faiss.omp_set_num_threads(THREADS)
     indexes = {}
-    for (name, vectors), scale in zip(ranker.vectors.items(), ranker.channels.scale, strict=True):
-        rows = offered(ranker.priors[name])
-        vectors = np.concatenate([vectors[rows], ranker.priors[name][rows, None] / scale], 1)
+    for (name, vectors), scale in zip(model.vectors.items(), model.channels.scale, strict=True):
+        rows = offered(model.priors[name])
+        vectors = np.concatenate([vectors[rows], model.priors[name][rows, None] / scale], 1)
         index = empty_index(setting, len(vectors), vectors.shape[1])
         on_gpu = gpus() > 0 and "HNSW" not in factory_of(setting, len(vectors))
         try:
             index = faiss.index_cpu_to_all_gpus(index) if on_gpu else index
             index.train(vectors)
-            with Steps(f"index of {name}", len(vectors), show=len(vectors) > ADD_AT_ONCE) as shown:
+            with Steps(f"index of {name}", len(vectors), show=len(vectors) > ADD_AT_ONCE) as progress:
                 for start in range(0, len(vectors), ADD_AT_ONCE):
                     index.add(vectors[start : start + ADD_AT_ONCE])
-                    shown.advance(by=len(vectors[start : start + ADD_AT_ONCE]))
-        except RuntimeError as error:  # too few items for so many lists, ...
+                    progress.advance(by=len(vectors[start : start + ADD_AT_ONCE]))
+        except RuntimeError as error:  # for example: fewer items than lists
             raise _refused(setting, error) from None
         indexes[name] = faiss.index_gpu_to_cpu(index) if on_gpu else index
     return indexes
 
 
 def gpus() -> int:
-    """How many GPUs this build of FAISS can use."""
+    """Counts the GPUs that this build of FAISS can use."""
     return int(faiss.get_num_gpus()) if "GPU" in faiss.get_compile_options() else 0
 
 
@@ -95,32 +96,33 @@ def load_indexes(folder: Path) -> dict[str, faiss.Index]:
 
 
 class ItemIndex:
-    """The indexes of a model's channels beside the model. Several threads may ask at once."""
+    """Searches items with the indexes of a model's channels and scores them with the model. Threads may share it."""
 
-    def __init__(self, indexes: dict[str, faiss.Index], ranker: Ranker, effort: float = 1.0) -> None:
-        self.ranker, self.indexes = ranker, indexes
-        self.rows = {name: offered(ranker.priors[name]) for name in indexes}
+    def __init__(self, indexes: dict[str, faiss.Index], model: NumpySessionModel, effort: float = 1.0) -> None:
+        self.model, self.indexes = model, indexes
+        self.rows = {name: offered(model.priors[name]) for name in indexes}
         kinds = {type(faiss.downcast_index(index)) for index in indexes.values()}
         self.exact = all(issubclass(kind, faiss.IndexFlat) for kind in kinds)
         self.graph = all(issubclass(kind, faiss.IndexHNSW) for kind in kinds)
         self.spend(effort)
 
     def spend(self, effort: float) -> None:
-        """How much a search may cost; nothing to a flat index, which is always exact."""
+        """Sets the search effort, a factor of the usual cost; a flat index is always exact and ignores it."""
         self.effort, self.first, self.listed = effort, math.ceil(FIRST_LIST * max(1, effort)), math.ceil(LISTED * effort)
         for index in [] if self.exact else self.indexes.values():
             for name, value in EFFORT.items():
                 try:
                     faiss.ParameterSpace().set_index_parameter(index, name, math.ceil(value * effort))
-                except RuntimeError:  # an index that has no such parameter
+                except RuntimeError:  # this kind of index has no such parameter
                     continue
 
-    def top(self, read: Read, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The k best items of one session, or of the `allowed` (N,) bool: scores (k,) and rows (k,), best first."""
-        # set for each thread that asks, as OpenMP has it; a search of microseconds would wait for threads longer than it takes
+    def top(self, state: SessionState, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the k best items of one session, among the `allowed` (N,) bool; None: among all. Returns scores (k,), descending, and rows
+        (k,)."""
+        # OpenMP keeps this number for each calling thread; an inexact search takes microseconds, less than waking other threads
         faiss.omp_set_num_threads(THREADS if self.exact else 1)
-        ranker, count = self.ranker, len(self.ranker.known)
-        queries = self.queries(read)
+        model, count = self.model, len(self.model.known)
+        queries = self.queries(state)
         size = max(self.first, 2 * k)
         if allowed is not None:
             size = math.ceil(size * count / max(1, int(allowed.sum())))
@@ -129,53 +131,52 @@ class ItemIndex:
         search = faiss.SearchParametersHNSW(efSearch=size) if self.graph else None  # type: ignore[attr-defined]
         while True:
             size = min(size, count)
-            popular = ranker.by_popularity[:size]
-            found = [read.others, popular]
-            elsewhere = [
-                ranker.priors["popular"][popular[-1:]] + ranker.popular + max(0.0, read.new_items)
-            ]  # at most, of what is in no list
+            popular = model.by_popularity[:size]
+            lists = [state.counted_items, popular]
+            # log-masses that an item outside all lists has at most
+            bounds = [model.priors["popularity"][popular[-1:]] + model.popularity_weight + max(0.0, state.new_items)]
             for name, (query, weights) in queries.items():
                 index = self.indexes[name]
                 near, entries = index.search(query, min(size, index.ntotal), params=search)
-                found.append(self.rows[name][entries[entries >= 0]])
-                elsewhere.append(weights + near[:, -1])
-            candidates = distinct(np.concatenate(found))
+                lists.append(self.rows[name][entries[entries >= 0]])
+                bounds.append(weights + near[:, -1])
+            candidates = distinct(np.concatenate(lists))
             if allowed is not None:
                 candidates = candidates[allowed[candidates]]
             if len(candidates) >= k or size == count:
-                scores = ranker.scores(read, candidates)
+                scores = model.scores(state, candidates)
                 best = first(scores, k)
-                if size == count or not self.exact or scores[best[-1]] >= np.logaddexp.reduce(np.concatenate(elsewhere)):
+                if size == count or not self.exact or scores[best[-1]] >= np.logaddexp.reduce(np.concatenate(bounds)):
                     return scores[best], candidates[best]
             size *= GROWTH
 
-    def queries(self, read: Read) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By channel the queries to ask its index, a number longer than the model's, and their log-weights (Q,). An index that is
-        not exact is not asked for the lightest, of which hardly an item comes first."""
-        least = NEVER / 2
+    def queries(self, state: SessionState) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Builds by channel the queries for its index, (Q, D + 1) or, of content, (Q, D + 2), and their log-weights (Q,). An inexact index
+        gets no queries of low weight, for their items hardly ever rank first."""
+        least = LOG_ZERO / 2
         if not self.exact:
-            every = np.sort(np.concatenate([read.weights[name] for name in self.indexes]))
-            light = np.cumsum(np.exp(every - every[-1]))
-            least = max(least, every[np.searchsorted(light, (1 - ASKED) * light[-1])])
-        found = {}
-        for (name, queries), scale in zip(read.queries.items(), self.ranker.channels.scale, strict=True):
-            asked = read.weights[name] >= least
-            if asked.any():
+            log_weights = np.sort(np.concatenate([state.weights[name] for name in self.indexes]))
+            cumulated = np.cumsum(np.exp(log_weights - log_weights[-1]))
+            least = max(least, log_weights[np.searchsorted(cumulated, (1 - QUERY_WEIGHT) * cumulated[-1])])
+        by_channel = {}
+        for (name, queries), scale in zip(state.queries.items(), self.model.channels.scale, strict=True):
+            heavy = state.weights[name] >= least
+            if heavy.any():
                 scales = np.full((len(queries), 1), scale)
-                if name == "content":  # whose last number meets a 1 of each cold item
-                    queries = queries + np.append(np.zeros(self.ranker.channels.dim, np.float32), np.float32(read.new_items))
-                found[name] = np.concatenate([queries, scales], 1)[asked], read.weights[name][asked]
-        return found
+                if name == "content":  # the last number is multiplied by 1 for a cold item, by 0 for a warm one
+                    queries = queries + np.append(np.zeros(self.model.channels.dim, np.float32), np.float32(state.new_items))
+                by_channel[name] = np.concatenate([queries, scales], 1)[heavy], state.weights[name][heavy]
+        return by_channel
 
 
 def distinct(rows: np.ndarray) -> np.ndarray:
-    """(P,) -> ascending, each once: `np.unique`, which hashes them first and takes several times as long."""
+    """Sorts rows (P,) and drops duplicates, several times as fast as `np.unique`, which hashes them first."""
     rows = np.sort(rows)
-    found: np.ndarray = rows[np.append(True, rows[1:] != rows[:-1])]
-    return found
+    unique: np.ndarray = rows[np.append(True, rows[1:] != rows[:-1])]
+    return unique
 
 
 def offered(prior: np.ndarray) -> np.ndarray:
-    """The items of a channel's index: those it can offer."""
-    rows: np.ndarray = np.flatnonzero(prior > NEVER / 2)
+    """Lists the rows of the items that a channel with this prior (N,) can offer, ascending."""
+    rows: np.ndarray = np.flatnonzero(prior > LOG_ZERO / 2)
     return rows

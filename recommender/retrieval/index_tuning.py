@@ -1,4 +1,4 @@
-"""How exact an index is and what a search costs: measured when it is built, and by `tpad index --check`."""
+"""Measures the recall and the latency of an index: when it is built, to choose its search effort, and for `tpad index --check`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,59 +7,59 @@ from typing import Any
 import numpy as np
 
 from recommender.retrieval.index import ItemIndex, factory_of
-from recommender.session_model.numpy_model import Ranker, Read
+from recommender.session_model.numpy_model import NumpySessionModel, SessionState
 
-EFFORTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # one of these is chosen when the index is built
-WANTED = 0.99  # recall; where no effort reaches it, the greatest is taken
-CHECK_K = 20  # the recall is that of the first so many
-CHECK_NUMBERS = 2e7  # scores computed to measure it: bounds the sessions asked
-
-
-def exact_worst(ranker: Ranker, sessions: Sequence[Read]) -> list[float]:
-    """The last score of each session's exact first `CHECK_K`."""
-    items = np.arange(len(ranker.known))
-    return [float(np.sort(ranker.scores(read, items))[-CHECK_K:][0]) for read in sessions]
+EFFORTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # search efforts to choose from when the index is built
+WANTED = 0.99  # recall; the largest effort is chosen if none reaches it
+CHECK_K = 20  # recall is measured on the first 20 items
+CHECK_NUMBERS = 2e7  # scores that a measurement computes: bounds the number of sessions
 
 
-def measure(index: ItemIndex, sessions: Sequence[Read], worst: Sequence[float]) -> tuple[float, np.ndarray]:
-    """Share of the exact first `CHECK_K` items that the index finds (ties count as found), and the milliseconds of each session."""
-    k, hits, times = min(CHECK_K, len(index.ranker.known)), 0, []
-    for read, score in zip(sessions, worst, strict=True):
+def exact_kth_scores(model: NumpySessionModel, sessions: Sequence[SessionState]) -> list[float]:
+    """Computes for each session the score of the `CHECK_K`-th best item of the whole catalogue."""
+    items = np.arange(len(model.known))
+    return [float(np.sort(model.scores(state, items))[-CHECK_K:][0]) for state in sessions]
+
+
+def measure(index: ItemIndex, sessions: Sequence[SessionState], kth_scores: Sequence[float]) -> tuple[float, np.ndarray]:
+    """Measures recall@`CHECK_K` against the exact search (ties count as hits) and the milliseconds of each session."""
+    k, hits, times = min(CHECK_K, len(index.model.known)), 0, []
+    for state, kth_score in zip(sessions, kth_scores, strict=True):
         began = time.perf_counter()
-        found = index.top(read, k)[0]
+        scores = index.top(state, k)[0]
         times.append((time.perf_counter() - began) * 1000)
-        hits += int((found >= score - 1e-4).sum())
+        hits += int((scores >= kth_score - 1e-4).sum())
     return hits / (k * len(sessions)), np.array(times)
 
 
-def asked(ranker: Ranker, sessions: Sequence[Sequence[int]]) -> list[Read]:
-    """What the sessions say; the fewer, the more items there are to score."""
-    most = max(10, int(CHECK_NUMBERS / len(ranker.known)))
-    return [ranker.read(list(session)) for session in sessions[:most] if session]
+def encode_sessions(model: NumpySessionModel, sessions: Sequence[Sequence[int]]) -> list[SessionState]:
+    """Encodes the first of the sessions, fewer of them the more items there are to score; empty ones are left out."""
+    most = max(10, int(CHECK_NUMBERS / len(model.known)))
+    return [model.encode(list(session)) for session in sessions[:most] if session]
 
 
 def describe(index: ItemIndex, setting: str, sessions: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What the manifest says of it: how exact it is, and, where it is not, by which effort of a search. That is chosen here."""
-    facts: dict[str, Any] = {"setting": setting, "factory": factory_of(setting, len(index.ranker.known)), "exact": index.exact}
+    """Chooses the smallest search effort that reaches a recall of `WANTED`, sets it, and returns the manifest entry of the index."""
+    facts: dict[str, Any] = {"setting": setting, "factory": factory_of(setting, len(index.model.known)), "exact": index.exact}
     if not index.exact:
-        read = asked(index.ranker, sessions)
-        worst = exact_worst(index.ranker, read)
+        states = encode_sessions(index.model, sessions)
+        kth_scores = exact_kth_scores(index.model, states)
         for effort in EFFORTS:
             index.spend(effort)
-            facts |= {f"recall@{CHECK_K}": measure(index, read, worst)[0], "sessions": len(read), "effort": effort}
+            facts |= {f"recall@{CHECK_K}": measure(index, states, kth_scores)[0], "sessions": len(states), "effort": effort}
             if facts[f"recall@{CHECK_K}"] >= WANTED:
                 break
     return facts
 
 
 def check(index: ItemIndex, sessions: Sequence[Sequence[int]], facts: dict[str, Any]) -> Iterator[str]:
-    """`tpad index --check`: the published index and the exact search, on this machine, now."""
-    read = asked(index.ranker, sessions)
+    """Compares the published index with the exact search on this machine, and yields the lines of `tpad index --check`."""
+    states = encode_sessions(index.model, sessions)
     began = time.perf_counter()
-    worst = exact_worst(index.ranker, read)
-    each = (time.perf_counter() - began) * 1000 / len(read)
-    found, times = measure(index, read, worst)
-    yield f"{facts['factory']} over {len(index.ranker.known)} items, {len(read)} test sessions"
+    kth_scores = exact_kth_scores(index.model, states)
+    exact_ms = (time.perf_counter() - began) * 1000 / len(states)
+    recall, times = measure(index, states, kth_scores)
+    yield f"{facts['factory']} over {len(index.model.known)} items, {len(states)} test sessions"
     when_built = "" if index.exact else f" (when it was built: {facts[f'recall@{CHECK_K}']:.4f})"
-    yield f"recall@{CHECK_K} against exact search: {found:.4f}{when_built}"
-    yield f"a search: p50 {np.percentile(times, 50):.2f} ms, p95 {np.percentile(times, 95):.2f} ms; all items scored: {each:.2f} ms"
+    yield f"recall@{CHECK_K} against exact search: {recall:.4f}{when_built}"
+    yield f"a search: p50 {np.percentile(times, 50):.2f} ms, p95 {np.percentile(times, 95):.2f} ms; all items scored: {exact_ms:.2f} ms"

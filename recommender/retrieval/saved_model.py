@@ -1,4 +1,4 @@
-"""The files of a published session model."""
+"""Writes and loads the files of a published session model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from recommender.retrieval.index import ItemIndex, build_indexes, save_indexes
 from recommender.retrieval.index_tuning import describe
 from recommender.session_model.config import config_of
 from recommender.session_model.model import SessionModel
-from recommender.session_model.numpy_model import Ranker
+from recommender.session_model.numpy_model import NumpySessionModel
 from recommender.session_model.whitening import Whitening
 
 
@@ -30,11 +30,11 @@ def write_model(
     whitening: dict[str, Whitening],
     setting: str,
 ) -> dict[str, Any]:
-    """Weights, settings, items with what they can be filtered by, the index of `setting`, sessions to try, and the whitening
-    that an item added later needs. Returns the facts of the index."""
+    """Writes the model's weights and settings, its items with their attributes, the index of `setting`, sample sessions (item_ids), and the
+    whitening, which items that are added later need. Returns the manifest entry of the index."""
     model = model.cpu().eval()
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    axes = {f"{half}.{name}": array for half, of in whitening.items() for name, array in of._asdict().items()}
+    axes = {f"{half}.{name}": array for half, fitted in whitening.items() for name, array in fitted._asdict().items()}
     save_arrays(axes, folder / "whitening.safetensors")
     (folder / "config.json").write_bytes(canonical_json(asdict(model.config)))
     (folder / "samples.json").write_bytes(canonical_json(samples))
@@ -42,11 +42,11 @@ def write_model(
     items |= catalog.availability.columns() if catalog.availability else {}
     pq.write_table(pa.table(items), folder / "items.parquet", write_page_checksum=True)
     pq.write_table(pa.table(catalog.attributes()), folder / "attributes.parquet", write_page_checksum=True)
-    ranker = Ranker.of(model)
-    indexes = build_indexes(ranker, setting)
+    numpy_model = NumpySessionModel.of(model)
+    indexes = build_indexes(numpy_model, setting)
     save_indexes(indexes, folder)
     sessions = [[catalog.row[item] for item in session] for session in samples]
-    return describe(ItemIndex(indexes, ranker), setting, sessions)
+    return describe(ItemIndex(indexes, numpy_model), setting, sessions)
 
 
 def load_model(folder: Path) -> SessionModel:

@@ -21,7 +21,7 @@ class Dense:
         self.model = SessionModel.restored(config, {name: torch.tensor(array) for name, array in arrays.items()}).eval()
         with torch.inference_mode():
             self.tables = self.model.tables()
-        begins = (np.searchsorted(pairs.keys.numpy(), np.arange(pairs.items + 1) * pairs.items) for _, pairs in self.model.counted())
+        begins = (np.searchsorted(pairs.keys.numpy(), np.arange(pairs.items + 1) * pairs.items) for _, pairs in self.model.pair_counts())
         self.entries = sum(map(np.diff, begins), np.zeros(config.items, int))  # (N,) of each item, in the tables of pairs
 
     def best(

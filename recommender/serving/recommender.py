@@ -27,7 +27,7 @@ from pipeline.data.availability import ALWAYS, NEVER, read_availability
 from pipeline.data.embeddings import HALVES
 from recommender.retrieval.index import ItemIndex, load_indexes
 from recommender.session_model.config import ModelConfig, config_of
-from recommender.session_model.numpy_model import Ranker, Read, unit
+from recommender.session_model.numpy_model import NumpySessionModel, SessionState, unit
 from recommender.session_model.top_k import first
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ YEAR_1, YEAR_5138 = -62_135_596_800, 10**11  # Unix seconds
 POOL = 5  # times k: what `diversify` chooses from
 
 Filters = Mapping[str, Sequence[str]]  # column -> values
-Found = tuple[np.ndarray, np.ndarray, Read | None]  # scores and rows, and what the session says, where it was read alone
+Found = tuple[np.ndarray, np.ndarray, SessionState | None]  # scores and rows, and what the session says, where it was read alone
 
 
 class Item(NamedTuple):
@@ -88,7 +88,7 @@ class Recommender:
             halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
         content = np.split(arrays["content"], len(halves), axis=1) if halves else ()
         self.halves = dict(zip(halves, content, strict=True))  # (N, D) each, whitened; none of a model of ids alone
-        self.ranker = Ranker(config, arrays)
+        self.ranker = NumpySessionModel(config, arrays)
         self.index = ItemIndex(indexes, self.ranker, version.manifest["index"].get("effort", 1.0))
 
     @classmethod
@@ -214,11 +214,11 @@ class Recommender:
         some = np.arange(count) if items is None else items
         found: dict[int, Found] = {}
         for n, most in wanted.items():
-            read = self.ranker.read(sessions[n], new_items)
+            read = self.ranker.encode(sessions[n], new_items)
             found[n] = *(self._all(read, most, some) if whole else self.index.top(read, most, allowed)), read
         return found
 
-    def _all(self, read: Read, k: int, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _all(self, read: SessionState, k: int, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the k best of `items` (C,), ascending, all of them scored."""
         scores = self.ranker.scores(read, items)
         best = first(scores, k)
@@ -263,18 +263,19 @@ class Recommender:
     def sample_rows(self) -> list[list[int]]:
         return [[self.row[item] for item in session] for session in self.samples]
 
-    def _reasons(self, session: list[int], best: np.ndarray, read: Read | None) -> list[tuple[str | None, str | None]]:
+    def _reasons(self, session: list[int], best: np.ndarray, read: SessionState | None) -> list[tuple[str | None, str | None]]:
         """`similar_to` and `after` of each item of a ranking, among the other items of the session."""
         if not session:
             return [(None, None)] * len(best)
-        read = self.ranker.read(session) if read is None else read
+        read = self.ranker.encode(session) if read is None else read
         own = read.rows[:, None] == best
         shares = self.ranker.shares(read, best)
         origins = self.ranker.origins(read, best, shares)
         origins[:-1][own] = 0
         source = origins.argmax(0)
-        if "followers" in shares:
-            times = shares["followers"] * self.ranker.pairs["followers"].whole(read.rows)[:, None]  # less the discount, the same for all
+        if "next_item_counts" in shares:
+            totals = self.ranker.pairs["next_item_counts"].discounted_totals(read.rows)[:, None]
+            times = shares["next_item_counts"] * totals  # less the discount, the same for all
             followed = np.where(own, 0, times)
             source = np.where(followed.max(0) > 0, followed.argmax(0), source)
         alike = np.zeros(own.shape, np.float32)

@@ -1,4 +1,4 @@
-"""What a session model is made of, and the numbers that its two forms share: PyTorch, which trains, and numpy, which serves."""
+"""Defines the shape of a session model, and the constants that its PyTorch form (training) and its numpy form (serving) share."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,16 +8,16 @@ import numpy as np
 
 from pipeline.core.errors import ARTIFACT, UserError
 
-NEVER = -1e4  # log-weight of what cannot be: exp gives 0, and float32 still adds to it
-SEEN_RATE = 8.0  # of the logits of what an item loses for having been seen: repeats are so rare that these would hardly move else
-MAX_SCALE = 80.0  # of a channel's logits: exp of 89 is no float32
-LEAST_MASS = float(np.finfo(np.float32).tiny)  # exp of the score of an item that no component can bring
-FORM = 6  # of the tensors: models of another one are trained anew
+LOG_ZERO = -1e4  # log-weight of a masked component: exp gives 0, and float32 still adds to it without overflow
+REPEAT_DISCOUNT_RATE = 8.0  # learning-rate multiplier of the repeat-discount logits: repeats are rare, so their gradients are small
+MAX_SCALE = 80.0  # of a channel's logits: exp(89) overflows float32
+LEAST_MASS = float(np.finfo(np.float32).tiny)  # smallest exp(score): that of an item to which every component gives zero
+FORM = 7  # version of the tensors' names and shapes: a model of another form must be trained anew
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Each with its switch: see `sbr.parts` in configs/shop.yaml."""
+    """Switches the components of the model on and off: see `sbr.parts` in configs/shop.yaml."""
 
     graph: bool = True
     attention: bool = True
@@ -30,23 +30,23 @@ class Parts:
 @dataclass(frozen=True)
 class ModelConfig:
     items: int
-    content_dim: int  # of the whitened vectors; 0: ids only
+    content_dim: int  # numbers of a whitened vector; 0: ids only
     ids: bool  # False: content only
     dim: int = 64
     max_prefix: int = 20
-    id_dropout: float = 0.0  # of whole items
-    own_loss: float = 0.0
+    id_dropout: float = 0.0  # share of the items whose id a training step hides
+    own_loss: float = 0.0  # weight of each channel's own loss
     parts: Parts = field(default_factory=Parts)
     form: int = FORM
 
     @property
     def hides_ids(self) -> bool:
-        """Whether training shows some known items as strangers, by their content alone."""
+        """Whether training shows some warm items as cold items, with their content and without their id."""
         return self.ids and self.content_dim > 0 and self.id_dropout > 0
 
 
 def config_of(folder: Path) -> ModelConfig:
-    """Of a published session model. Raises `UserError` (4)."""
+    """Reads the settings of a published session model. Raises `UserError` (4) if an older tpad wrote it."""
     config = json.loads((folder / "config.json").read_bytes())
     if config.get("form") != FORM:
         raise UserError(f"session model of an older tpad ({folder}); run `tpad train-sbr`", ARTIFACT)

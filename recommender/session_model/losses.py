@@ -1,4 +1,4 @@
-"""Losses over the candidates of a training step."""
+"""Computes losses over the candidates of a training step."""
 
 from typing import Any
 
@@ -11,45 +11,51 @@ from recommender.session_model.negative_sampling import Candidates
 
 
 def gbce(logits: Tensor, targets: Tensor, candidates: Candidates, hidden: Tensor | None = None) -> Tensor:
-    """Logits of the candidates, (E, C), and each case's target, (E,), one of them -> losses (E,). A sum over the candidates, where
-    the paper has a mean: of thousands of them the gradients of a mean are too small for Adam to tell from nothing."""
+    """Computes the gBCE losses (E,) from the candidates' logits (E, C) and the targets (E,), which are among the candidates.
+
+    Candidates that `hidden` (E, C) bool masks are no negatives. The losses of the negatives are summed, where the paper takes their
+    mean: with thousands of negatives the gradients of a mean are too small for Adam.
+    """
     items, correction, beta = candidates.items, candidates.correction, candidates.beta
     assert beta is not None
     place, logits = torch.searchsorted(items, targets)[:, None], logits.float()
-    others = (logits + correction).scatter(1, place, -torch.inf)
+    negatives = (logits + correction).scatter(1, place, -torch.inf)
     if hidden is not None:
-        others = others.masked_fill(hidden, -torch.inf)
-    return beta * F.softplus(-logits.gather(1, place)[:, 0]) + F.softplus(others).sum(1)
+        negatives = negatives.masked_fill(hidden, -torch.inf)
+    return beta * F.softplus(-logits.gather(1, place)[:, 0]) + F.softplus(negatives).sum(1)
 
 
 def log_partition(queries: Tensor, vectors: Tensor, bias: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """log sum_c exp(queries_e . vectors_c + bias_c): queries (E, D), vectors (C, D), bias (C,) -> (E,) float32. The `hidden` (E, C) count
-    for nothing."""
-    found: Tensor = _LogPartition.apply(queries, vectors, bias, hidden)  # type: ignore[no-untyped-call]
-    return found
+    """Computes log sum_c exp(queries_e . vectors_c + bias_c): queries (E, D), vectors (C, D), bias (C,) -> (E,) float32. The terms that
+    `hidden` (E, C) bool masks are left out of the sum."""
+    sums: Tensor = _LogPartition.apply(queries, vectors, bias, hidden)  # type: ignore[no-untyped-call]
+    return sums
 
 
 class _LogPartition(torch.autograd.Function):
-    """Most of a training step. What autograd makes of the formula goes a dozen times through a matrix (E, C) that no cache holds;
-    here it is made once, and gradients are products of it with what is small. A second derivative has none."""
+    """Computes `log_partition` with one pass over the matrix (E, C).
+
+    It takes most of a training step: autograd would pass about twelve times over that matrix, which exceeds every cache. Here it is
+    computed once, and the gradients are products of it with small matrices. There is no second derivative.
+    """
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, vectors: Tensor, bias: Tensor, hidden: Tensor | None) -> Tensor:
-        logits = queries @ vectors.T  # under autocast in bf16, as are the products below then
-        share = logits.float().add_(bias)
+        logits = queries @ vectors.T  # under autocast in bf16, and so are the products of the gradients
+        exponentials = logits.float().add_(bias)
         if hidden is not None:
-            share.masked_fill_(hidden, -torch.inf)
-        greatest = share.amax(1, keepdim=True)
-        total = share.sub_(greatest).exp_().sum(1, keepdim=True)  # 1 at least
-        ctx.save_for_backward(queries, vectors, share.to(logits.dtype), total)
+            exponentials.masked_fill_(hidden, -torch.inf)
+        greatest = exponentials.amax(1, keepdim=True)
+        total = exponentials.sub_(greatest).exp_().sum(1, keepdim=True)  # at least 1
+        ctx.save_for_backward(queries, vectors, exponentials.to(logits.dtype), total)
         return (total.log() + greatest)[:, 0]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        queries, vectors, share, total = ctx.saved_tensors
+        queries, vectors, exponentials, total = ctx.saved_tensors
         weight = grad[:, None] / total
-        of_queries = (share @ vectors.to(share.dtype)) * weight
-        of_vectors = share.T @ (queries * weight).to(share.dtype)
-        of_bias = weight.to(share.dtype).T @ share
-        return of_queries.to(queries.dtype), of_vectors.to(vectors.dtype), of_bias[0].float(), None
+        grad_queries = (exponentials @ vectors.to(exponentials.dtype)) * weight
+        grad_vectors = exponentials.T @ (queries * weight).to(exponentials.dtype)
+        grad_bias = weight.to(exponentials.dtype).T @ exponentials
+        return grad_queries.to(queries.dtype), grad_vectors.to(vectors.dtype), grad_bias[0].float(), None

@@ -1,4 +1,4 @@
-"""The items a training step compares with: all of the training sessions, or a sample of them."""
+"""Chooses the candidates of a training step: all items of the training sessions, or a sample of them."""
 
 from typing import NamedTuple
 
@@ -12,21 +12,22 @@ POWER = 0.75  # items are drawn by their counts to this power (Mikolov et al., N
 
 
 class Candidates(NamedTuple):
-    """Of the items (C,), ascending, one that was drawn speaks for those that were not: its logit is raised by its `correction`."""
+    """Holds the candidate items (C,), ascending, with their logQ correction, which is added to an item's logit so that the sum over the
+    sampled items estimates the sum over all items."""
 
     items: Tensor  # (C,)
     correction: Tensor  # (C,)
-    beta: float | None = None  # of gBCE; None: of a softmax
-    begin: Tensor | None = None  # (C,) Unix seconds from which each may be recommended; None: all always
-    end: Tensor | None = None  # (C,) and until which
+    beta: float | None = None  # exponent of gBCE; None: the loss is a softmax
+    begin: Tensor | None = None  # (C,) Unix seconds from which each item may be recommended; None: items are always available
+    end: Tensor | None = None  # (C,) Unix seconds until which it may be recommended
 
     def within(self, limits: tuple[Tensor, Tensor] | None) -> "Candidates":
-        """The same, each only from the first to the second of the `limits`, (N,) both, of all items."""
+        """Adds times of availability: `limits` are begin (N,) and end (N,) of all items; None: no change."""
         return self if limits is None else self._replace(begin=limits[0][self.items], end=limits[1][self.items])
 
     def hidden(self, times: Tensor | None, targets: Tensor) -> Tensor | None:
-        """(E, C) bool: which candidates are no negatives of the cases (E,), for they cannot be recommended at their times (E,). A target
-        always counts, and where there is none (PAD), nothing is hidden. None: nothing is hidden at all."""
+        """Masks (E, C) bool the candidates that are not available at the times (E,) of the cases and so are no negatives. A target is
+        never masked, nor is anything at a position without a target (PAD). None: no candidate is ever masked."""
         if self.begin is None or self.end is None or times is None:
             return None
         hidden = (self.begin > times[:, None]) | (self.end <= times[:, None])
@@ -34,7 +35,7 @@ class Candidates(NamedTuple):
         return hidden
 
     def missed(self, times: Tensor | None, targets: Tensor) -> Tensor | None:
-        """(B, t, s) bool: whether the target of position t is among what `hidden` hides at position s; of `times` and `targets` (B, L)."""
+        """Tells (B, t, s) bool whether `hidden` masks the target of position t at position s: times and targets (B, L). None: never."""
         if self.begin is None or self.end is None or times is None:
             return None
         place = torch.searchsorted(self.items, targets.clamp(min=0)).clamp(max=len(self.items) - 1)
@@ -45,46 +46,46 @@ class Candidates(NamedTuple):
 
 
 def everything(known: Tensor) -> Candidates:
-    """The full softmax, over the items of the training sessions, `known` (N,) bool."""
+    """Returns all items of the training sessions, `known` (N,) bool, without correction: the full softmax."""
     items = known.nonzero()[:, 0]
     return Candidates(items, torch.zeros(len(items), device=items.device))
 
 
-def share_drawn(counts: np.ndarray) -> Tensor:
-    """(N,) how likely each item is to be drawn, by its training events `counts` (N,)."""
+def draw_probabilities(counts: np.ndarray) -> Tensor:
+    """Computes the probability (N,) that a draw is of each item, from its training events `counts` (N,)."""
     share = torch.as_tensor(counts, dtype=torch.float64) ** POWER * torch.as_tensor(counts > 0)
     return share / share.sum()
 
 
 def sampled(share: Tensor, items: Tensor, negatives: int, generator: torch.Generator) -> Candidates:
-    """The `items` of a batch, seen or targets, of any shape, and `negatives` draws from the `share` (N,) of all; it and `generator`
-    are on the CPU.
+    """Returns the `items` of a batch (inputs and targets, any shape) and `negatives` items drawn with the probabilities `share` (N,);
+    `share` and `generator` are on the CPU.
 
-    Sampled softmax with logQ correction (Bengio and Senecal, 2008). What is shown stands for itself alone, so that no item is both
-    counted and corrected for (the flaw of the plain form: Khrylchenko et al., arXiv 2507.09331), and the sum over the
-    candidates is an unbiased estimate of the sum over all items.
+    Sampled softmax with logQ correction (Bengio and Senecal, 2008). The items of the batch have no correction, and draws of them are
+    dropped, so that no item is both counted and corrected for (the flaw of the plain form: Khrylchenko et al., arXiv 2507.09331): the
+    sum over the candidates is an unbiased estimate of the sum over all items.
     """
     draws = torch.multinomial(share, negatives, replacement=True, generator=generator)
     drawn, times = draws.unique(return_counts=True)  # type: ignore[no-untyped-call]
-    shown = items[items != PAD].cpu().unique()  # type: ignore[no-untyped-call]
-    rest = ~torch.isin(drawn, shown)
+    batch_items = items[items != PAD].cpu().unique()  # type: ignore[no-untyped-call]
+    rest = ~torch.isin(drawn, batch_items)
     correction = (times[rest] / (negatives * share[drawn[rest]])).log().float()
-    found, order = torch.cat([shown, drawn[rest]]).sort()
-    return Candidates(found.to(items.device), torch.cat([torch.zeros(len(shown)), correction])[order].to(items.device))
+    candidates, order = torch.cat([batch_items, drawn[rest]]).sort()
+    return Candidates(candidates.to(items.device), torch.cat([torch.zeros(len(batch_items)), correction])[order].to(items.device))
 
 
 def drawn_evenly(known: Tensor, targets: Tensor, negatives: int, calibration: float, generator: torch.Generator) -> Candidates:
-    """For gBCE (gSASRec: Petrov and Macdonald, RecSys 2023): the targets of a batch, (B, L), and `negatives` of the items of the
-    training sessions, `known` (N,) bool, each as likely as any, from a generator on the CPU.
+    """Returns the candidates of gBCE (gSASRec: Petrov and Macdonald, RecSys 2023): the targets of a batch (B, L) and `negatives` items
+    drawn uniformly from those of the training sessions, `known` (N,) bool, by a generator on the CPU.
 
-    Of few negatives a binary cross-entropy learns that whatever it sees is likely. So the target's probability is raised to
-    beta = 1 - t (1 - a), where a is the share of the items that is drawn and t the `calibration`: 0 is the plain loss, and with 1
-    probabilities are what they were without sampling. Departure: all cases of a step have the same negatives. A target
-    that was not drawn is a negative of no case: it is corrected by -inf.
+    With few negatives a binary cross-entropy overestimates all probabilities. So the target's probability is raised to the power
+    beta = 1 - t (1 - a), where a is the sampled share of the items and t the `calibration`: 0 gives the plain loss, 1 gives the
+    probabilities of a training without sampling. Departure from the paper: all cases of a step share their negatives. A target that was
+    not drawn is no negative of the other cases: its correction is -inf.
     """
-    there = known.nonzero()[:, 0].cpu()
-    drawn = there[torch.randperm(len(there), generator=generator)[:negatives]]
+    warm = known.nonzero()[:, 0].cpu()
+    drawn = warm[torch.randperm(len(warm), generator=generator)[:negatives]]
     items = torch.cat([drawn, targets[targets != PAD].cpu()]).unique()  # type: ignore[no-untyped-call]
     correction = torch.where(torch.isin(items, drawn), 0.0, -torch.inf)
-    beta = 1 - calibration * (1 - len(drawn) / len(there))
+    beta = 1 - calibration * (1 - len(drawn) / len(warm))
     return Candidates(items.to(targets.device), correction.to(targets.device), beta)

@@ -1,31 +1,32 @@
-"""How often an item comes, as far as its content tells: what a new item, and one seen a few times, is expected to do."""
+"""Predicts the log training count of an item from its content: the popularity prior of cold items and of items seen a few times."""
 
 import numpy as np
 
-STRENGTHS = 10.0 ** np.arange(-3, 3.5, 0.5)  # of the ridge, for each item it is fitted on
+STRENGTHS = 10.0 ** np.arange(-3, 3.5, 0.5)  # ridge penalties to choose from, per fitted item
 
 
-def expected_log_counts(content: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ridge regression of the logs of those counts (N,) that are not zero, relative to their mean, on the content (N, D), whose mean
-    over these items is zero: its weights (D,), and what it expects of each item (N,), of one with a count without that count.
+def fit_popularity_prior(content: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fits a ridge regression of log counts on the content vectors: weights (D,), and the predicted log count of every item (N,).
 
-    Both follow from one fit, leaving one item out being a division by one less its leverage; the ridge is the one that so expects
-    best (PRESS: Allen, Technometrics 16, 1974). Where content tells nothing of counts, it expects the same of all.
+    It is fitted on the items with a count above zero; `counts` (N,), whose logs are taken relative to their mean, and `content` (N, D),
+    whose mean over these items is zero. The prediction for an item with a count leaves that item out, which takes no second fit: the
+    residual is divided by one minus the item's leverage. The penalty is the one with the least squared leave-one-out error
+    (PRESS: Allen, Technometrics 16, 1974). If content does not correlate with counts, all predictions are alike.
     """
     known = counts > 0
-    fitted, wanted = content[known].astype(np.float64), np.log(counts[known], dtype=np.float64)
-    wanted -= wanted.mean()
+    fitted, log_counts = content[known].astype(np.float64), np.log(counts[known], dtype=np.float64)
+    log_counts -= log_counts.mean()
     variances, axes = np.linalg.eigh(fitted.T @ fitted)
-    turned = fitted @ axes
-    squares = np.square(turned, out=fitted)  # in its place: of a million items a gigabyte
-    found = []
+    rotated = fitted @ axes
+    squares = np.square(rotated, out=fitted)  # in place: a copy takes a gigabyte for a million items
+    fits = []
     for ridge in STRENGTHS * len(fitted):
-        weights = turned.T @ wanted / (variances + ridge)
+        weights = rotated.T @ log_counts / (variances + ridge)
         leverage = squares @ (1 / (variances + ridge))
-        others = wanted - (wanted - turned @ weights) / (1 - leverage)
-        found.append((float(np.square(wanted - others).sum()), weights, others))
-    _, weights, others = min(found, key=lambda of: of[0])
-    expects = (axes @ weights).astype(np.float32)
-    expected = content @ expects
-    expected[known] = others
-    return expects, expected.astype(np.float32)
+        left_out = log_counts - (log_counts - rotated @ weights) / (1 - leverage)
+        fits.append((float(np.square(log_counts - left_out).sum()), weights, left_out))
+    _, weights, left_out = min(fits, key=lambda fit: fit[0])
+    projection = (axes @ weights).astype(np.float32)
+    predicted = content @ projection
+    predicted[known] = left_out
+    return projection, predicted.astype(np.float32)

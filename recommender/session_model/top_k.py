@@ -1,10 +1,10 @@
-"""The greatest of many scores, in numpy: whoever answers a single session needs no PyTorch."""
+"""Finds the greatest of many scores, in numpy: serving one session needs no PyTorch."""
 
 import numpy as np
 
 
 def first(scores: np.ndarray, k: int) -> np.ndarray:
-    """Places of the k greatest of (C,), the greatest first; of equal ones the first."""
-    some = np.flatnonzero(scores >= np.partition(scores, -k)[-k]) if k < len(scores) else np.arange(len(scores))
-    found: np.ndarray = some[np.lexsort((some, -scores[some]))][:k]
-    return found
+    """Returns the indices of the k greatest scores (C,), in descending order; equal scores come in the order of their indices."""
+    candidates = np.flatnonzero(scores >= np.partition(scores, -k)[-k]) if k < len(scores) else np.arange(len(scores))
+    indices: np.ndarray = candidates[np.lexsort((candidates, -scores[candidates]))][:k]
+    return indices

@@ -53,9 +53,9 @@ def calibrate(model: SessionModel, windows: Windows, ranks: Ranks) -> Calibratio
     cold = ~known[targets]
     after_cold = cold & ((prefixes != PAD) & ~known[prefixes.clip(min=0)]).any(1)
     counts = int(cold.sum()), int(after_cold.sum())
-    weights: list[tuple[str, Tensor, float]] = [] if model.copy is None else [("repeat", model.copy, REPEAT_STEP)]
+    weights: list[tuple[str, Tensor, float]] = [] if model.repeat_weights is None else [("repeat", model.repeat_weights, REPEAT_STEP)]
     if model.config.content_dim:
-        cold_weights = zip(("cold_after_warm", "cold_after_cold"), model.stranger, counts, strict=False)
+        cold_weights = zip(("cold_after_warm", "cold_after_cold"), model.cold_weights, counts, strict=False)
         weights += [(name, weight, COLD_STEP) for name, weight, count in cold_weights if count >= LEAST_CASES]
     shifts = {}
     with torch.no_grad():
@@ -73,11 +73,11 @@ def hit_rate(ranks: np.ndarray) -> float:
 def apply(model: SessionModel, calibration: Calibration) -> None:
     """Adds the shifts that another training of the same model was given."""
     with torch.no_grad():
-        if model.copy is not None:
-            model.copy.add_(calibration.repeat)
+        if model.repeat_weights is not None:
+            model.repeat_weights.add_(calibration.repeat)
         if model.config.content_dim:
-            model.stranger[0].add_(calibration.cold_after_warm)
-            model.stranger[1].add_(calibration.cold_after_cold)
+            model.cold_weights[0].add_(calibration.cold_after_warm)
+            model.cold_weights[1].add_(calibration.cold_after_cold)
 
 
 def line_search(

@@ -38,7 +38,7 @@ from recommender.metrics.evaluator import model_ranks
 from recommender.metrics.ranks import NotANumber, summarise
 from recommender.session_model.config import ModelConfig, Parts
 from recommender.session_model.model import SessionModel
-from recommender.session_model.negative_sampling import Candidates, drawn_evenly, everything, sampled, share_drawn
+from recommender.session_model.negative_sampling import Candidates, draw_probabilities, drawn_evenly, everything, sampled
 from recommender.session_model.windows import DeviceWindows, Windows, batches
 from recommender.training.calibration import Calibration, calibrate
 from recommender.training.dataset import Inputs, model_fingerprint
@@ -236,7 +236,7 @@ def limits_of(available: Availability | None, device: torch.device) -> Limits | 
 def share_sampled(settings: SbrConfig, counts: np.ndarray) -> Tensor | None:
     """(N,) how likely an item is drawn as a candidate; None: all are candidates."""
     sampling = settings.loss == "sampled" or (settings.loss != "softmax" and len(counts) > MANY_ITEMS)
-    return share_drawn(counts) if sampling else None
+    return draw_probabilities(counts) if sampling else None
 
 
 def draw_candidates(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import cli
 from helpers.fake_embeddings import publish_embeddings, write_data
 from helpers.server import serving
-from helpers.session_models import COLD, ITEMS, build
+from helpers.session_models import COLD, ITEMS, random_model
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.data.availability import ALWAYS, NEVER, Availability
@@ -230,8 +230,8 @@ def test_the_loss_is_the_softmax_over_what_is_available() -> None:
     """As in `test_the_loss_is_the_softmax_of_the_scores`, with other negatives in each session, and two targets that were clicked although
     they were not available: whichever item of the session leads to one, it is one of those that it is held against."""
     with torch.no_grad():
-        model = build()
-        for _, pairs in model.counted():
+        model = random_model()
+        for _, pairs in model.pair_counts():
             pairs.counts.zero_()
             pairs.totals.zero_()
         model.counts[[40, 41]] *= 100  # likely enough to be missed

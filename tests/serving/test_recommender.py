@@ -52,7 +52,7 @@ def ids(found: recommend.Recommendation) -> list[str]:
 
 def companion(recommender: Recommender, item_id: str) -> str:
     """What followed it most often."""
-    followers = dict(recommender.dense.model.counted())["followers"]
+    followers = dict(recommender.dense.model.pair_counts())["next_item_counts"]
     _, entry = followers.entries(torch.tensor([recommender.row[item_id]]))
     return recommender.item_ids[int(followers.keys[entry[followers.counts[entry].argmax()]]) % 60]
 

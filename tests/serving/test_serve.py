@@ -359,9 +359,9 @@ def test_new_versions_under_load_with_a_key_then_the_end(run: Path, ids: list[st
         for client in clients:
             client.start()
         weights = load_file(open_model(later))
-        turned = publish_again(later, model_safetensors=save(weights | {"popular": np.array(3, np.float32)}))
+        turned = publish_again(later, model_safetensors=save(weights | {"popularity_weight": np.array(3, np.float32)}))
         wait_for(lambda: server.ask("/info", **good).json["version"] == turned.name)
-        publish_again(later, model_safetensors=save(weights | {"popular": np.array(np.nan, np.float32)}))
+        publish_again(later, model_safetensors=save(weights | {"popularity_weight": np.array(np.nan, np.float32)}))
         wait_for(lambda: server.ask("/info", **good).json["refused"])
         assert "not finite" in server.ask("/info", **good).json["refused"]["error"]
         damaged = later / "sbr" / "v0004"

@@ -111,8 +111,8 @@ def test_the_new_sessions_are_counted_and_their_new_items_known(trained: Path, u
     before, after = weights(trained), weights(updated)
     assert not before["known"][52:].any() and after["known"].tolist() == (counts > 0).tolist() and after["known"][52:].sum() > 5
     pairs = {(a, b) for session in map(learned.session, range(len(learned))) for a, b in pairwise(session)}
-    assert after["pairs.followers.keys"].tolist() == sorted(int(a) * 60 + int(b) for a, b in pairs)
-    assert int(after["pairs.followers.counts"].sum()) == len(learned.rows) - len(learned)
+    assert after["pairs.next_item_counts.keys"].tolist() == sorted(int(a) * 60 + int(b) for a, b in pairs)
+    assert int(after["pairs.next_item_counts.counts"].sum()) == len(learned.rows) - len(learned)
     facts = manifest(updated)
     assert facts["updates"] == 1 and facts["newest_session"] == [learned.start.max(), learned.session_ids[-1]]
     for key in ("figures_of", "refit", "settings", "embeddings_manifest_sha256"):
@@ -124,9 +124,9 @@ def test_the_new_sessions_are_counted_and_their_new_items_known(trained: Path, u
 def test_calibration_stays_and_the_rest_moves(trained: Path, updated: Path) -> None:
     before, after = weights(trained), weights(updated)
     assert before.keys() == after.keys()
-    for name in ("copy", "stranger"):
+    for name in ("repeat_weights", "cold_weights"):
         assert torch.equal(before[name], after[name]), name
-    for name in ("ids.weight", "project.weight", "popular"):
+    for name in ("ids.weight", "project.weight", "popularity_weight"):
         assert not torch.equal(before[name], after[name]), name
 
 
