@@ -1,7 +1,7 @@
-"""GRU4Rec: a recurrent network over the session (Hidasi et al., Session-based Recommendations with Recurrent Neural Networks, ICLR 2016).
+"""Encodes sessions as GRU4Rec: a GRU (Hidasi et al., Session-based Recommendations with Recurrent Neural Networks, ICLR 2016).
 
-Departures: trained with the softmax over all items at every position of whole sessions, where the paper has pairwise losses on
-session-parallel mini-batches; and one vector an item, read and scored with.
+Departures from the paper: trained with the softmax over all items at every position of whole sessions, where the paper has pairwise
+losses on session-parallel mini-batches; and one vector for each item, as input and for its score.
 """
 
 from torch import Tensor, nn
@@ -15,5 +15,5 @@ class GRU4Rec(nn.Module):
 
     def forward(self, states: Tensor, rows: Tensor) -> Tensor:
         """states (B, L, D), rows (B, L) -> session vectors (B, L, D)"""
-        found: Tensor = self.dropout(self.gru(self.dropout(states))[0])
-        return found
+        hidden: Tensor = self.dropout(self.gru(self.dropout(states))[0])
+        return hidden

@@ -1,4 +1,4 @@
-"""Baselines of nearest sessions: SKNN and VSKNN."""
+"""Scores items by the nearest training sessions: SKNN and VSKNN."""
 
 from typing import NamedTuple
 
@@ -9,46 +9,46 @@ from recommender.session_model.windows import PAD
 
 
 def session_knn(rows: np.ndarray, offsets: np.ndarray, items: int, neighbours: int = 100, recent: int = 1000) -> Scorer:
-    """SKNN: the items of the `neighbours` training sessions most alike (cosine of item sets) among the `recent` ones
-    that share an item, weighted by that likeness (Jannach and Ludewig, RecSys 2017)."""
-    held = Sets(rows, offsets, items)
+    """Builds SKNN (Jannach and Ludewig, RecSys 2017): of the last `recent` training sessions that share an item with the prefix, the
+    `neighbours` most similar ones (cosine of item sets) give their items that similarity."""
+    sets = SessionSets(rows, offsets, items)
 
-    def added(prefixes: np.ndarray) -> Entries:
+    def evidence(prefixes: np.ndarray) -> Entries:
         case, row, _ = latest(prefixes, items)
-        found = held.sharing(case, row, np.ones(len(case)), recent)
-        likeness = found.overlap / np.sqrt(np.bincount(case, minlength=len(prefixes))[found.case] * held.size[found.session])
-        return held.items_of(found, likeness, likeness, neighbours)
+        shared = sets.sharing(case, row, np.ones(len(case)), recent)
+        similarity = shared.overlap / np.sqrt(np.bincount(case, minlength=len(prefixes))[shared.case] * sets.size[shared.session])
+        return sets.items_of(shared, similarity, similarity, neighbours)
 
-    return Scorer(popular_share(rows, items), added)
+    return Scorer(popular_share(rows, items), evidence)
 
 
 def vector_knn(rows: np.ndarray, offsets: np.ndarray, items: int, neighbours: int = 100, recent: int = 1000) -> Scorer:
-    """VSKNN: as SKNN, but the later an item stands in the session, the more sharing it counts, falling linearly from 1 for the
-    last one; and a neighbour counts less the further back the last item it shares (1 / steps), as in the authors' code
-    (Ludewig and Jannach, UMUAI 2018)."""
-    held = Sets(rows, offsets, items)
+    """Builds VSKNN (Ludewig and Jannach, UMUAI 2018): as SKNN, but shared items have weights, from 1 for the last item of the prefix
+    linearly down to the first; similarity is the sum of these weights, and a neighbour's items get it divided by the steps back to the last
+    shared item, as in the authors' code."""
+    sets = SessionSets(rows, offsets, items)
 
-    def added(prefixes: np.ndarray) -> Entries:
+    def evidence(prefixes: np.ndarray) -> Entries:
         case, row, place = latest(prefixes, items)
         length = (prefixes != PAD).sum(1)
-        found = held.sharing(case, row, place / length[case], recent)
-        steps = 1 + length[found.case] * (1 - found.nearest)
-        return held.items_of(found, found.overlap, found.overlap / steps, neighbours)
+        shared = sets.sharing(case, row, place / length[case], recent)
+        steps = 1 + length[shared.case] * (1 - shared.nearest)
+        return sets.items_of(shared, shared.overlap, shared.overlap / steps, neighbours)
 
-    return Scorer(popular_share(rows, items), added)
-
-
-class Found(NamedTuple):
-    """Training sessions that share an item with a prefix."""
-
-    case: np.ndarray  # (F,) ascending
-    session: np.ndarray  # (F,) ascending in a case
-    overlap: np.ndarray  # (F,) sum of the shared items' weights
-    nearest: np.ndarray  # (F,) the largest of them
+    return Scorer(popular_share(rows, items), evidence)
 
 
-class Sets:
-    """The items of each training session, once, and the sessions of each item, oldest first: numbers rise with time."""
+class SharedSessions(NamedTuple):
+    """Holds the training sessions that share an item with a prefix."""
+
+    case: np.ndarray  # (S,) index of the prefix, ascending
+    session: np.ndarray  # (S,) ascending within a case
+    overlap: np.ndarray  # (S,) sum of the shared items' weights
+    nearest: np.ndarray  # (S,) largest of these weights
+
+
+class SessionSets:
+    """Indexes the distinct items of each training session and the sessions of each item; session numbers rise with time."""
 
     def __init__(self, rows: np.ndarray, offsets: np.ndarray, items: int) -> None:
         self.items, self.sessions = items, len(offsets) - 1
@@ -59,22 +59,24 @@ class Sets:
         by_row = np.argsort(self.row, kind="stable")
         self.holder, self.begin = session[by_row], np.searchsorted(self.row[by_row], np.arange(items + 1))
 
-    def sharing(self, case: np.ndarray, row: np.ndarray, weight: np.ndarray, recent: int) -> Found:
-        """The last `recent` sessions with one of each case's items."""
+    def sharing(self, case: np.ndarray, row: np.ndarray, weight: np.ndarray, recent: int) -> SharedSessions:
+        """Finds for each case the last `recent` sessions that have one of its items; case, row and weight are those of the cases' items."""
         stop = self.begin[row + 1]
-        line, entry = expand(np.maximum(self.begin[row], stop - recent), stop)  # older ones are not among the recent
+        line, entry = expand(np.maximum(self.begin[row], stop - recent), stop)  # older sessions of an item are not among the last `recent`
         key, run = np.unique(case[line] * self.sessions + self.holder[entry], return_inverse=True)
         nearest = np.zeros(len(key))
         np.maximum.at(nearest, run, weight[line])
-        every = Found(key // self.sessions, key % self.sessions, np.bincount(run, weight[line], len(key)), nearest)
-        to_go = np.searchsorted(every.case, every.case, "right") - np.arange(len(key))  # more recent ones of the case, and itself
-        return Found(*(array[to_go <= recent] for array in every))
+        all_shared = SharedSessions(key // self.sessions, key % self.sessions, np.bincount(run, weight[line], len(key)), nearest)
+        position = np.searchsorted(all_shared.case, all_shared.case, "right") - np.arange(
+            len(key)
+        )  # within the case, from the most recent: 1, 2, ...
+        return SharedSessions(*(array[position <= recent] for array in all_shared))
 
-    def items_of(self, found: Found, likeness: np.ndarray, value: np.ndarray, neighbours: int) -> Entries:
-        """The items of each case's `neighbours` sessions most alike, with the `value` of all that have them. Of those equally
-        alike the more recent ones are taken."""
-        order = np.lexsort((-found.session, -likeness, found.case))
-        begin = np.searchsorted(found.case, found.case)
+    def items_of(self, shared: SharedSessions, similarity: np.ndarray, value: np.ndarray, neighbours: int) -> Entries:
+        """Sums over the `neighbours` most similar sessions of each case their `value` (S,) for each of their items. Of equally similar
+        sessions the more recent ones are taken."""
+        order = np.lexsort((-shared.session, -similarity, shared.case))
+        begin = np.searchsorted(shared.case, shared.case)
         best = order[np.arange(len(order)) - begin < neighbours]
-        line, entry = expand(self.first[found.session[best]], self.first[found.session[best] + 1])
-        return summed(found.case[best][line], self.row[entry], value[best][line], self.items)
+        line, entry = expand(self.first[shared.session[best]], self.first[shared.session[best] + 1])
+        return summed(shared.case[best][line], self.row[entry], value[best][line], self.items)

@@ -1,4 +1,4 @@
-"""Every baseline and every session model there is, by the name it has in `sbr.models` and in the tables.
+"""Lists all baselines and session models by their names in `sbr.models` and in the tables.
 
 To add a session model: a file with an encoder (see `sequence_model`), and a line of `ENCODERS`.
 """
@@ -22,12 +22,12 @@ ENCODERS: dict[str, Encoder] = {"GRU4Rec": GRU4Rec, "NARM": NARM, "SR-GNN": SRGN
 
 
 class Recipe(NamedTuple):
-    encoder: Encoder | None  # of a SequenceModel; None: our own SessionModel
-    content: bool  # knows items by the exported vectors
-    ids: bool  # knows items by their ids
+    encoder: Encoder | None  # of a SequenceModel; None: the SessionModel
+    content: bool  # uses the exported vectors
+    ids: bool  # uses item ids
 
 
-MODELS = {  # in the order of training and of the tables: the literature's, then ours; full last of all
+MODELS = {  # in the order of training and of the tables: those of the literature, then the SessionModel's; full comes last
     **{name: Recipe(encoder, False, True) for name, encoder in ENCODERS.items()},
     **{f"{name} on vectors": Recipe(encoder, True, False) for name, encoder in ENCODERS.items()},
     **{f"{name} on ids and vectors": Recipe(encoder, True, True) for name, encoder in ENCODERS.items()},
@@ -40,7 +40,7 @@ Model = SessionModel | SequenceModel
 
 
 def chosen(names: list[str]) -> list[str]:
-    """These of the models, in the order of `MODELS`. Raises `UserError` (2) for a name that none has."""
+    """Sorts model names by the order of `MODELS`. Raises `UserError` (2) for an unknown name."""
     for name in names:
         if name not in MODELS:
             raise UserError(f"no session model is called {name!r} (sbr.models); known: {', '.join(MODELS)}", USAGE)

@@ -1,8 +1,9 @@
-"""SASRec: causal self-attention over the session (Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018).
+"""Encodes sessions as SASRec: causal self-attention (Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018).
 
-Two blocks of one head, learned positions, layer norm before each part. Departures: the softmax over all items in place of one
-negative an item, with which it is the stronger baseline (Klenitskiy and Vasilev, RecSys 2023), or, by `sbr.loss: gbce`, the one of
-gSASRec (Petrov and Macdonald, RecSys 2023); positions count from the beginning of the window, which is padded on the right.
+Two blocks of one head, learned positions, layer norm before attention and before the feed-forward layers. Departures from the paper: the
+softmax over all items in place of one negative for each target, which makes a stronger baseline (Klenitskiy and Vasilev, RecSys 2023), or,
+with `sbr.loss: gbce`, the loss of gSASRec (Petrov and Macdonald, RecSys 2023); positions count from the start of the window, which is
+padded on the right.
 """
 
 import torch
@@ -17,18 +18,20 @@ class Block(nn.Module):
         super().__init__()
         self.rate = dropout
         self.dropout = nn.Dropout(dropout)
-        self.before_attention, self.before_steps = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.queries, self.keys, self.values, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.steps = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(dim, dim))
+        self.feed_forward = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(dim, dim))
 
     def forward(self, states: Tensor) -> Tensor:
-        asked = self.before_attention(states)
+        normed = self.attention_norm(states)
         rate = self.rate if self.training else 0.0
-        # padding stands on the right, where no real position looks
-        read = F.scaled_dot_product_attention(self.queries(asked), self.keys(states), self.values(states), dropout_p=rate, is_causal=True)
-        states = states + self.dropout(self.out(read))
-        found: Tensor = states + self.dropout(self.steps(self.before_steps(states)))
-        return found
+        # padding is on the right, where the causal mask hides it from real positions
+        attended = F.scaled_dot_product_attention(
+            self.queries(normed), self.keys(states), self.values(states), dropout_p=rate, is_causal=True
+        )
+        states = states + self.dropout(self.out(attended))
+        updated: Tensor = states + self.dropout(self.feed_forward(self.feed_forward_norm(states)))
+        return updated
 
 
 class SASRec(nn.Module):
@@ -42,5 +45,5 @@ class SASRec(nn.Module):
     def forward(self, states: Tensor, rows: Tensor) -> Tensor:
         """states (B, L, D), rows (B, L) -> session vectors (B, L, D)"""
         states = states * states.shape[-1] ** 0.5 + self.positions[: rows.shape[1]]
-        found: Tensor = self.norm(self.blocks(self.dropout(states)))
-        return found
+        vectors: Tensor = self.norm(self.blocks(self.dropout(states)))
+        return vectors

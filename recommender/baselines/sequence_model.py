@@ -1,13 +1,13 @@
-"""What the session models of the literature share: item vectors, scores by dot product, the losses.
+"""Trains and scores the session models of the literature: item vectors, scores by dot product, losses.
 
-Each is an encoder, in a file beside this one: a Module of (dim, max_prefix, dropout) whose forward takes the vectors of a
-session's items, states (B, L, D), and their rows (B, L), padded on the right, to a session vector at each position, (B, L, D),
-that reads no later position.
+Each model is an encoder in a file of its own: a Module of (dim, max_prefix, dropout) whose forward maps the vectors of a session's items,
+states (B, L, D), and their rows (B, L), padded on the right, to a session vector at each position, (B, L, D), which depends on no later
+position.
 
-Items have a vector learned for their id, or a learned projection of the exported one ("on vectors"), or the sum of both, which is
-how such models are usually given side information. An item without training events has no id vector: where nothing
-else is read it scores below all others. `SequenceModel` answers what training and evaluation ask of a session model, as
-`recommender.session_model.model.SessionModel` does: losses (forward), `draw_known`, `tables`, `scores`, `known`.
+The vector of an item is learned for its id, or a learned projection of its exported vector ("on vectors"), or the sum of both, the usual
+form of side information. A cold item has no id vector: a model without the exported vectors scores it below all others. `SequenceModel`
+has the interface of `recommender.session_model.model.SessionModel` that training and evaluation use: losses (forward), `draw_known`,
+`tables`, `scores`, `known`.
 """
 
 import math
@@ -25,7 +25,7 @@ Encoder = Callable[[int, int, float], nn.Module]  # dim, max_prefix, dropout
 
 
 class SequenceModel(nn.Module):
-    """`content` (N, C) is whitened already, None: ids alone; `counts` (N,) are the items' training events."""
+    """Scores items with an encoder: `content` (N, C) is whitened, None: ids alone; `counts` (N,) are the items' training events."""
 
     known: Tensor
     content: Tensor
@@ -48,13 +48,15 @@ class SequenceModel(nn.Module):
     def forward(
         self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator, times: Tensor | None = None
     ) -> Tensor:
-        """The training losses of (B, L) windows among the `candidates`, (cases,). `times` (B, L) as in `Windows`."""
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # the encoder's dropout: by the step, not by what came before
+        """Computes the training losses (cases,) of windows (B, L) over the `candidates`; `times` (B, L) as in `Windows`."""
+        torch.manual_seed(
+            int(torch.randint(2**62, (), generator=generator))
+        )  # the encoder's dropout depends on the step alone, so that a resumed training draws the same
         vectors, items, case = self.tables(), candidates.items, targets != PAD
         queries = self.encode(rows, vectors)[case]
         hidden = candidates.hidden(None if times is None else times[case], targets[case])
         if candidates.beta is not None:
-            # each item begins with a chance of 1 in N, not of 1/2, which would push all of them away at first (Lin et al., ICCV 2017)
+            # each item starts with probability 1 / N: with 1/2 the first steps would only push all of them down (Lin et al., ICCV 2017)
             return gbce(queries @ vectors[items].T - math.log(len(self.known)), targets[case], candidates, hidden)
         return log_partition(queries, vectors[items], candidates.correction, hidden) - (queries * vectors[targets[case]]).sum(-1)
 
@@ -62,7 +64,7 @@ class SequenceModel(nn.Module):
         return self.known
 
     def tables(self) -> Tensor:
-        """Item vectors, (N, D)."""
+        """Computes the item vectors (N, D)."""
         vectors = torch.zeros((), device=self.known.device)
         if self.ids is not None:
             vectors = vectors + self.ids.weight * self.known[:, None]
@@ -71,11 +73,11 @@ class SequenceModel(nn.Module):
         return vectors
 
     def encode(self, rows: Tensor, vectors: Tensor) -> Tensor:
-        """rows (B, L), vectors (N, D) -> session vectors (B, L, D)"""
-        found: Tensor = self.encoder(vectors[rows.clamp(min=0)] * (rows != PAD)[..., None], rows)
-        return found
+        """Encodes windows rows (B, L) with the item vectors (N, D): session vectors (B, L, D)."""
+        session_vectors: Tensor = self.encoder(vectors[rows.clamp(min=0)] * (rows != PAD)[..., None], rows)
+        return session_vectors
 
     def scores(self, rows: Tensor, tables: Tensor, cases: Tensor) -> Tensor:
-        """Scores (cases, N) for the positions where `cases` (B, L) holds."""
+        """Computes scores (cases, N) at the positions that `cases` (B, L) bool selects."""
         scores = self.encode(rows, tables)[cases] @ tables.T
         return scores if self.project is not None else scores.masked_fill(~self.known, -torch.inf)

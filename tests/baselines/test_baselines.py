@@ -29,7 +29,7 @@ def test_popularity_counts_training_events() -> None:
     assert scores[0].tolist() == scores[1].tolist() == [sum(s.count(i) for s in log) for i in range(ITEMS)]
 
 
-def test_co_occurrence_counts_what_directly_followed() -> None:
+def test_co_occurrence_counts_direct_successors() -> None:
     log = sessions()
     scores = counts.co_occurrence(*flat(log), ITEMS)(pad_prefixes([[4, 7], [7, 4, 9]], 4))
     for line, last in zip(scores, (7, 9), strict=True):
@@ -43,7 +43,7 @@ def test_last_item_repeat_ranks_the_latest_first() -> None:
     assert np.argsort(-line)[:3].tolist() == [8, 5, 6]
 
 
-def test_nearest_sessions_weigh_by_likeness() -> None:
+def test_nearest_sessions_weigh_by_similarity() -> None:
     log = sessions()
     prefix = [3, 11, 3]
     line = nearest_sessions.session_knn(*flat(log), ITEMS, neighbours=1000, recent=1000)(np.array([[*prefix, PAD]]))[0]
@@ -68,13 +68,19 @@ def test_session_popularity_counts_in_the_session() -> None:
 
 
 def test_the_vectors_of_vsknn_count_late_items_more() -> None:
-    """By hand, of the prefix (0, 1, 2, 1): item 0 stands at 1/4, item 2 at 3/4, item 1 at 1, where it is last."""
+    """Worked example, prefix (0, 1, 2, 1): the weights are 1/4 of item 0, 3/4 of item 2, and 1 of item 1, by its last position."""
     log = [[0, 10], [1, 11], [2, 12], [0, 2, 13], [5, 14]]
     line = nearest_sessions.vector_knn(*flat(log), ITEMS)(pad_prefixes([[0, 1, 2, 1]], 8))[0]
-    wanted = {10: 0.25 / 4, 11: 1.0, 12: 0.75 / 2, 13: (0.25 + 0.75) / 2, 14: 0.0}  # shared weight, over steps to the last shared item
+    wanted = {
+        10: 0.25 / 4,
+        11: 1.0,
+        12: 0.75 / 2,
+        13: (0.25 + 0.75) / 2,
+        14: 0.0,
+    }  # shared weight over the steps back to the last shared item
     assert line[list(wanted)] == pytest.approx(list(wanted.values()), abs=0.002)
     line = nearest_sessions.vector_knn(*flat(log), ITEMS, neighbours=2)(pad_prefixes([[0, 1, 2, 1]], 8))[0]
-    assert np.flatnonzero(line[10:15] > 0.01).tolist() == [1, 3]  # the two that share a weight of 1
+    assert np.flatnonzero(line[10:15] > 0.01).tolist() == [1, 3]  # the two sessions with a shared weight of 1
 
 
 @pytest.mark.parametrize("name", registry.BASELINES)

@@ -1,4 +1,4 @@
-"""The models of the literature: what they must not do (look ahead, see padding), what they must learn, and how one is added."""
+"""The models of the literature: causality, padding, what they learn, and cold items."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from recommender.session_model.negative_sampling import everything
 from recommender.session_model.windows import PAD, pack, pad_prefixes
 
 ITEMS, COLD, DIM = 30, 4, 16  # the last items are in no training session
-EVERY = pytest.mark.parametrize("name", ENCODERS)
+EACH_MODEL = pytest.mark.parametrize("name", ENCODERS)
 COUNTS = (np.arange(ITEMS) < ITEMS - COLD).astype(int)
 
 
@@ -23,7 +23,7 @@ def build(name: str, content: np.ndarray | None = None, ids: bool = True) -> Seq
     return SequenceModel(ENCODERS[name], COUNTS, content, ids, DIM, max_prefix=8, dropout=0.1)
 
 
-@EVERY
+@EACH_MODEL
 def test_a_later_event_changes_nothing_before_it(name: str) -> None:
     model = build(name).eval()
     rows = torch.tensor([[3, 7, 3, 9, 7, 1]])
@@ -37,8 +37,8 @@ def test_a_later_event_changes_nothing_before_it(name: str) -> None:
             assert not torch.allclose(before[:, 5], after[:, 5], atol=1e-3)
 
 
-@EVERY
-def test_padding_and_company_change_nothing(name: str) -> None:
+@EACH_MODEL
+def test_padding_and_other_sessions_of_a_batch_change_nothing(name: str) -> None:
     model = build(name).eval()
     sessions = [[3, 7, 3], [1], [5, 5, 9, 2, 8, 3, 7]]
     rows = torch.tensor(pad_prefixes(sessions, 8)).long()
@@ -56,28 +56,30 @@ def test_the_graph_of_a_prefix_is_the_one_of_the_paper() -> None:
     model, session = SRGNN(DIM, 8, 0.0), [3, 7, 3, 9, 7, 3, 3]
     table = torch.randn(ITEMS, DIM)
     nodes = sorted(set(session))
-    joined = torch.zeros(len(nodes), len(nodes))
+    adjacency = torch.zeros(len(nodes), len(nodes))
     for a, b in pairwise(session):
-        joined[nodes.index(a), nodes.index(b)] = 1
-    into, out_of = joined.sum(0).clamp(min=1), joined.sum(1).clamp(min=1)
+        adjacency[nodes.index(a), nodes.index(b)] = 1
+    incoming, outgoing = adjacency.sum(0).clamp(min=1), adjacency.sum(1).clamp(min=1)
     with torch.no_grad():
         hidden = table[nodes]
-        messages = torch.cat([(joined / into).T @ model.into(hidden), (joined / out_of[:, None]) @ model.out_of(hidden)], 1)
+        messages = torch.cat(
+            [(adjacency / incoming).T @ model.incoming(hidden), (adjacency / outgoing[:, None]) @ model.outgoing(hidden)], 1
+        )
         hidden = model.cell(messages, hidden)
         events = hidden[[nodes.index(item) for item in session]]
-        weights = model.weigh((model.ask(events[-1]) + model.answer(events)).sigmoid())
-        wanted = model.unite(torch.cat([events[-1], (weights * events).sum(0)]))
-        found = model(table[torch.tensor([session])], torch.tensor([session]))[0, -1]
-    assert torch.allclose(found, wanted, atol=1e-5)
+        weights = model.weight((model.query(events[-1]) + model.key(events)).sigmoid())
+        wanted = model.combine(torch.cat([events[-1], (weights * events).sum(0)]))
+        session_vector = model(table[torch.tensor([session])], torch.tensor([session]))[0, -1]
+    assert torch.allclose(session_vector, wanted, atol=1e-5)
 
 
-@EVERY
+@EACH_MODEL
 @pytest.mark.parametrize("content", [False, True])
-def test_a_law_of_transitions_is_learned(name: str, content: bool) -> None:
+def test_deterministic_transitions_are_learned(name: str, content: bool) -> None:
     rng = np.random.default_rng(0)
     warm = ITEMS - COLD
-    follower = rng.permutation(warm)
-    sessions = [[first := int(rng.integers(warm)), *(first := int(follower[first]) for _ in range(4))] for _ in range(128)]
+    next_item = rng.permutation(warm)
+    sessions = [[first := int(rng.integers(warm)), *(first := int(next_item[first]) for _ in range(4))] for _ in range(128)]
     windows = pack(np.concatenate(sessions).astype(np.int32), np.arange(129) * 5, 8)
     vectors = np.eye(ITEMS) * ITEMS**0.5  # of variance 1, as whitened ones have
     model = build(name, vectors if content else None, ids=not content).train()
@@ -92,7 +94,7 @@ def test_a_law_of_transitions_is_learned(name: str, content: bool) -> None:
     assert (model_ranks(model, windows) == 1).mean() > 0.98
 
 
-@EVERY
+@EACH_MODEL
 def test_a_cold_item_ranks_by_its_vector_and_last_by_its_id(name: str) -> None:
     rows, cases = torch.tensor([[3, 7, 12]]), torch.tensor([[False, False, True]])
     content = np.random.default_rng(0).normal(size=(ITEMS, 12)).astype(np.float32)
