@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 
 class GRU4Rec(nn.Module):
+    """Encodes a session by the GRU's hidden state at each position."""
+
     def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)

@@ -11,6 +11,8 @@ from recommender.session_model.ops import causal
 
 
 class NARM(nn.Module):
+    """Encodes a session by the GRU's hidden state and an attended sum of the earlier ones."""
+
     def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)

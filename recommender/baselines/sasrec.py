@@ -14,6 +14,8 @@ BLOCKS = 2
 
 
 class Block(nn.Module):
+    """Computes one block: causal self-attention and two feed-forward layers, each with layer norm, dropout and a residual."""
+
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.rate = dropout
@@ -35,6 +37,8 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
+    """Encodes a session by causal self-attention over its items and their positions."""
+
     def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
         super().__init__()
         self.positions = nn.Parameter(0.1 * torch.randn(max_prefix, dim))

@@ -13,6 +13,8 @@ from recommender.session_model.windows import PAD
 
 
 class SRGNN(nn.Module):
+    """Encodes each prefix of a session by a graph network over its distinct items."""
+
     def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)

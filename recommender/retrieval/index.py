@@ -137,9 +137,9 @@ class ItemIndex:
             bounds = [model.priors["popularity"][popular[-1:]] + model.popularity_weight + max(0.0, state.new_items)]
             for name, (query, weights) in queries.items():
                 index = self.indexes[name]
-                near, entries = index.search(query, min(size, index.ntotal), params=search)
+                log_masses, entries = index.search(query, min(size, index.ntotal), params=search)
                 lists.append(self.rows[name][entries[entries >= 0]])
-                bounds.append(weights + near[:, -1])
+                bounds.append(weights + log_masses[:, -1])
             candidates = distinct(np.concatenate(lists))
             if allowed is not None:
                 candidates = candidates[allowed[candidates]]

@@ -29,6 +29,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Defines a session model together with its tensors; it is published as config.json."""
+
     items: int
     content_dim: int  # numbers of a whitened vector; 0: ids only
     ids: bool  # False: content only

@@ -189,20 +189,20 @@ class SessionModel(nn.Module):
     def tables(self, known: Tensor | None = None, items: Tensor | None = None) -> Tables:
         """Computes the item tables: vectors of all items or of `items` (M,) alone, and priors of all. `known` (N,) bool tells whose id is
         used (in training all but those hidden by ID dropout); None: all warm items."""
-        some = slice(None) if items is None else items
+        selected = slice(None) if items is None else items
         known = self.known if known is None else known
         log_count = self.log_counts(known)
         level = -float(np.log(max(int(self.known.sum()), 1)))  # a channel's masses start near a distribution, like the counts' shares
         vectors, priors = {}, {}
         if "content" in self.channels:
-            vectors["content"] = torch.cat([F.normalize(self.project(self.content[some]), dim=-1), ~known[some, None]], -1)
+            vectors["content"] = torch.cat([F.normalize(self.project(self.content[selected]), dim=-1), ~known[selected, None]], -1)
             priors["content"] = self.channel("content").popularity_exponent * log_count + level
             priors["popularity"] = self.popularity_exponent * log_count + self.cold_weights[2] * ~known
         else:
             priors["popularity"] = (self.popularity_exponent * log_count).masked_fill(~known, LOG_ZERO)
         if "id" in self.channels:
             ids = self.ids.weight if items is None else self.ids(items)
-            vectors["id"] = F.normalize(ids, dim=-1) * known[some, None]
+            vectors["id"] = F.normalize(ids, dim=-1) * known[selected, None]
             priors["id"] = (self.channel("id").popularity_exponent * log_count + level).masked_fill(~known, LOG_ZERO)
         priors["popularity"] = priors["popularity"] - priors["popularity"][self.known].logsumexp(0)
         return Tables(vectors, priors, known, items)
@@ -360,11 +360,11 @@ class SessionModel(nn.Module):
     def masses(self, mixture: Mixture, tables: Tables, items: Tensor | None = None) -> Tensor:
         """Computes exp(score), which ranks alike: (B * C, N), or (B * C, M) of `items` (M,), ascending."""
         rows, queries, weights, discount, popularity_weight = mixture
-        some = slice(None) if items is None else items
-        total = tables.priors["popularity"][some].exp() * popularity_weight  # (N,), from here on (B, C, N)
+        selected = slice(None) if items is None else items
+        total = tables.priors["popularity"][selected].exp() * popularity_weight  # (N,), from here on (B, C, N)
         for name, query in queries.items():
-            mass = (query.flatten(0, 1) @ tables.vectors[name][some].T).exp2_().view(*rows.shape, -1)
-            total = torch.addcmul(total, torch.bmm(weights[name], mass), tables.priors[name][some].exp())
+            mass = (query.flatten(0, 1) @ tables.vectors[name][selected].T).exp2_().view(*rows.shape, -1)
+            total = torch.addcmul(total, torch.bmm(weights[name], mass), tables.priors[name][selected].exp())
         # counts and repeats concern a few items of each case: they are added sparsely
         place, scored = rows.clamp(min=0), rows != PAD
         if items is not None:
@@ -380,8 +380,8 @@ class SessionModel(nn.Module):
 def pair_steps(parts: Parts) -> dict[str, list[int]]:
     """Lists the distances in steps that the next-item counts and the co-occurrence counts count; those that are switched on."""
     steps = {"next_item_counts": [1]} if parts.followers else {}
-    near = [step for step in range(-parts.companions, parts.companions + 1) if step not in (0, *steps.get("next_item_counts", []))]
-    return steps | ({"cooccurrence_counts": near} if near else {})
+    nearby = [step for step in range(-parts.companions, parts.companions + 1) if step not in (0, *steps.get("next_item_counts", []))]
+    return steps | ({"cooccurrence_counts": nearby} if nearby else {})
 
 
 def log_denominator(logits: ComponentLogits, targets: Tensor) -> Tensor:

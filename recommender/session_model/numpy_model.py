@@ -129,8 +129,10 @@ class NumpyPairCounts:
 
 
 class NumpySessionModel:
+    """Encodes a session and scores items for it. It has no state besides its arrays, so threads may share it."""
+
     def __init__(self, config: ModelConfig, arrays: Arrays) -> None:
-        """`arrays`: the `state_dict` of a `SessionModel`."""
+        """Builds the tables of vectors and priors from `arrays`, the `state_dict` of a `SessionModel`."""
         self.max_prefix, self.known = config.max_prefix, arrays["known"]
         self.cold_weights = arrays.get("cold_weights", np.zeros(3, np.float32))
         self.vectors, self.priors = tables(config, arrays)

@@ -59,11 +59,11 @@ class PairCounts(nn.Module):
         window = torch.cat([rows[:, :1], torch.where(targets != PAD, targets, after)], 1)  # (B, L + 1) the items and the last target
         real = (window != PAD)[:, None, :].float()
         place = torch.arange(window.shape[1], device=rows.device)
-        near = torch.zeros(len(place), len(place), device=rows.device)
+        step_counts = torch.zeros(len(place), len(place), device=rows.device)
         for step in self.steps:
-            near += place[None, :] - place[:, None] == step
+            step_counts += place[None, :] - place[:, None] == step
         same = (rows[:, :, None] == window[:, None, :]) * real  # (s, u)
-        places_near = (same @ near) * real  # (s, v): how often place v lies `steps` after an occurrence of the item of s
+        places_near = (same @ step_counts) * real  # (s, v): how often place v lies `steps` after an occurrence of the item of s
         window_count = places_near @ (window[:, :, None] == window[:, None, :]).float()  # (s, v) the same, summed over places with v's item
         count = self.count(rows[:, :, None], window[:, None, :]) - window_count
         only_here = (count <= 0) / window_count.clamp(min=1)  # sums to 1 over the places of each pair that no other window has

@@ -44,13 +44,13 @@ def test_log_partition_has_the_gradient_of_autograd(bf16: bool) -> None:
     ours, autograd = (
         [torch.randn(shape, generator=generator.manual_seed(n)).requires_grad_() for n, shape in enumerate(shapes)] for _ in "ab"
     )
-    weight, near = torch.rand(7, generator=generator), 0.03 if bf16 else 1e-5
+    weight, tolerance = torch.rand(7, generator=generator), 0.03 if bf16 else 1e-5
     with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         sums = log_partition(*ours)
         wanted = (autograd[0] @ autograd[1].T + autograd[2]).float().logsumexp(-1)
-        assert torch.allclose(sums, wanted, rtol=near)
+        assert torch.allclose(sums, wanted, rtol=tolerance)
         for result in (sums, wanted):
             (result * weight).sum().backward()  # type: ignore[no-untyped-call]
     for tensor, reference in zip(ours, autograd, strict=True):
         assert tensor.grad is not None and reference.grad is not None and tensor.grad.dtype == reference.grad.dtype
-        assert (tensor.grad - reference.grad).norm() < near * reference.grad.norm()
+        assert (tensor.grad - reference.grad).norm() < tolerance * reference.grad.norm()
