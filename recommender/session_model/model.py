@@ -271,8 +271,8 @@ class SessionModel(nn.Module):
         state = self.encode(rows, tables)
         logits = self.component_logits(rows, targets, state, tables, candidates, times)
         log_total = log_denominator(logits, targets)
-        log_target, log_rest = self.discount_repeats(rows, targets, state, logits, log_total)
-        return log_rest - log_target + self.config.own_loss * logits.channel_losses
+        log_target, log_all = self.discount_repeats(rows, targets, state, logits, log_total)
+        return log_all - log_target + self.config.own_loss * logits.channel_losses
 
     def component_logits(
         self, rows: Tensor, targets: Tensor, state: WindowState, tables: Tables, candidates: Candidates, times: Tensor | None
@@ -290,21 +290,21 @@ class SessionModel(nn.Module):
             prior = tables.priors[name]
             sums = log_partition(packed(query, real), tables.lookup(name, items), prior[items] + correction, hidden)
             total = padded(sums[:, None], real)[..., 0]
-            of_target = tables.lookup(name, target) @ query.transpose(1, 2) + prior[target][..., None]
-            target_logits.append(state.weights[name] + of_target)
+            target_logit = tables.lookup(name, target) @ query.transpose(1, 2) + prior[target][..., None]
+            target_logits.append(state.weights[name] + target_logit)
             total_logits.append(state.weights[name] + total[:, None, :])
             channel_total = [total_logits[-1]]
             if missed is not None:
                 missing.append(target_logits[-1].masked_fill(~missed, LOG_ZERO))
                 channel_total.append(missing[-1])
-            of_window = query @ tables.lookup(name, item).transpose(1, 2) + prior[item][:, None, :]
-            window_shares.append((of_window - total[..., None]).clamp(max=0).exp())
+            window_logits = query @ tables.lookup(name, item).transpose(1, 2) + prior[item][:, None, :]
+            window_shares.append((window_logits - total[..., None]).clamp(max=0).exp())
             channel_losses = channel_losses + torch.cat(channel_total, -1)[case].logsumexp(-1) - target_logits[-1][case].logsumexp(-1)
         for _, pairs in self.pair_counts():
             share, weights = pairs(rows, targets)
-            of_target = share[..., 1:].transpose(1, 2) * tables.known[target][..., None]
-            no_count = ~known | (of_target == 0)
-            target_logits.append((weights + of_target.clamp(min=1e-30).log()).masked_fill(no_count, LOG_ZERO))
+            target_share = share[..., 1:].transpose(1, 2) * tables.known[target][..., None]
+            no_count = ~known | (target_share == 0)
+            target_logits.append((weights + target_share.clamp(min=1e-30).log()).masked_fill(no_count, LOG_ZERO))
             total_logits.append(weights.masked_fill(~known, LOG_ZERO))
             window_shares.append(share[..., :-1] * known)
         popularity = tables.priors["popularity"] + state.popularity_weight
@@ -331,11 +331,11 @@ class SessionModel(nn.Module):
         window_mass = (weights @ logits.window_shares)[case]
         window_mass = window_mass + (logits.popularity[item][:, None, :].expand_as(repeated)[case] - log_total).exp()
         discount = state.repeat_discount[case]
-        log_rest = log_total[:, 0] + (1 - (window_mass * discount.sigmoid()).sum(-1)).clamp(min=1e-6).log()
+        log_all = log_total[:, 0] + (1 - (window_mass * discount.sigmoid()).sum(-1)).clamp(min=1e-6).log()
         log_undiscounted = (F.logsigmoid(-discount) * repeated[case]).sum(-1, keepdim=True)
         repeat = state.weights["repeat"].masked_fill(~repeated, LOG_ZERO)[case]
         log_target = torch.cat([torch.cat(logits.target, -1)[case] + log_undiscounted, repeat], -1).logsumexp(-1)
-        return log_target, log_rest
+        return log_target, log_all
 
     def scores(self, rows: Tensor, tables: Tables, cases: Tensor | None = None, items: Tensor | None = None) -> Tensor:
         """Computes scores (cases, N) at the positions that `cases` (B, L) bool selects; None: the last position of each prefix, none of
