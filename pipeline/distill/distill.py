@@ -35,7 +35,7 @@ from pipeline.distill.phases import PHASES, Align, Knowledge, Phase, Tensors, Tr
 from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import below, train_phase
 from pipeline.distill.variants import VARIANTS, merged, side_by_side, varied
-from pipeline.mllm import early_exit, prompts
+from pipeline.mllm import prompts
 from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 from pipeline.mllm.neighbour_titles import load_neighbours
@@ -150,9 +150,8 @@ def distill(
             config, unified = merged(config, backbone, base, weights)
         elif variant.published == "side_by_side":
             unified = side_by_side(backbone, weights, config.distill.dim)
-        measured = measure_layers(unified, phase, metrics.before) if isinstance(unified, Mllm) else []
         if accelerator.is_main_process:
-            publish(run, config, views, unified, backbone, made_from, measured, train.ids_sha256(), prints[-1])
+            publish(run, config, views, unified, backbone, made_from, train.ids_sha256(), prints[-1])
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return True
@@ -243,19 +242,6 @@ def _check_batches(config: Config, world: int) -> None:
             raise UserError(f"distill.{kind.name}.batch = {batch} does not divide by {world} processes (config); make it a multiple", USAGE)
 
 
-def measure_layers(mllm: Mllm, phase: Phase, before: int) -> list[dict[str, float]]:
-    """What each layer adds, on a fixed sample of items; said, and given to the trackers, a step each after the `before` of training."""
-    config, accelerator = phase.config, phase.group.accelerator
-    sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in early_exit.sample(len(phase.prompts), config.seed)]
-    mllm.to(accelerator.device).eval()
-    measured = early_exit.measure(mllm, phase.encoder, sequences, config.export.token_budget, accelerator.device)
-    if accelerator.is_main_process:
-        early_exit.tell(measured)
-    for n, layer in enumerate(measured, 1):
-        accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=before + n)
-    return measured
-
-
 def publish(
     run: Path,
     config: Config,
@@ -263,11 +249,10 @@ def publish(
     mllm: Mllm | SideBySide,
     backbone: Backbone,
     made_from: str | None,
-    measured: list[dict[str, float]],
     sessions: str,
     fingerprint: str,
 ) -> None:
-    """The unified MLLM as a version of `run/mllm`, with the `weights_sha256` it was made from and what was measured of its layers."""
+    """The unified MLLM as a version of `run/mllm`, with the `weights_sha256` it was made from."""
     commit = getattr(backbone.model.config, "_commit_hash", None)  # of a name on the hub, which may hold other weights tomorrow
     settings = {
         "backbone": config.backbone.model_dump() | {"revision": config.backbone.revision or commit},
@@ -276,7 +261,6 @@ def publish(
         "neighbours": views.neighbours and views.neighbours.sha256,
         "dim": config.distill.dim,
         "heads": list(mllm.heads if isinstance(mllm, Mllm) else mllm.halves),
-        "layers": measured,
         "prompts": prompts.VERSION,
         "templates": views.templates.model_dump(),
     }
