@@ -47,7 +47,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.distill.distill import _check_batches
+from pipeline.distill.distill import check_batches
 from pipeline.distill.phases import Align, Transfer, drawn, first_of_each
 from pipeline.mllm.prompts import Prompts
 
@@ -154,7 +154,7 @@ def test_an_item_is_as_likely_a_candidate_as_the_loss_takes_it_to_be(tiny_data: 
     came = np.zeros(len(catalog))
     for n in range(6000):
         came[np.unique(phase._window(n % 3, np.random.default_rng(n)).rows[1:])] += 1
-    np.testing.assert_allclose(phase.asked, came / 6000, atol=0.02)
+    np.testing.assert_allclose(phase.inclusion_probability, came / 6000, atol=0.02)
 
 
 def test_batches_of_one_do(tiny_data: Path, tmp_path: Path) -> None:
@@ -463,5 +463,5 @@ def test_an_item_twice_in_a_batch_is_no_negative_of_itself(tiny_data: Path, tmp_
 
 def test_a_batch_that_does_not_divide_is_one_clear_line() -> None:
     with pytest.raises(UserError, match=r"distill\.transfer\.batch") as error:
-        _check_batches(settings("distill.transfer.batch=7"), 2)
+        check_batches(settings("distill.transfer.batch=7"), 2)
     assert error.value.code == USAGE

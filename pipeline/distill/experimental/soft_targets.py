@@ -1,4 +1,4 @@
-"""A session model as teacher of the transfer phase (P2Rec, arXiv 2406.00333): what the phase asks of it."""
+"""Declares the interface of a session model that teaches the transfer phase (P2Rec, arXiv 2406.00333)."""
 
 from typing import Protocol
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class Teacher(Protocol):
-    """A trained session model, as the command line hands it in: this half of the project knows no other."""
+    """A trained session model. The command line passes it in, because `pipeline` may not import `recommender`."""
 
     sha256: str
 
     def __call__(self, prefixes: list[Tensor], candidates: Tensor) -> Tensor:
-        """Log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
+        """Returns log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
