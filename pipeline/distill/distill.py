@@ -25,6 +25,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
 from pipeline.distill import fsdp
+from pipeline.distill.experimental.options import phase_options
 from pipeline.distill.experimental.session_summaries import write_summaries
 from pipeline.distill.experimental.soft_targets import Teacher
 from pipeline.distill.feature_table import TABLE, feature_table
@@ -209,7 +210,8 @@ def run_phase(
     config, accelerator, folder = inputs.config, machinery.accelerator, run.folder / "distill"
     tables = {head: table for result in results.values() for head, table in result.tables.items()}
     summaries = {key: text for result in results.values() for key, text in result.summaries.items()}
-    phase = kind(config, inputs.views, machinery.encoder, inputs.train, machinery.group, tables, inputs.teacher, summaries)
+    options = phase_options(kind.name, config, inputs.views, machinery.encoder, inputs.teacher, summaries)
+    phase = kind(config, inputs.views, machinery.encoder, inputs.train, machinery.group, tables, options)
     torch.manual_seed(config.seed)
     heads = [head for names in kind.heads.values() for head in names]
     mllm = Mllm(machinery.backbone.model, heads, config.distill.dim)

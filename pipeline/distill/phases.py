@@ -9,11 +9,11 @@ random draw is a function of (seed, phase, step), so a run that was killed and r
 Every process computes the loss of the global batch from gathered features. The training loop is in `trainer.py`.
 """
 
-import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor
 from pipeline.core.config import Config, PhaseConfig
 from pipeline.data.session_log import SessionLog
 from pipeline.distill.critic import Critic, club, club_bound, smile
-from pipeline.distill.experimental.soft_targets import Teacher
+from pipeline.distill.experimental.hook import LossInputs, Option
 from pipeline.distill.grad_cache import Chunk, split
 from pipeline.distill.process_group import Group
+from pipeline.distill.windows import Window, window_starts
 from pipeline.mllm.processor import Encoded, Encoder
 from pipeline.mllm.prompts import Prompts, View
-from pipeline.objectives.contrastive import info_nce, relation_loss, soft_loss
+from pipeline.objectives.contrastive import info_nce, relation_loss
 
 Tensors = dict[str, Tensor]
 Critics = dict[str, Critic]
@@ -63,8 +64,7 @@ class Phase:
     train: SessionLog
     group: Group
     tables: Tensors  # of earlier phases: "knowledge" k(v) and "transition" t(v), each (N, D)
-    teacher: Teacher | None = None
-    summaries: dict[str, str] = field(default_factory=dict)  # K's summaries of earlier items, by `summary_key`
+    options: Sequence[Option] = ()  # from related work, off by default
 
     name: ClassVar[str]
     number: ClassVar[int]
@@ -151,22 +151,6 @@ class Knowledge(Phase):
         return {"generation": cfg.generation * out["items.nll"], "view": cfg.view * view}
 
 
-class Window(NamedTuple):
-    """A window of a training session. The items before the last are the input; the items after the first are the targets."""
-
-    rows: np.ndarray
-    history: str  # summary of the items before the window
-
-
-def window_starts(rows: np.ndarray, items: int) -> range:
-    """Returns the start offsets of windows with `items` inputs, so that every item except the first is a target exactly once."""
-    return range(0, len(rows) - 1, items)
-
-
-def summary_key(rows: np.ndarray) -> str:
-    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
-
-
 class Transfer(Phase):
     """Stage 2, first half: next-item retrieval and generation over training sessions, with t(v) disentangled from c(v)."""
 
@@ -215,11 +199,8 @@ class Transfer(Phase):
             "candidates": torch.from_numpy(candidates),
             "log_q": torch.from_numpy(np.log(probability)).float(),
         }
-        if cfg.intent:
-            lengths = [len(self.encoder.answer(text)) for window in windows if (text := self.prompts.common(window.rows))]
-            facts["intent_tokens"] = torch.tensor(sum(lengths))
-        if self.teacher:  # short windows are padded with items that are no targets
-            facts["shown"] = torch.from_numpy(np.array([np.resize(window.rows[:-1], cfg.items) for window in windows]))
+        for option in self.options:
+            facts |= option.facts(windows)
         return sequences, facts
 
     def _view(self, row: int, rng: np.random.Generator) -> View:
@@ -227,21 +208,22 @@ class Transfer(Phase):
         return self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
 
     def _session(self, window: Window, rng: np.random.Generator) -> Encoded:
-        intent = self.prompts.common(window.rows) if self.config.distill.transfer.intent else ""
         views = [self._view(int(row), rng) for row in window.rows[:-1]]
-        return self.encoder.encode(self.prompts.session(window.rows, views, intent, window.history))
+        intent, history = (window.parts.get(name, "") for name in ("intent", "history"))
+        return self.encoder.encode(self.prompts.session(window.rows, views, intent, history))
 
     def _item(self, row: int, rng: np.random.Generator) -> Encoded:
         return self.encoder.encode(self.prompts.item(row, self._view(row, rng)))
 
     def _window(self, session: int, rng: np.random.Generator) -> Window:
         cfg, rows = self.config.distill.transfer, self.train.session(session)
-        if not cfg.summary:
-            first = rng.integers(max(0, len(rows) - cfg.items - 1) + 1)
-            return Window(rows[first : first + cfg.items + 1], "")
-        first = rng.choice(window_starts(rows, cfg.items))
-        earlier = rows[max(0, first - cfg.summary * cfg.items) : first]
-        return Window(rows[first : first + cfg.items + 1], self.summaries[summary_key(earlier)] if first else "")
+        last_start = max(0, len(rows) - cfg.items - 1)
+        first = int(rng.choice(window_starts(rows, cfg.items)) if cfg.summary else rng.integers(last_start + 1))
+        window = rows[first : first + cfg.items + 1]
+        parts: dict[str, str] = {}
+        for option in self.options:
+            parts |= option.prompt_parts(rows, first, window)
+        return Window(window, parts)
 
     def critics(self) -> Critics:
         return {"club": club(self.config.distill, self.group.accelerator.device)}
@@ -261,12 +243,8 @@ class Transfer(Phase):
             # the gradient moves c(v) only: moved from both sides, t(v) would collapse
             "disentangle": cfg.disentangle * club_bound(critics["club"], transition.detach(), content),
         }
-        if cfg.intent:
-            intent_nll = self.group.total(out.get("sessions.intent_nll", session.new_zeros(())))
-            losses["intent"] = cfg.intent * intent_nll / facts["intent_tokens"].clamp(min=1)
-        if self.teacher:
-            prefixes = [facts["shown"][b, : n + 1] for b, n in has_target.nonzero().tolist()]
-            losses["soft"] = cfg.soft * soft_loss(session @ transition.T, self.teacher(prefixes, facts["candidates"]))
+        for option in self.options:
+            losses |= option.losses(LossInputs(out, facts, self.group, session @ transition.T, has_target))
         return losses
 
     def unseen(self, facts: Tensors) -> np.ndarray:
@@ -277,11 +255,7 @@ class Transfer(Phase):
 
 
 class Align(Phase):
-    """Stage 2, second half: transitional pattern alignment. K takes over t(v) in a new head, and still generates texts.
-
-    With `token_distill` it also follows T's distribution over every answer token: MDist of LLaVA-KD (arXiv 2410.16236), without the
-    visual tokens, whose logits would need more memory than the model.
-    """
+    """Stage 2, second half: transitional pattern alignment. K takes over t(v) in a new head, and still generates texts."""
 
     name, number = "align", 2
     heads: ClassVar = {"items": ("knowledge", "transition")}
@@ -307,8 +281,10 @@ class Align(Phase):
         smile_critic, first = critics.get("smile"), facts["first"]
         ours, theirs = pattern[first], transition[first]
         align = -smile_critic.bound(ours, theirs) if smile_critic else info_nce(ours, theirs, cfg.temperature)
-        token_loss = {"token_distill": cfg.token_distill * out["items.divergence"]} if cfg.token_distill else {}
-        return token_loss | {
+        extra: Tensors = {}
+        for option in self.options:
+            extra |= option.losses(LossInputs(out, facts, self.group))
+        return extra | {
             "align": cfg.align * align,
             "relation": cfg.relation * relation_loss(ours, theirs, cfg.temperature),
             "generation": cfg.generation * out["items.nll"],

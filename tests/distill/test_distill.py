@@ -48,6 +48,7 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
 from pipeline.distill.distill import check_batches
+from pipeline.distill.experimental.session_summaries import SessionSummaries
 from pipeline.distill.phases import Align, Transfer, drawn, first_of_each
 from pipeline.mllm.prompts import Prompts
 
@@ -149,8 +150,8 @@ def test_an_item_is_as_likely_a_candidate_as_the_loss_takes_it_to_be(tiny_data: 
     rows = np.array([0, 1, 2, *[3, 4, 5, 6, 7] * 4, 8, 9])
     train = SessionLog(["a", "b", "c"], rows, np.array([0, 3, 23, 25]), np.arange(3), np.arange(25))
     catalog = load_catalog(tiny_data)
-    phase = Transfer(config, Prompts(catalog, config.data), None, train, None, {})  # type: ignore[arg-type]
-    phase.summaries = defaultdict(str)
+    options = [SessionSummaries(defaultdict(str), 2, summary)] if summary else []
+    phase = Transfer(config, Prompts(catalog, config.data), None, train, None, {}, options)  # type: ignore[arg-type]
     came = np.zeros(len(catalog))
     for n in range(6000):
         came[np.unique(phase._window(n % 3, np.random.default_rng(n)).rows[1:])] += 1

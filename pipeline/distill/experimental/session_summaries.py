@@ -7,6 +7,7 @@ before the transfer phase, and appended to a file.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,22 @@ from pipeline.core.files import canonical_json, replacing
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.progress import Steps
 from pipeline.data.session_log import SessionLog
-from pipeline.distill.phases import Phase, summary_key, window_starts
+from pipeline.distill.experimental.hook import Option
+from pipeline.distill.phases import Phase
+from pipeline.distill.windows import summary_key, window_starts
 from pipeline.mllm.model import Mllm, trainable_state
 from pipeline.mllm.token_batches import cut
+
+
+class SessionSummaries(Option):
+    """Adds the summary of up to `blocks` blocks of `items` items before a window to its prompt."""
+
+    def __init__(self, texts: Mapping[str, str], items: int, blocks: int) -> None:
+        self.texts, self.items, self.blocks = texts, items, blocks
+
+    def prompt_parts(self, session: np.ndarray, first: int, window: np.ndarray) -> dict[str, str]:
+        earlier = session[max(0, first - self.blocks * self.items) : first]
+        return {"history": self.texts[summary_key(earlier)]} if first else {}
 
 
 def folds(train: SessionLog, items: int, blocks: int) -> list[dict[str, np.ndarray]]:
