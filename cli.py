@@ -19,6 +19,7 @@ from typer import Option
 from typer.core import TyperGroup
 
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.core.process import join_cpu_processes
 from pipeline.run_folder import find_pictures, open_run, remember, say
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from pipeline.export.export import Exported
     from recommender.training.teacher import Teacher
 
-RUN = Path("artifacts/shop")
-ABLATION = Path("artifacts/ablation")
+RUN, ABLATION = Path("artifacts/shop"), Path("artifacts/ablation")
 DEBUG = "--debug"
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings its own copy of click, or uses the other, by version
 
@@ -434,8 +434,8 @@ def doctor(run: RunFolder = RUN) -> None:
 
 def main() -> None:
     """Runs `tpad`, also under `accelerate launch -m cli` and `torchrun -m cli`. A usage error is one line too; Ctrl-C is 130."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.update({"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"} | dict(os.environ))
+    join_cpu_processes()
     try:
         raise SystemExit(app(sys.argv[1:] or ["--help"], prog_name="tpad", standalone_mode=False))
     except UsageError as error:

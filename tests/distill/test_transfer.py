@@ -38,7 +38,7 @@ def one_thread() -> None:
 def teacher(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("teacher") / "run"
     shutil.copytree(tiny_run / "embeddings", run / "embeddings")
-    train_sbr(settings("sbr.epochs=1", "sbr.dim=16"), run, tiny_data)
+    train_sbr(settings("sbr.epochs=1", "sbr.dim=16", "sbr.refit=false"), run, tiny_data)
     return run
 
 
