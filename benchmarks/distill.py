@@ -73,7 +73,7 @@ def main() -> None:
         mllm = Mllm(backbone.model, [head for kind in PHASES for of in kind.heads.values() for head in of], config.distill.dim)
         print("| phase | sequences a step | tokens a step | s a step | tokens a second | peak GB |\n| --- | --- | --- | --- | --- | --- |")
         for kind in PHASES:
-            phase = kind(config, views, encoder, split.train, group, {"knowledge": drawn, "transition": drawn}, None, {})
+            phase = kind(config, views, encoder, split.train, group, {"knowledge": drawn, "transition": drawn})
             watch = Watch(folder / "metrics.jsonl", accelerator)
             if accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -99,7 +99,7 @@ def write_model(run: Path, data: Path, config: Config) -> None:
     views = Prompts(catalog, config.data)
     backbone = build_backbone(config.backbone, views, 0)
     mllm = Mllm(backbone.model, ("knowledge", "transition"), config.distill.dim)
-    publish(run, config, views, mllm, backbone, weights_sha256(config.backbone), [], "", "benchmark")
+    publish(run, config, views, mllm, backbone, weights_sha256(config.backbone), "", "benchmark")
 
 
 # --- the ways to export it

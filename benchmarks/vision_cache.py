@@ -30,10 +30,11 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.sample_shop import draw_shop
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.distill.distill import distill, keep_pictures
+from pipeline.distill.distill import distill
 from pipeline.distill.phases import Transfer
 from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import train_phase
+from pipeline.distill.vision_features import precompute_vision
 from pipeline.export.export import export
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
@@ -76,7 +77,7 @@ class Steps:
         run.mkdir(parents=True)
         began = time.perf_counter()
         if config.distill.vision_cache_gb:
-            keep_pictures(config, run, backbone, views, encoder, group)
+            precompute_vision(config, run, backbone, views, encoder, group)
         self.filling = time.perf_counter() - began
         torch.manual_seed(0)
         heads = [head for of in Transfer.heads.values() for head in of]

@@ -443,16 +443,18 @@ def test_a_run_folder_without_leave_to_write(tmp_path: Path) -> None:
 # --- what is no user's fault
 
 
-def test_a_bug_of_ours_keeps_its_traceback() -> None:
-    code = "import cli\n@cli.app.command()\ndef broken():\n    with cli.errors(False):\n        {}['ours']\ncli.main()"
+def test_a_bug_in_tpad_keeps_its_traceback() -> None:
+    code = "import cli\n@cli.app.command()\ndef broken():\n    {}['ours']\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code, "broken"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "KeyError: 'ours'" in done.stderr
 
 
-def test_debug_shows_the_traceback_of_an_error_too(tmp_path: Path) -> None:
-    done = tpad("export-embeddings", "--run", tmp_path / "none", "--debug")
+@pytest.mark.parametrize("before", [True, False])
+def test_debug_before_or_after_the_command_shows_the_traceback_of_an_error(tmp_path: Path, before: bool) -> None:
+    words = ["export-embeddings", "--run", tmp_path / "none"]
+    done = tpad("--debug", *words) if before else tpad(*words, "--debug")
     assert done.returncode == 4
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: no run here")

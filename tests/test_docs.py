@@ -24,6 +24,7 @@ import pytest
 import typer
 from accelerate.commands.launch import launch_command_parser
 from ruamel.yaml import YAML
+from torch.distributed.run import get_args_parser
 
 import cli
 from helpers.processes import ENVIRONMENT, ROOT, SET, SETTINGS, command, tpad
@@ -39,7 +40,7 @@ DOCUMENTS = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob(
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 HISTORY = "docs/experiments.md"  # of commands and settings that need not exist any more
 NO_CODE = ("text", "json", "math")
-PROGRAMS = ("tpad", "make", "accelerate", "pip")
+PROGRAMS = ("tpad", "make", "accelerate", "torchrun", "pip")
 SCRIPTS = ("python", "echo")  # in blocks that are not run
 DISTILLING = re.compile(r"tpad (distill|ablate)\b|-m cli distill\b")
 
@@ -76,7 +77,7 @@ COMMANDS = {
 }
 TPAD = list(dict.fromkeys(shlex.join(words) for words in COMMANDS["test"] if words[0] == "tpad"))
 NOT_RUN = [shlex.join(words) for words in COMMANDS["not run"] if words[0] == "tpad"]
-LAUNCHES = [shlex.join(words) for mark in COMMANDS for words in COMMANDS[mark] if words[0] == "accelerate"]
+LAUNCHES = [shlex.join(words) for mark in COMMANDS for words in COMMANDS[mark] if words[0] in ("accelerate", "torchrun")]
 SNIPPETS = {block.name: block for block in BLOCKS if block.mark == "test" and block.language != "bash"}
 PRINTED = {  # what the snippets that print are to print
     "recommend": r"1 p\d{4} \w+ \w+ \w+ -?\d",
@@ -93,9 +94,12 @@ def understood(arguments: list[str]) -> dict[str, Any]:
 
 
 def launched(words: list[str]) -> list[str]:
-    """What an `accelerate launch` command line gives to `tpad`."""
-    assert words[:2] == ["accelerate", "launch"]
-    given = launch_command_parser().parse_args(words[2:])
+    """What a command line of `accelerate launch` or `torchrun` gives to `tpad`."""
+    if words[0] == "torchrun":
+        given = get_args_parser().parse_args(words[1:])
+    else:
+        assert words[:2] == ["accelerate", "launch"]
+        given = launch_command_parser().parse_args(words[2:])
     assert (given.training_script, given.module) == ("cli", True)
     return list(given.training_script_args)
 
@@ -239,16 +243,16 @@ def test_make_demo_is_the_four_commands() -> None:
 
 
 @pytest.mark.parametrize("line", LAUNCHES)
-def test_an_accelerate_command_is_understood(line: str) -> None:
+def test_a_launcher_command_is_understood(line: str) -> None:
     settings_load(understood(launched(shlex.split(line))))
 
 
 @pytest.mark.slow
-def test_the_accelerate_commands_for_a_cpu_run(place: Path, tmp_path: Path) -> None:
-    lines = [line for line in LAUNCHES if "--cpu" in line]
+def test_the_torchrun_commands_run(place: Path, tmp_path: Path) -> None:
+    lines = [line for line in LAUNCHES if line.startswith("torchrun ")]
     assert lines
     for line in lines:
-        words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *smaller(shlex.split(line))[1:]]
+        words = [sys.executable, "-m", "torch.distributed.run", *smaller(shlex.split(line))[1:]]
         done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (tmp_path / "artifacts" / "shop" / "sbr" / "current").is_file()

@@ -336,7 +336,7 @@ class ExportConfig(Section):
     )
     layers: Positive | None = Field(
         default=None,
-        description="number of decoder layers that are run, counted from the first; null: all; `tpad distill` reports the loss in quality",
+        description="number of decoder layers that are run, counted from the first; null: all; benchmarks/layers.py measures the loss",
     )
     workers: Count = Field(default=1, description="processes that decode images and tokenise ahead; 0: a thread")
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(

@@ -1,16 +1,14 @@
-"""`tpad distill`: phase after phase is trained, each from what the one before found, and the unified MLLM published.
+"""`tpad distill`: trains the three phases in order, each on the results of the earlier ones, and publishes the unified MLLM.
 
-What a phase is, is in `phases.py`; the loop that trains one in `trainer.py`.
+The phases are in `phases.py`, the training loop in `trainer.py`.
 """
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -20,7 +18,6 @@ from pipeline.core.artifact import locked, published, stage
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.core.files import canonical_json
 from pipeline.core.metrics_log import Metrics, flat
 from pipeline.core.prefetch import telling_of_dead_workers
 from pipeline.core.process import keep_freed_memory
@@ -28,14 +25,17 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
 from pipeline.distill import fsdp
+from pipeline.distill.experimental.options import phase_options
 from pipeline.distill.experimental.session_summaries import write_summaries
 from pipeline.distill.experimental.soft_targets import Teacher
 from pipeline.distill.feature_table import TABLE, feature_table
-from pipeline.distill.phases import PHASES, Align, Knowledge, Phase, Tensors, Transfer
+from pipeline.distill.fingerprints import fingerprints
+from pipeline.distill.phases import PHASES, Align, Knowledge, Phase, Tensors
 from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import below, train_phase
-from pipeline.distill.variants import VARIANTS, merged, side_by_side, varied
-from pipeline.mllm import early_exit, prompts
+from pipeline.distill.variants import VARIANTS, Variant, merged, side_by_side, varied
+from pipeline.distill.vision_features import precompute_vision
+from pipeline.mllm import prompts
 from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 from pipeline.mllm.neighbour_titles import load_neighbours
@@ -43,13 +43,57 @@ from pipeline.mllm.processor import Encoder
 from pipeline.mllm.prompt_templates import load_templates
 from pipeline.mllm.prompts import Prompts, check_columns
 from pipeline.mllm.saved_mllm import save_mllm
-from pipeline.mllm.tiny_backbone import TOKENIZER
-from pipeline.mllm.vision_cache import Cache
-from pipeline.mllm.vision_tower import Picture, is_frozen, pack_attention
+from pipeline.mllm.vision_tower import pack_attention
 
-OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
+OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # arguments: a run folder, item_ids, the training sessions
 
-LOCK_SECONDS = 10.0  # for so long the workers of a process that was killed may hold its lock
+LOCK_SECONDS = 10.0  # the workers of a killed process may hold its lock for this long
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data and settings of a distillation."""
+
+    config: Config  # with the settings of its variant
+    variant: Variant
+    views: Prompts
+    train: SessionLog
+    teacher: Teacher | None
+    backbone_sha256: str | None  # of local weights
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folders of a distillation, and the runs whose finished phases it may take over."""
+
+    folder: Path
+    siblings: Sequence[Path]
+    fresh: bool  # start over
+
+
+@dataclass(frozen=True)
+class Machinery:
+    """The processes and the backbone that all phases share."""
+
+    group: Group
+    backbone: Backbone
+    encoder: Encoder
+    base: Tensors  # the backbone's trainable weights before training
+    metrics: Metrics
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.group.accelerator
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """A trained phase, as later phases and the publication use it."""
+
+    mllm: Mllm
+    weights: Tensors  # `trainable_state` at its end, copied
+    tables: Tensors  # head -> (N, D) features of all items; empty for the last phase
+    summaries: dict[str, str]  # session summaries by `summary_key`
 
 
 def distill(
@@ -61,12 +105,39 @@ def distill(
     open_teacher: OpenTeacher | None = None,
     everything: bool = False,
 ) -> bool:
-    """Both stages, from a data folder to `run/mllm`. False if the published MLLM was already made from the same inputs. With
-    `everything` all sessions are for training: for vectors that are published, and no figure is made with.
+    """Distils a data folder into `run/mllm`. Returns False if the published MLLM was made from the same inputs already.
 
-    A phase that one of the runs `siblings` has finished with the same settings and data is taken over from there.
-    `open_teacher` gives the session model of another run, where `distill.transfer.teacher` names one.
+    With `everything`, all sessions are for training: for vectors that are published, and never evaluated. A phase that one of the runs
+    `siblings` has finished with the same settings and data is taken over from there. `open_teacher` opens the session model of another
+    run, where `distill.transfer.teacher` names one.
     """
+    inputs = read_inputs(config, data, open_teacher, everything)
+    hashes = fingerprints(inputs.config, inputs.views, inputs.train, inputs.teacher, inputs.backbone_sha256)
+    version = published(run / "mllm", "mllm")
+    if not fresh and version is not None and version.manifest["fingerprint"] == hashes[-1]:
+        return False
+    check_settings(inputs)
+    keep_freed_memory()
+    group, backbone = prepare(inputs, run)
+    folder = run / "distill"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = locked(folder, patience=LOCK_SECONDS) if group.accelerator.is_main_process else nullcontext()
+    with lock, telling_of_dead_workers():
+        machinery = start(inputs, run, group, backbone)
+        results: dict[str, PhaseResult] = {}
+        for kind, fingerprint in zip(PHASES, hashes, strict=False):
+            results[kind.name] = run_phase(kind, inputs, machinery, Run(run, siblings, fresh), fingerprint, results)
+            if kind.name == inputs.variant.last:
+                break
+        published_config, unified = assemble(inputs, machinery, results)
+        if group.accelerator.is_main_process:
+            publish(run, published_config, inputs.views, unified, backbone, inputs.backbone_sha256, inputs.train.ids_sha256(), hashes[-1])
+        group.accelerator.wait_for_everyone()
+        group.accelerator.end_training()
+    return True
+
+
+def read_inputs(config: Config, data: Path, open_teacher: OpenTeacher | None, everything: bool) -> Inputs:
     variant, config = VARIANTS[config.distill.variant], varied(config)
     catalog = load_catalog(data)
     log = load_sessions(data, catalog)
@@ -75,185 +146,127 @@ def distill(
     check_columns(catalog, config.data)
     views = Prompts(catalog, config.data, load_templates(config.data.prompts), neighbours)
     teacher = None
-    if (named := config.distill.transfer.teacher) is not None:
-        assert open_teacher is not None, "a teacher is named, and who opens it is not"
-        teacher = open_teacher(Path(named), catalog.item_ids, train)
-    made_from = weights_sha256(config.backbone)  # gigabytes to read: once
-    prints = _fingerprints(config, views, teacher, catalog.sha256, _log_sha256(train), made_from)
-    version = published(run / "mllm", "mllm")
-    if not fresh and version is not None and version.manifest["fingerprint"] == prints[-1]:
-        return False
-    if config.distill.transfer.intent and not views.attributes:
+    if (teacher_run := config.distill.transfer.teacher) is not None:
+        assert open_teacher is not None, "distill.transfer.teacher needs open_teacher"
+        teacher = open_teacher(Path(teacher_run), catalog.item_ids, train)
+    return Inputs(config, variant, views, train, teacher, weights_sha256(config.backbone))
+
+
+def check_settings(inputs: Inputs) -> None:
+    """Raises `UserError` for settings that do not fit the data or the environment."""
+    settings = inputs.config.distill
+    if settings.transfer.intent and not inputs.views.attributes:
         raise UserError("distill.transfer.intent needs item columns beside those of data.text (data.attributes); set it to 0", USAGE)
-    for name in config.distill.log_with:
-        if name not in (known := [tracker.value for tracker in get_available_trackers()] + ["all"]):
+    known = [tracker.value for tracker in get_available_trackers()] + ["all"]
+    for name in settings.log_with:
+        if name not in known:
             raise UserError(f"no tracker `{name}` (distill.log_with); installed: {', '.join(known) or 'none'}", ENVIRONMENT)
-    in_pieces = fsdp.wanted(config)
-    keep_freed_memory()
-    with patch_environment(ACCELERATE_USE_FSDP="false"):  # by which Accelerate would cut what trains, too
-        accelerator = Accelerator(log_with=config.distill.log_with or None, project_dir=run / "distill")
-        if (precision := accelerator.mixed_precision) != "no":
-            raise UserError(f"no training in {precision} (accelerate launch --mixed_precision); take no, and set backbone.dtype", USAGE)
-        group = Group(accelerator)
-        _check_batches(config, group.world)
-        backbone = build_backbone(config.backbone, views, config.seed)
-    pack_attention(backbone.model, accelerator.device)
-    if in_pieces and group.world > 1:
-        held = fsdp.cut(backbone.model, accelerator.device, group.world)
-        if accelerator.is_main_process:
-            print(f"FSDP: each of {group.world} processes holds {held:.0%} of the backbone's weights", file=sys.stderr)
-    folder = run / "distill"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, patience=LOCK_SECONDS) if accelerator.is_main_process else nullcontext(), telling_of_dead_workers():
-        accelerator.init_trackers("tpad", flat(config.model_dump(mode="json")))
-        metrics = Metrics(folder / "metrics.jsonl", accelerator)
-        encoder = Encoder(config.backbone, backbone, catalog)
-        tables: Tensors = {}
-        summaries: dict[str, str] = {}
-        weights: dict[str, Tensors] = {}
-        base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
-        if variant.frozen:
-            backbone.model.requires_grad_(False)
-        if config.distill.vision_cache_gb:
-            keep_pictures(config, run, backbone, views, encoder, group)
-        for kind, fingerprint in zip(PHASES, prints, strict=False):
-            phase = kind(config, views, encoder, train, group, tables, teacher, summaries)
-            torch.manual_seed(config.seed)
-            heads = [head for of in kind.heads.values() for head in of]
-            mllm = Mllm(backbone.model, heads, config.distill.dim)
-            begin(mllm, phase, base, weights)
-            if kind is Align and config.distill.align.token_distill:
-                mllm.teacher = below("backbone.", weights["transfer"])
-            checkpoints = Checkpoints(folder / kind.name, fingerprint)
-            kept = Checkpoints(folder / kind.name / TABLE, fingerprint, keep=1)
-            if accelerator.is_main_process:
-                for of, whole in ((checkpoints, phase.settings.steps), (kept, len(views))):
-                    if fresh:
-                        of.clear()
-                    else:
-                        any(of.take_over(sibling / of.folder.relative_to(run), whole) for sibling in siblings)
-            accelerator.wait_for_everyone()
-            accelerator.free_memory()
-            train_phase(phase, mllm, accelerator, checkpoints, metrics)
-            metrics.before += phase.settings.steps
-            weights[kind.name] = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
-            if kind is Knowledge and variant.last != kind.name and config.distill.transfer.summary:
-                summaries = write_summaries(mllm, phase, folder / "summaries.jsonl")
-            if kind.name == variant.last:
-                break
-            head = heads[0] if kind is Knowledge else "transition"
-            tables[head] = feature_table(mllm, phase, head, kept)
-        for name, parameter in backbone.model.named_parameters():
-            parameter.requires_grad_(f"backbone.{name}" in base)  # frozen or not, they are published
-        unified: Mllm | SideBySide = mllm
-        if variant.published == "merge":
-            config, unified = merged(config, backbone, base, weights)
-        elif variant.published == "side_by_side":
-            unified = side_by_side(backbone, weights, config.distill.dim)
-        measured = measure_layers(unified, phase, metrics.before) if isinstance(unified, Mllm) else []
-        if accelerator.is_main_process:
-            publish(run, config, views, unified, backbone, made_from, measured, train.ids_sha256(), prints[-1])
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
-    return True
 
 
-def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts, encoder: Encoder, group: Group) -> None:
-    """Every picture of the catalogue through the vision tower, each process its share, for `encoder` to read from there on."""
-    if not is_frozen(backbone.model):
-        if group.rank == 0:
-            print("note: the vision tower trains, so nothing it makes is kept (distill.vision_cache_gb)", file=sys.stderr)
-        return
-    cache = encoder.kept = Cache(run / "vision", backbone, config.backbone.max_pixels)
-    loading = Encoder(config.backbone, backbone, encoder.catalog, cache_bytes=0)
-    rows = group.share(np.array([row for row in range(len(views)) if encoder.catalog.has_image(row)], np.int64))
-    if group.rank == 0:
-        cache.clear_others()
-    group.accelerator.wait_for_everyone()
-    room = (int(config.distill.vision_cache_gb * 1e9) - cache.size()) // group.world
-
-    def load(row: int) -> Picture | None:
-        return None if not views.has_image(row) or loading.key(row) in cache else loading.picture(row)
-
-    if config.backbone.quantize is None:  # that is where it is already
-        backbone.model.to(group.accelerator.device)
-    cache.fill(backbone.model.eval(), load, rows, encoder.family.stack, room, config.distill.workers, group.rank == 0)
-    group.accelerator.wait_for_everyone()
-    cache.refresh()
-
-
-def begin(mllm: Mllm, phase: Phase, base: Tensors, weights: dict[str, Tensors]) -> None:
-    """The weights a phase starts from: the base model's, or K's, a new head then as a copy of K's head."""
-    state: Tensors = dict(base)
-    if phase.from_knowledge:
-        known = weights["knowledge"]
-        head = below("heads.knowledge.", known)
-        state |= known | {f"heads.{new}.{name}": w for new in phase.new for name, w in head.items()}
-    own = trainable_state(mllm)
-    load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, phase.name)
-
-
-def _fingerprints(
-    config: Config, views: Prompts, teacher: Teacher | None, catalogue: str, sessions: str, made_from: str | None
-) -> list[str]:
-    """Of each phase, and last of what is published: everything the weights depend on.
-
-    How often it is saved, by how many processes it is made and in what chunks, and what is kept of the vision tower, is not part of it.
-    """
-    chain: dict[str, Any] = {
-        "prompts": prompts.VERSION,
-        "templates": views.templates.model_dump(),
-        "seed": config.seed,
-        "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
-        "backbone": config.backbone.model_dump() | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
-        "weights": made_from,
-        "dim": config.distill.dim,
-        "critic": config.distill.critic.model_dump(),
-        "catalogue": catalogue,
-        "sessions": sessions,
-    }
-    if views.neighbours is not None:
-        chain["neighbours"] = views.neighbours.settings()
-    variant = VARIANTS[config.distill.variant]
-    if variant.frozen:
-        chain["frozen"] = True
-    found = []
-    for kind in PHASES:
-        chain[kind.name] = getattr(config.distill, kind.name).model_dump(exclude={"teacher"})
-        if kind is Transfer:
-            chain["teacher"] = teacher and teacher.sha256
-        found.append(hashlib.sha256(canonical_json(chain)).hexdigest())
-        if kind.name == variant.last:
-            break
-    if variant.last != Align.name:  # the same phases, and something else made of them
-        chain["published"] = config.distill.merge.model_dump() if variant.published == "merge" else variant.published
-        found.append(hashlib.sha256(canonical_json(chain)).hexdigest())
-    return found
-
-
-def _log_sha256(log: SessionLog) -> str:
-    """Of the sessions with what is in them, which their ids, the hash manifests hold, do not tell."""
-    return hashlib.sha256(log.ids_sha256().encode() + log.offsets.tobytes() + log.rows.tobytes()).hexdigest()
-
-
-def _check_batches(config: Config, world: int) -> None:
+def check_batches(config: Config, world: int) -> None:
     for kind in PHASES:
         batch = getattr(config.distill, kind.name).batch
         if batch % world:
             raise UserError(f"distill.{kind.name}.batch = {batch} does not divide by {world} processes (config); make it a multiple", USAGE)
 
 
-def measure_layers(mllm: Mllm, phase: Phase, before: int) -> list[dict[str, float]]:
-    """What each layer adds, on a fixed sample of items; said, and given to the trackers, a step each after the `before` of training."""
-    config, accelerator = phase.config, phase.group.accelerator
-    sequences = [phase.encoder.encode(phase.prompts.item(int(row))) for row in early_exit.sample(len(phase.prompts), config.seed)]
-    mllm.to(accelerator.device).eval()
-    measured = early_exit.measure(mllm, phase.encoder, sequences, config.export.token_budget, accelerator.device)
+def prepare(inputs: Inputs, run: Path) -> tuple[Group, Backbone]:
+    """Joins the processes of the launcher and builds the backbone, sharded where FSDP is wanted."""
+    config = inputs.config
+    shard = fsdp.wanted(config)
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # else Accelerate would shard the trainable weights too
+        accelerator = Accelerator(log_with=config.distill.log_with or None, project_dir=run / "distill")
+        if (precision := accelerator.mixed_precision) != "no":
+            raise UserError(f"no training in {precision} (accelerate launch --mixed_precision); take no, and set backbone.dtype", USAGE)
+        group = Group(accelerator)
+        check_batches(config, group.world)
+        backbone = build_backbone(config.backbone, inputs.views, config.seed)
+    pack_attention(backbone.model, accelerator.device)
+    if shard and group.world > 1:
+        share = fsdp.shard(backbone.model, accelerator.device, group.world)
+        if accelerator.is_main_process:
+            print(f"FSDP: each of {group.world} processes holds {share:.0%} of the backbone's weights", file=sys.stderr)
+    return group, backbone
+
+
+def start(inputs: Inputs, run: Path, group: Group, backbone: Backbone) -> Machinery:
+    """Starts the trackers, and runs the vision tower in advance where its output is cached."""
+    config, accelerator = inputs.config, group.accelerator
+    accelerator.init_trackers("tpad", flat(config.model_dump(mode="json")))
+    metrics = Metrics(run / "distill" / "metrics.jsonl", accelerator)
+    encoder = Encoder(config.backbone, backbone, inputs.views.catalog)
+    base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
+    if inputs.variant.frozen:
+        backbone.model.requires_grad_(False)
+    if config.distill.vision_cache_gb:
+        precompute_vision(config, run, backbone, inputs.views, encoder, group)
+    return Machinery(group, backbone, encoder, base, metrics)
+
+
+def run_phase(
+    kind: type[Phase], inputs: Inputs, machinery: Machinery, run: Run, fingerprint: str, results: dict[str, PhaseResult]
+) -> PhaseResult:
+    """Trains one phase on the `results` of the earlier ones, then embeds all items for the later ones. Resumes from its checkpoints."""
+    config, accelerator, folder = inputs.config, machinery.accelerator, run.folder / "distill"
+    tables = {head: table for result in results.values() for head, table in result.tables.items()}
+    summaries = {key: text for result in results.values() for key, text in result.summaries.items()}
+    options = phase_options(kind.name, config, inputs.views, machinery.encoder, inputs.teacher, summaries)
+    phase = kind(config, inputs.views, machinery.encoder, inputs.train, machinery.group, tables, options)
+    torch.manual_seed(config.seed)
+    heads = [head for names in kind.heads.values() for head in names]
+    mllm = Mllm(machinery.backbone.model, heads, config.distill.dim)
+    load_start(mllm, phase, machinery.base, results)
+    if kind is Align and config.distill.align.token_distill:
+        mllm.teacher = below("backbone.", results["transfer"].weights)
+    checkpoints = Checkpoints(folder / kind.name, fingerprint)
+    table_parts = Checkpoints(folder / kind.name / TABLE, fingerprint, keep=1)
     if accelerator.is_main_process:
-        early_exit.tell(measured)
-    for n, layer in enumerate(measured, 1):
-        accelerator.log({f"layers/{name}": value for name, value in layer.items()}, step=before + n)
-    return measured
+        for finished, step in ((checkpoints, phase.settings.steps), (table_parts, len(inputs.views))):
+            find_finished(finished, step, run)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    train_phase(phase, mllm, accelerator, checkpoints, machinery.metrics)
+    machinery.metrics.before += phase.settings.steps
+    weights = {name: weight.detach().clone() for name, weight in trainable_state(mllm).items()}
+    if kind.name == inputs.variant.last:
+        return PhaseResult(mllm, weights, {}, {})
+    summaries = {}
+    if kind is Knowledge and config.distill.transfer.summary:
+        summaries = write_summaries(mllm, phase, folder / "summaries.jsonl")
+    head = heads[0] if kind is Knowledge else "transition"
+    return PhaseResult(mllm, weights, {head: feature_table(mllm, phase, head, table_parts)}, summaries)
+
+
+def find_finished(checkpoints: Checkpoints, step: int, run: Run) -> None:
+    """Takes over the last checkpoint of a sibling run, or, for a fresh start, drops all checkpoints."""
+    if run.fresh:
+        checkpoints.clear()
+    else:
+        any(checkpoints.take_over(sibling / checkpoints.folder.relative_to(run.folder), step) for sibling in run.siblings)
+
+
+def load_start(mllm: Mllm, phase: Phase, base: Tensors, results: dict[str, PhaseResult]) -> None:
+    """Loads the weights that a phase starts from: the backbone's, or K's, with K's head copied into each new head."""
+    state: Tensors = dict(base)
+    if phase.from_knowledge:
+        knowledge = results["knowledge"].weights
+        head = below("heads.knowledge.", knowledge)
+        state |= knowledge | {f"heads.{new}.{name}": weight for new in phase.new for name, weight in head.items()}
+    initial = trainable_state(mllm)
+    load_trainable(mllm, {name: state.get(name, initial[name].detach()) for name in initial}, phase.name)
+
+
+def assemble(inputs: Inputs, machinery: Machinery, results: dict[str, PhaseResult]) -> tuple[Config, Mllm | SideBySide]:
+    """Puts together the model that is published, and its config: the last phase's, or K and T united without alignment."""
+    config, backbone, base = inputs.config, machinery.backbone, machinery.base
+    for name, parameter in backbone.model.named_parameters():
+        parameter.requires_grad_(f"backbone.{name}" in base)  # a frozen variant publishes these too
+    weights = {name: result.weights for name, result in results.items()}
+    if inputs.variant.published == "merge":
+        return merged(config, backbone, base, weights)
+    if inputs.variant.published == "side_by_side":
+        return config, side_by_side(backbone, weights, config.distill.dim)
+    return config, results[inputs.variant.last].mllm
 
 
 def publish(
@@ -262,21 +275,19 @@ def publish(
     views: Prompts,
     mllm: Mllm | SideBySide,
     backbone: Backbone,
-    made_from: str | None,
-    measured: list[dict[str, float]],
-    sessions: str,
+    backbone_sha256: str | None,
+    sessions_sha256: str,
     fingerprint: str,
 ) -> None:
-    """The unified MLLM as a version of `run/mllm`, with the `weights_sha256` it was made from and what was measured of its layers."""
-    commit = getattr(backbone.model.config, "_commit_hash", None)  # of a name on the hub, which may hold other weights tomorrow
+    """Publishes the unified MLLM as a version of `run/mllm`."""
+    commit = getattr(backbone.model.config, "_commit_hash", None)  # a name on the hub may get other weights tomorrow
     settings = {
         "backbone": config.backbone.model_dump() | {"revision": config.backbone.revision or commit},
-        "weights_sha256": made_from,
+        "weights_sha256": backbone_sha256,
         "data": config.data.model_dump(exclude={"neighbours": {"run"}, "prompts": True}),
         "neighbours": views.neighbours and views.neighbours.sha256,
         "dim": config.distill.dim,
         "heads": list(mllm.heads if isinstance(mllm, Mllm) else mllm.halves),
-        "layers": measured,
         "prompts": prompts.VERSION,
         "templates": views.templates.model_dump(),
     }
@@ -284,4 +295,4 @@ def publish(
         settings["side_by_side"] = True
     with stage(run / "mllm", "mllm") as staging:
         save_mllm(staging.path, mllm, backbone, settings)
-        staging.publish({"fingerprint": fingerprint, "catalogue_sha256": views.catalog.sha256, "sessions_sha256": sessions})
+        staging.publish({"fingerprint": fingerprint, "catalogue_sha256": views.catalog.sha256, "sessions_sha256": sessions_sha256})

@@ -1,4 +1,4 @@
-"""Features of all items between two phases: embedded by all processes, resumable."""
+"""Embeds all items between two phases, on all processes, resumable."""
 
 import math
 import sys
@@ -17,15 +17,17 @@ from pipeline.distill.phases import Phase, Tensors
 from pipeline.mllm.model import Mllm, embed_batches
 from pipeline.mllm.token_batches import cut
 
-TABLE, TABLE_ROWS, SAVE_SECONDS = "table", 4096, 120.0  # its folder; items embedded at a time for one; between two saves
-ALIKE = 0.9  # mean cosine of features beyond which they have collapsed: those of trained runs are at 0.2 to 0.7
+TABLE, TABLE_ROWS, SAVE_SECONDS = "table", 4096, 120.0  # folder of a table; items per round; time between two saves
+ALIKE = 0.9  # mean cosine between items above which features have collapsed; in trained runs it is 0.2 to 0.7
 
 
-def feature_table(mllm: Mllm, phase: Phase, head: str, kept: Checkpoints) -> Tensor:
-    """(N, D): one feature an item, as far as `kept` has them from there, and kept in it. A warning where they hardly differ, for then
-    what is trained on them cannot learn."""
+def feature_table(mllm: Mllm, phase: Phase, head: str, checkpoints: Checkpoints) -> Tensor:
+    """Embeds all items by one head: (N, D). Resumes from `checkpoints`, and saves there.
+
+    Warns where the features hardly differ, because later phases cannot learn from them.
+    """
     accelerator, count, main = phase.group.accelerator, len(phase.prompts), phase.group.rank == 0
-    done, tensors, _ = kept.newest() or (0, {head: torch.empty(0, phase.config.distill.dim)}, {})
+    done, tensors, _ = checkpoints.newest() or (0, {head: torch.empty(0, phase.config.distill.dim)}, {})
     table, saved = tensors[head].to(accelerator.device), time.monotonic()
     with Interrupt() as interrupt, Steps(f"{head} table", count, done, show=main) as progress:
         for first in range(done, count, TABLE_ROWS):
@@ -34,29 +36,29 @@ def feature_table(mllm: Mllm, phase: Phase, head: str, kept: Checkpoints) -> Ten
             progress.advance(by=len(rows))
             stop = interrupt.agreed(accelerator)
             if main and (stop or len(table) == count or time.monotonic() - saved > SAVE_SECONDS):
-                kept.save(len(table), {head: table}, {})
+                checkpoints.save(len(table), {head: table}, {})
                 saved = time.monotonic()
             if stop:
                 raise interrupt.exit()
-    if main and (alike := float(table.mean(0).square().sum())) > ALIKE:  # of unit vectors, the mean of all cosines
+    if main and (alike := float(table.mean(0).square().sum())) > ALIKE:  # of unit vectors: the mean of all cosines
         print(
             f"warning: the {head} features of two items have a cosine of {alike:.3f} on average, so that they hardly tell items apart "
-            f"({phase.name}); see that the texts and pictures differ (data.text), or take more steps (distill.{phase.name}.steps)",
+            f"({phase.name}); see that the texts and images differ (data.text), or take more steps (distill.{phase.name}.steps)",
             file=sys.stderr,
         )
     return table
 
 
 def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, ...], workers: int = 0) -> Tensors:
-    """By head, the (n, D) features of items, each process embedding its share; the same tensors everywhere."""
+    """Embeds items, each process its share: (n, D) by head, the same on all processes."""
     group, encoder, device = phase.group, phase.encoder, phase.group.accelerator.device
-    own = group.share(np.resize(rows, math.ceil(len(rows) / group.world) * group.world))
-    lengths = np.array([encoder.length(phase.prompts.item(int(row))) for row in own])
+    share = group.share(np.resize(rows, math.ceil(len(rows) / group.world) * group.world))
+    lengths = np.array([encoder.length(phase.prompts.item(int(row))) for row in share])
     places = cut(lengths, phase.config.export.token_budget)
-    passes = [min(n, len(places) - 1) for n in range(group.most(len(places)))]  # as many as all other processes (`fsdp.py`)
+    passes = [min(n, len(places) - 1) for n in range(group.most(len(places)))]  # the same number on all processes (see `fsdp.py`)
 
     def load(number: int) -> Chunk:
-        return encoder.collate({"items": [encoder.encode(phase.prompts.item(int(row))) for row in own[places[number]]]})
+        return encoder.collate({"items": [encoder.encode(phase.prompts.item(int(row))) for row in share[places[number]]]})
 
-    found = embed_batches(mllm, places, loaded_ahead(load, passes, workers), heads, device)
-    return {head: group.gather(torch.from_numpy(of).to(device))[: len(rows)] for head, of in found.items()}
+    features = embed_batches(mllm, places, loaded_ahead(load, passes, workers), heads, device)
+    return {head: group.gather(torch.from_numpy(part).to(device))[: len(rows)] for head, part in features.items()}

@@ -1,9 +1,11 @@
-"""A step's batch in chunks: contrastive losses over more sequences than fit the device at a time.
+"""Computes contrastive losses over a batch that does not fit the device, in chunks (GradCache, Gao et al., arXiv 2101.06983).
 
-GradCache (Gao et al., arXiv 2101.06983): all chunks are embedded without a graph, the losses are taken on the features of
-all, and then each chunk is embedded again, with a graph, to send the gradients of its features on into the weights. The
-gradient is that of the whole batch for the memory of one chunk, at the price of a second forward pass. Dropout draws the same
-both times. A vision tower that does not train runs once a chunk; one that trains runs again with the rest.
+1. Every chunk is embedded without a graph.
+2. The loss of the whole batch, and its gradient with respect to the features, are computed from these features.
+3. Every chunk is embedded again, with a graph, and the gradients of its features go on into the weights.
+
+The result is the gradient of the whole batch, in the memory of one chunk, for a second forward pass. Dropout draws the same values in both
+passes. A frozen vision tower runs once per chunk; a trained one runs in both passes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +25,8 @@ Chunk = dict[str, Tensors]  # as `Encoder.collate` makes it
 
 
 def split(sequences: Mapping[str, Sequence[T]], size: int | None) -> list[dict[str, list[T]]]:
-    """The sequences of a step, at most `size` together; None: all."""
-    flat = [(name, sequence) for name, of in sequences.items() for sequence in of]
+    """Splits the sequences of a step into chunks of at most `size`; None: one chunk."""
+    flat = [(name, sequence) for name, group in sequences.items() for sequence in group]
     size = size or len(flat)
     chunks: list[dict[str, list[T]]] = []
     for first in range(0, len(flat), size):
@@ -34,23 +36,23 @@ def split(sequences: Mapping[str, Sequence[T]], size: int | None) -> list[dict[s
     return chunks
 
 
-def look_once(mllm: Mllm, chunks: Sequence[Chunk], accelerator: Accelerator) -> None:
-    """Sends the pictures of all chunks through a vision tower that does not train."""
+def run_vision_tower(mllm: Mllm, chunks: Sequence[Chunk], accelerator: Accelerator) -> None:
+    """Replaces the images of each chunk by the output of the frozen vision tower."""
     for chunk in chunks:
         with torch.no_grad(), accelerator.autocast():
-            if (seen := see(mllm.backbone.model, chunk)) is not None:
-                chunk |= {"pictures": {}, "kept": seen.pack()}
+            if (vision := see(mllm.backbone.model, chunk)) is not None:
+                chunk |= {"pictures": {}, "kept": vision.pack()}
 
 
 def features(mllm: Mllm, chunks: Sequence[Chunk], heads: Any, seeds: Sequence[int]) -> Tensors:
-    """What `Mllm` gives for the whole batch, as leaves that take gradients: sums add up, features stand one below the other."""
-    found: dict[str, list[Tensor]] = {}
+    """Embeds all chunks without a graph. Returns the outputs of `Mllm` for the batch, as leaves: features concatenated, sums added."""
+    parts: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for chunk, seed in zip(chunks, seeds, strict=True):
             torch.manual_seed(seed)  # type: ignore[no-untyped-call]
             for name, part in mllm(chunk, heads).items():
-                found.setdefault(name, []).append(part)
-    return {name: (torch.cat(of) if of[0].ndim else torch.stack(of).sum()).requires_grad_() for name, of in found.items()}
+                parts.setdefault(name, []).append(part)
+    return {name: (torch.cat(p) if p[0].ndim else torch.stack(p).sum()).requires_grad_() for name, p in parts.items()}
 
 
 def backward(
@@ -63,20 +65,20 @@ def backward(
     tie: Tensor,
     accelerator: Accelerator,
 ) -> None:
-    """Into the weights: the gradient of `loss`, which was taken on the `leaves` that `features` made; of `model` in its wrapper.
+    """Sends the gradient of `loss`, computed from the `leaves` of `features`, into the weights of the wrapped `model`.
 
-    `tie` joins the graph of the last chunk, the one after which processes add up their gradients.
+    `tie` joins the graph of the last chunk, after which the processes add up their gradients.
     """
-    slopes = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
-    taken = dict.fromkeys(leaves, 0)
+    gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+    offsets = dict.fromkeys(leaves, 0)  # rows of earlier chunks
     for number, (chunk, seed) in enumerate(zip(chunks, seeds, strict=True)):
         last = number + 1 == len(chunks)
         with nullcontext() if last else accelerator.no_sync(model):
             torch.manual_seed(seed)  # type: ignore[no-untyped-call]
-            along = tie if last else torch.zeros_like(tie)
+            surrogate = tie if last else torch.zeros_like(tie)  # has the gradient of `loss` with respect to the chunk's features
             for name, part in model(chunk, heads).items():
-                if (slope := slopes[name]) is not None:
-                    first = taken[name]
-                    along = along + (part * (slope[first : first + len(part)] if part.ndim else slope)).sum()
-                    taken[name] += len(part) if part.ndim else 0
-            accelerator.backward(along)
+                if (gradient := gradients[name]) is not None:
+                    first = offsets[name]
+                    surrogate = surrogate + (part * (gradient[first : first + len(part)] if part.ndim else gradient)).sum()
+                    offsets[name] += len(part) if part.ndim else 0
+            accelerator.backward(surrogate)

@@ -1,4 +1,4 @@
-"""How the heads of a phase start: centred, and whitened where the backbone is a published one."""
+"""Initialises the new heads of a phase: centred, and whitened for a pretrained backbone."""
 
 import math
 
@@ -11,17 +11,17 @@ from pipeline.core.prefetch import loaded_ahead
 from pipeline.distill.phases import Phase, Tensors
 from pipeline.mllm.model import Mllm, pooled
 
-READS = 8  # features a dimension by which heads are whitened, at least where a phase has the steps
-SMALLEST = 1e-9  # share of a direction in the states' variance, below which it is rounding
+READS = 8  # hidden states per dimension that whitening is measured on, if the phase has enough steps
+SMALLEST = 1e-9  # smallest share of a direction in the variance of the states; below, it is rounding
 
 
 def start_heads(phase: Phase, mllm: Mllm) -> None:
-    """New heads start with features that differ from item to item, as measured on the sequences of the first steps.
+    """Centres and whitens the new heads, measured on the sequences of the first steps, so that features differ from item to item.
 
-    All are centred, for hidden states share one large direction. Those of a published backbone have another, which tells what is
-    withheld rather than what the item is: before a contrastive loss finds the rest, it makes all features equal, for good. So heads
-    that read them start whitened, along their main directions (BERT-whitening, arXiv 2103.15316); but not copies of K's head,
-    which has learned, nor those of the tiny model, whose states say nothing yet.
+    All new heads are centred, because hidden states share one large direction. In pretrained backbones a second dominant direction encodes
+    which modality is withheld; without whitening, the contrastive loss collapses all features along it. So their heads start whitened,
+    along the main directions of the states (BERT-whitening, arXiv 2103.15316). Copies of K's trained head are not whitened, nor are the
+    heads of the tiny model, whose random states carry no such direction.
     """
     group, whiten = phase.group, phase.config.backbone.name != "tiny" and not phase.from_knowledge
     reads = first_reads(phase, mllm, math.ceil(READS * phase.config.distill.dim / phase.settings.batch) if whiten else 1)
@@ -40,25 +40,25 @@ def start_heads(phase: Phase, mllm: Mllm) -> None:
 
 
 def first_reads(phase: Phase, mllm: Mllm, steps: int) -> Tensors:
-    """By name of the sequences, (R, d), the states h of this process's share of the first steps."""
+    """Computes the pooled hidden states (R, d) of this process's share of the first steps, by name of the sequences."""
     reads: dict[str, list[Tensor]] = {}
-    for made in loaded_ahead(phase.__getitem__, range(min(steps, len(phase))), phase.config.distill.workers):
-        chunks, facts = send_to_device(made, phase.group.accelerator.device, non_blocking=True)
-        found: dict[str, list[Tensor]] = {}
+    for batch in loaded_ahead(phase.__getitem__, range(min(steps, len(phase))), phase.config.distill.workers):
+        chunks, facts = send_to_device(batch, phase.group.accelerator.device, non_blocking=True)
+        states_of: dict[str, list[Tensor]] = {}
         with torch.no_grad():
             for chunk in chunks:
                 for name, states in mllm.hidden(chunk).items():
-                    found.setdefault(name, []).append(pooled(states, chunk[name]))
-        for name, parts in found.items():
+                    states_of.setdefault(name, []).append(pooled(states, chunk[name]))
+        for name, parts in states_of.items():
             read = torch.cat(parts)
-            if name == "items" and "candidates" in facts:  # without the repeated ones that only fill up the processes' shares
+            if name == "items" and "candidates" in facts:  # without the repeated items that pad the shares of the processes
                 read = read[: max(0, len(facts["candidates"]) - phase.group.rank * len(read))]
             reads.setdefault(name, []).append(read)
-    return {name: torch.cat(of) for name, of in reads.items()}
+    return {name: torch.cat(parts) for name, parts in reads.items()}
 
 
 def whitening(covariance: Tensor, dim: int) -> Tensor:
-    """(n <= dim, d) the main directions of a covariance (d, d) of layer-normed states, each scaled to variance one; none without any."""
+    """Returns the main directions (n <= dim, d) of a covariance (d, d) of layer-normed states, each scaled to variance one."""
     variances, directions = torch.linalg.eigh(covariance.cpu())
     main = (variances > SMALLEST * len(variances)).nonzero().flatten()[-dim:].flip(0)
     scaled: Tensor = directions[:, main] / variances[main].sqrt()

@@ -1,7 +1,7 @@
-"""The ablations: what each leaves out of the full method, in one table, and the two that publish K and T together without alignment.
+"""Defines the ablations in one table: the parts that each leaves out, and two ways to publish K and T without alignment.
 
-A variant is settings laid over the config before anything is fingerprinted, the phases that are run, and what is
-published at the end. Phases that two variants share are therefore the same phases, to the bit.
+A variant overrides settings before anything is fingerprinted, and says which phases are run and which model is published. So phases that
+two variants share are equal to the bit.
 """
 
 import copy
@@ -18,17 +18,17 @@ from pipeline.data.embeddings import HALVES
 from pipeline.mllm.backbone import Backbone
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 
-Weights = Mapping[str, dict[str, Tensor]]  # by phase, what `trainable_state` gave at its end
+Weights = Mapping[str, dict[str, Tensor]]  # phase -> its trained weights, by `trainable_state`
 
 
 class Variant(NamedTuple):
-    settings: Mapping[str, Mapping[str, float]] = MappingProxyType({})  # phase -> key -> value, over the config's
-    last: Literal["knowledge", "transfer", "align"] = "align"  # the phase that is run last, and whose model is published,
+    settings: Mapping[str, Mapping[str, float]] = MappingProxyType({})  # phase -> key -> value, in place of the config's
+    last: Literal["knowledge", "transfer", "align"] = "align"  # the last phase; its model is published,
     published: Literal["last", "merge", "side_by_side"] = "last"  # unless K and T are united without alignment
-    frozen: bool = False  # the backbone's weights stay as drawn or published; only heads train
+    frozen: bool = False  # only heads train
 
 
-WHOLE = {"withhold_text": 0.0, "withhold_image": 0.0}  # no modality withheld
+UNMASKED = {"withhold_text": 0.0, "withhold_image": 0.0}  # no modality withheld
 VARIANTS: dict[VariantName, Variant] = {
     "full": Variant(),
     "no_generation": Variant(
@@ -39,36 +39,36 @@ VARIANTS: dict[VariantName, Variant] = {
         }
     ),
     "no_disentangle": Variant({phase: {"disentangle": 0.0} for phase in ("transfer", "align")}),
-    "no_view": Variant({"knowledge": {"view": 0.0}, "transfer": WHOLE, "align": WHOLE}),
+    "no_view": Variant({"knowledge": {"view": 0.0}, "transfer": UNMASKED, "align": UNMASKED}),
     "no_relation": Variant({"align": {"relation": 0.0}}),
     "knowledge": Variant(last="knowledge"),  # K alone: vectors of one half, k(v)
     "transfer": Variant(last="transfer"),  # T alone: t(v)
-    "side_by_side": Variant(last="transfer", published="side_by_side"),  # k(v) and t(v) in two passes: what alignment saves
+    "side_by_side": Variant(last="transfer", published="side_by_side"),  # k(v) and t(v) in two passes: the cost that alignment saves
     "merge": Variant(last="transfer", published="merge"),
     "frozen": Variant(frozen=True),
 }
 
 
 def varied(config: Config) -> Config:
-    """The settings of the config's variant, over its own."""
+    """Applies the settings of the config's variant."""
     settings = VARIANTS[config.distill.variant].settings
     phases = {name: getattr(config.distill, name).model_copy(update=update) for name, update in settings.items()}
     return config.model_copy(update={"distill": config.distill.model_copy(update=phases)})
 
 
 def side_by_side(backbone: Backbone, weights: Weights, dim: int) -> SideBySide:
-    """K for k(v) and T for t(v), each with weights of its own."""
+    """Joins K, for k(v), and T, for t(v), each with its own weights."""
     halves = {}
     for half, phase in zip(HALVES, ("knowledge", "transfer"), strict=True):
         halves[half] = Mllm(copy.deepcopy(backbone.model), [half], dim)
-        own = trainable_state(halves[half])
-        load_trainable(halves[half], {name: weights[phase][name] for name in own}, phase)
+        load_trainable(halves[half], {name: weights[phase][name] for name in trainable_state(halves[half])}, phase)
     return SideBySide(halves)
 
 
 def merged(config: Config, backbone: Backbone, base: dict[str, Tensor], weights: Weights) -> tuple[Config, Mllm]:
-    """K and T as one model whose weights are those of the base plus weighted shares of what either has learned (NaiveMC, DAMC,
-    arXiv 2402.12750); k(v) from K's head, p(v) from T's. Adapters come out as one of another rank, as the config then says.
+    """Merges K and T: the base weights plus a weighted sum of what K and T have learned (NaiveMC, DAMC, arXiv 2402.12750).
+
+    k(v) comes from K's head, p(v) from T's. The two adapters become one of another rank, which the returned config has.
     """
     shares = {"knowledge": config.distill.merge.knowledge, "transfer": config.distill.merge.transfer}
     state: dict[str, Tensor] = {}
@@ -80,21 +80,21 @@ def merged(config: Config, backbone: Backbone, base: dict[str, Tensor], weights:
         lora = config.backbone.lora.model_copy(update={"rank": rank, "alpha": rank})  # the scale is in the factors
         config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"lora": lora})})
     mllm = Mllm(backbone.model, HALVES, config.distill.dim)
-    own = trainable_state(mllm)
+    initial = trainable_state(mllm)
     for half, phase in zip(HALVES, shares, strict=True):
-        state |= {name: weights[phase][name] for name in own if name.startswith(f"heads.{half}.")}
-    load_trainable(mllm, {name: state.get(name, own[name].detach()) for name in own}, "merge")
+        state |= {name: weights[phase][name] for name in initial if name.startswith(f"heads.{half}.")}
+    load_trainable(mllm, {name: state.get(name, initial[name].detach()) for name in initial}, "merge")
     return config, mllm
 
 
 def _merge_adapters(model: Any, weights: Weights, shares: dict[str, float], method: str) -> int:
-    """Makes the model's adapter the weighted sum of those of `weights`; returns its rank."""
+    """Replaces the model's adapter by the weighted sum of those in `weights`. Returns its rank."""
     settings = model.peft_config["default"]
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # peft's, of several adapters at a time
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of peft, about several adapters at once
         for phase in shares:
             tuner = LoraModel(model, copy.deepcopy(settings), phase)
-            own = {name: p for name, p in model.named_parameters() if f".{phase}." in name}
-            for name, parameter in own.items():
+            adapter = {name: p for name, p in model.named_parameters() if f".{phase}." in name}
+            for name, parameter in adapter.items():
                 parameter.data.copy_(weights[phase]["backbone." + name.replace(f".{phase}.", ".default.")])
         tuner.delete_adapter("default")
         tuner.add_weighted_adapter(list(shares), list(shares.values()), "default", combination_type=method)

@@ -39,8 +39,6 @@ def manifest_of(
     }
     if (halves := [half for half in HALVES if half in settings["heads"]]) != list(HALVES):
         manifest["halves"] = halves
-    if facts["layers"] is not None:
-        manifest["measured"] = settings["layers"][facts["layers"] - 1]
     if catalog is not None:
         there = {item for name in parts for item in pq.read_table(folder / name, columns=["item_id"])["item_id"].to_pylist()}
         manifest["skipped"] = [item for item in catalog.item_ids if item not in there]
@@ -55,10 +53,8 @@ def card(manifest: dict[str, Any]) -> str:
     says = {"knowledge": f"{dim} x {dtype}{scale}, what the item is", "transition": f"{dim} x {dtype}, what people move on to from it"}
     vectors = "\n".join(f"- `{half}`: {says[half]}" for half in halves)
     lengths = "Both vectors have length one" if halves == HALVES else "The vector has length one"
-    cosines = ", ".join(f"{value:.4f} for `{half}`" for half, value in manifest.get("measured", {}).items() if half in HALVES)
-    early = (
-        f"\nOnly the first {manifest['layers']} layers were run. Mean cosine with all of them, on a sample: {cosines}.\n" if cosines else ""
-    )
+    layers = manifest["layers"]
+    early = "" if layers is None else f"\nOnly the first {layers} layers were run: the vectors differ from those of the full model.\n"
     return f"""# Item embeddings
 
 {manifest["rows"]} items. One row an item, in the order of the catalogue, in `part-*.parquet`:

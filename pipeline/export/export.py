@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig
 
 from pipeline.core.artifact import Version, environment, open_verified, published
 from pipeline.core.config import BackboneConfig, Config, DataConfig
@@ -81,7 +82,7 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
     )
     catalog = load_catalog(data, stream=True)
     halves = [half for half in HALVES if half in settings["heads"]]  # an ablation may have one
-    depth = layers_run(config.export.layers, settings)
+    depth = layers_run(config.export.layers, model.path)
     named = config.data.neighbours.run
     if named is not None and settings.get("neighbours") is None:
         raise UserError(
@@ -174,11 +175,11 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
     return Exported(version, version.manifest["rows"], settings["dim"], True, exporter.work, 0, len(parts), notes)
 
 
-def layers_run(wanted: int | None, settings: dict[str, Any]) -> int | None:
-    """The first so many layers of the MLLM's decoder; None: all of them."""
+def layers_run(wanted: int | None, mllm: Path) -> int | None:
+    """Checks `export.layers` against the depth of the published MLLM's decoder; None: all layers."""
     if wanted is None:
         return None
-    depth = len(settings.get("layers", []))
+    depth = AutoConfig.from_pretrained(mllm).get_text_config(decoder=True).num_hidden_layers
     if wanted > depth:
-        raise UserError(f"the MLLM has {depth} measured layers (export.layers = {wanted}); give no more, or null for all", USAGE)
+        raise UserError(f"the MLLM has {depth} layers (export.layers = {wanted}); give no more, or null for all", USAGE)
     return None if wanted == depth else wanted

@@ -1,3 +1,3 @@
-"""Losses and bounds on mutual information, as pure functions and small networks over tensors. It imports nothing of ours and
+"""Losses and bounds on mutual information, as pure functions and small networks over tensors. The package imports no other part of tpad and
 knows neither items nor phases.
 """

@@ -47,7 +47,8 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.distill.distill import _check_batches
+from pipeline.distill.distill import check_batches
+from pipeline.distill.experimental.session_summaries import SessionSummaries
 from pipeline.distill.phases import Align, Transfer, drawn, first_of_each
 from pipeline.mllm.prompts import Prompts
 
@@ -149,12 +150,12 @@ def test_an_item_is_as_likely_a_candidate_as_the_loss_takes_it_to_be(tiny_data: 
     rows = np.array([0, 1, 2, *[3, 4, 5, 6, 7] * 4, 8, 9])
     train = SessionLog(["a", "b", "c"], rows, np.array([0, 3, 23, 25]), np.arange(3), np.arange(25))
     catalog = load_catalog(tiny_data)
-    phase = Transfer(config, Prompts(catalog, config.data), None, train, None, {})  # type: ignore[arg-type]
-    phase.summaries = defaultdict(str)
+    options = [SessionSummaries(defaultdict(str), 2, summary)] if summary else []
+    phase = Transfer(config, Prompts(catalog, config.data), None, train, None, {}, options)  # type: ignore[arg-type]
     came = np.zeros(len(catalog))
     for n in range(6000):
         came[np.unique(phase._window(n % 3, np.random.default_rng(n)).rows[1:])] += 1
-    np.testing.assert_allclose(phase.asked, came / 6000, atol=0.02)
+    np.testing.assert_allclose(phase.inclusion_probability, came / 6000, atol=0.02)
 
 
 def test_batches_of_one_do(tiny_data: Path, tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_trackers_are_told_of_steps_that_go_on_over_the_phases(tiny_data: Path, 
     told: list[tuple[str, int]] = []
     monkeypatch.setattr(Accelerator, "log", lambda _, values, step: told.append((next(iter(values)).split("/")[0], step)))
     distill_run(tmp_path, tiny_data, *(f"distill.{phase}.steps=2" for phase in PHASES))
-    assert told == [*((phase, 2 * n + step) for n, phase in enumerate(PHASES) for step in (0, 1)), ("layers", 7)]
+    assert told == [(phase, 2 * n + step) for n, phase in enumerate(PHASES) for step in (0, 1)]
     assert list(losses(tmp_path)) == [(phase, step) for phase in PHASES for step in (0, 1)]
 
 
@@ -463,5 +464,5 @@ def test_an_item_twice_in_a_batch_is_no_negative_of_itself(tiny_data: Path, tmp_
 
 def test_a_batch_that_does_not_divide_is_one_clear_line() -> None:
     with pytest.raises(UserError, match=r"distill\.transfer\.batch") as error:
-        _check_batches(settings("distill.transfer.batch=7"), 2)
+        check_batches(settings("distill.transfer.batch=7"), 2)
     assert error.value.code == USAGE

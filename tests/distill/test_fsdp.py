@@ -84,7 +84,7 @@ def hold_half(data: Path, *more: str) -> None:
 
     before, whole = held(), embedded()
     frozen = sum(p.nbytes for p in backbone.model.get_decoder().layers.parameters() if not p.requires_grad)
-    fsdp.cut(backbone.model, accelerator.device, 2)
+    fsdp.shard(backbone.model, accelerator.device, 2)
     for _ in range(2):
         assert abs((before - held()) / frozen - 0.5) < 0.02
         np.testing.assert_array_equal(embedded(), whole)

@@ -12,7 +12,7 @@ from helpers.backbones import save_backbone
 from helpers.processes import two_processes
 from helpers.runs import PHASES, distill_run, losses, settings, weights
 from pipeline.data.catalog import load_catalog
-from pipeline.distill.grad_cache import backward, features, look_once, split
+from pipeline.distill.grad_cache import backward, features, run_vision_tower, split
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import Encoder
@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_the_whole_batch(trains: str, folder: Path, tiny
 
     accelerator = Accelerator(cpu=True)
     if "dropout" in trains:
-        look_once(mllm, chunks, accelerator)
+        run_vision_tower(mllm, chunks, accelerator)
     leaves = features(mllm, chunks, HEADS, seeds)
     torch.testing.assert_close(loss_of(leaves), loss.detach(), rtol=1e-6, atol=0)
     backward(mllm, chunks, HEADS, seeds, loss_of(leaves), leaves, torch.zeros(()), accelerator)

@@ -20,7 +20,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_by_time
 from pipeline.distill.experimental.session_summaries import folds
-from pipeline.distill.phases import starts, summary_key
+from pipeline.distill.windows import summary_key, window_starts
 from pipeline.mllm.prompts import Part, Prompts
 from pipeline.objectives.contrastive import soft_loss
 from recommender.retrieval.saved_model import load_model
@@ -38,7 +38,7 @@ def one_thread() -> None:
 def teacher(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("teacher") / "run"
     shutil.copytree(tiny_run / "embeddings", run / "embeddings")
-    train_sbr(settings("sbr.epochs=1", "sbr.dim=16"), run, tiny_data)
+    train_sbr(settings("sbr.epochs=1", "sbr.dim=16", "sbr.refit=false"), run, tiny_data)
     return run
 
 
@@ -163,9 +163,9 @@ def test_every_item_of_a_long_session_is_asked_for_once_after_all_that_came_befo
     keys = [set(level) for level in folds(log, items, 3)]
     assert all(keys) or items == 4
     for rows in map(log.session, range(len(log))):
-        asked = [row for first in starts(rows, items) for row in rows[first + 1 : first + items + 1]]
+        asked = [row for first in window_starts(rows, items) for row in rows[first + 1 : first + items + 1]]
         assert asked == list(rows[1:])
-        for first in starts(rows, items)[1:]:
+        for first in window_starts(rows, items)[1:]:
             earlier = rows[max(0, first - 3 * items) : first]
             for n in range(items, len(earlier) + 1, items):  # each can be written after the one before it
                 assert summary_key(earlier[:n]) in keys[n // items - 1]

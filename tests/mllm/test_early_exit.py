@@ -1,6 +1,5 @@
-"""Early exit: what `tpad distill` says of each layer is what an export that stops there costs."""
+"""Early exit: an export that stops after a layer costs what `measure` says of that layer."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,10 +9,17 @@ import torch
 
 from helpers.backbones import save_backbone
 from helpers.runs import PHASES, distill_run, export_run, published_folder, settings
+from pipeline.core.config import BackboneConfig, DataConfig, ExportConfig
 from pipeline.core.errors import USAGE, UserError
+from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.export.export import export
-from pipeline.mllm.early_exit import apart
+from pipeline.mllm.early_exit import apart, measure, sample
+from pipeline.mllm.model import Mllm
+from pipeline.mllm.processor import Encoder
+from pipeline.mllm.prompt_templates import Templates
+from pipeline.mllm.prompts import Prompts
+from pipeline.mllm.saved_mllm import load_mllm
 
 FEW = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=2", "batch=4")]
 
@@ -32,11 +38,22 @@ def run(request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytes
     return root / "run", more
 
 
-def test_an_export_that_stops_early_is_as_near_the_full_one_as_was_said(
+def measured(mllm_folder: Path, data: Path) -> list[dict[str, float]]:
+    """The table of `benchmarks/layers.py` without the times."""
+    mllm, backbone, saved = load_mllm(mllm_folder, merge=True)
+    assert isinstance(mllm, Mllm)
+    catalog = load_catalog(data)
+    prompts = Prompts(catalog, DataConfig.model_validate(saved["data"]), Templates.model_validate(saved["templates"]))
+    encoder = Encoder(BackboneConfig.model_validate(saved["backbone"]), backbone, catalog)
+    sequences = [encoder.encode(prompts.item(int(row))) for row in sample(len(catalog), 0)]
+    return measure(mllm.eval(), encoder, sequences, ExportConfig().token_budget, torch.device("cpu"))
+
+
+def test_an_export_that_stops_early_is_as_near_the_full_one_as_measured(
     run: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path
 ) -> None:
     folder, more = run
-    table = json.loads((published_folder(folder, "mllm") / "mllm.json").read_text())["layers"]
+    table = measured(published_folder(folder, "mllm"), tiny_data)
     assert len(table) == (3 if "backbone.tiny.layers=3" in more else 2)
     assert table[-1]["knowledge"] == table[-1]["transition"] == 1
     assert all(0 < layer["importance"] < 2 for layer in table)

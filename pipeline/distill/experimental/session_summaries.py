@@ -1,12 +1,13 @@
-"""What K writes of a long session's earlier items, block after block (recurrent summaries, MLLM-MSR, arXiv 2408.09698).
+"""Summarises the earlier items of long sessions with K, block by block (recurrent summaries, MLLM-MSR, arXiv 2408.09698).
 
-The summary of k blocks is what K writes of the k-th, shown that of the k - 1 before. K is done learning and writes greedily,
-in batches that depend neither on the number of processes nor on a kill, so a summary is a function of the items and of K. All
-are written once, before the transfer phase, and kept in a file as they come.
+The prompt for the k-th block contains the summary of the k - 1 blocks before. K is trained by then and generates greedily, in batches that
+depend neither on the number of processes nor on a kill, so a summary is a function of the items and of K. All summaries are written once,
+before the transfer phase, and appended to a file.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,50 +18,63 @@ from pipeline.core.files import canonical_json, replacing
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.progress import Steps
 from pipeline.data.session_log import SessionLog
-from pipeline.distill.phases import Phase, starts, summary_key
+from pipeline.distill.experimental.hook import Option
+from pipeline.distill.phases import Phase
+from pipeline.distill.windows import summary_key, window_starts
 from pipeline.mllm.model import Mllm, trainable_state
 from pipeline.mllm.token_batches import cut
 
 
+class SessionSummaries(Option):
+    """Adds the summary of up to `blocks` blocks of `items` items before a window to its prompt."""
+
+    def __init__(self, texts: Mapping[str, str], items: int, blocks: int) -> None:
+        self.texts, self.items, self.blocks = texts, items, blocks
+
+    def prompt_parts(self, session: np.ndarray, first: int, window: np.ndarray) -> dict[str, str]:
+        earlier = session[max(0, first - self.blocks * self.items) : first]
+        return {"history": self.texts[summary_key(earlier)]} if first else {}
+
+
 def folds(train: SessionLog, items: int, blocks: int) -> list[dict[str, np.ndarray]]:
-    """By number of blocks, from one on: the rows of each summary that a window of a session shows, or that leads to such a one."""
-    found: list[dict[str, np.ndarray]] = [{} for _ in range(blocks)]
+    """Lists the summaries that the windows of all sessions need, by number of blocks, from one on: `summary_key` -> rows."""
+    levels: list[dict[str, np.ndarray]] = [{} for _ in range(blocks)]
     for rows in map(train.session, range(len(train))):
-        for first in starts(rows, items):
+        for first in window_starts(rows, items):
             earlier = rows[max(0, first - blocks * items) : first]
             for n in range(items, len(earlier) + 1, items):
-                found[n // items - 1].setdefault(summary_key(earlier[:n]), earlier[:n])
-    return found
+                levels[n // items - 1].setdefault(summary_key(earlier[:n]), earlier[:n])
+    return levels
 
 
 def write_summaries(mllm: Mllm, phase: Phase, path: Path) -> dict[str, str]:
-    """Those of all training sessions, by `summary_key`, written by `mllm` as far as the file `path` does not have them."""
+    """Writes the summaries of all training sessions that the file `path` lacks. Returns all of them, by `summary_key`."""
     settings, group, encoder, main = phase.config.distill.transfer, phase.group, phase.encoder, phase.group.rank == 0
     made_by = _made_by(mllm, phase)
     texts = _read(path, made_by)
-    group.accelerator.wait_for_everyone()  # before anything is added, all have read the same
+    group.accelerator.wait_for_everyone()  # all processes read the file before anything is added
     if main:
         with replacing(path) as temporary:
             temporary.write_bytes(b"".join(map(_line, [{"made_by": made_by}, texts])))
     levels = folds(phase.train, settings.items, settings.summary)
     greedy = encoder.greedy(settings.summary_tokens)
-    there = sum(key in texts for level in levels for key in level)
-    with Interrupt() as interrupt, Steps("summaries", sum(map(len, levels)), there, main) as progress:
+    finished = sum(key in texts for level in levels for key in level)
+    with Interrupt() as interrupt, Steps("summaries", sum(map(len, levels)), finished, main) as progress:
         for level in levels:
             prompts = {
                 key: phase.prompts.summary(texts.get(summary_key(rows[: -settings.items]), ""), rows[-settings.items :])
                 for key, rows in level.items()
             }
             keys, lengths = list(prompts), np.array([encoder.length(parts) for parts in prompts.values()], np.int64)
-            batches = [[keys[at] for at in batch] for batch in cut(lengths + settings.summary_tokens, phase.config.export.token_budget)]
+            batches = [[keys[n] for n in batch] for batch in cut(lengths + settings.summary_tokens, phase.config.export.token_budget)]
             todo = [batch for batch in batches if any(key not in texts for key in batch)]
             for first in range(0, len(todo), group.world):
-                batch = todo[min(first + group.rank, len(todo) - 1)]  # for want of another the last, as all must go along (`fsdp.py`)
+                batch = todo[min(first + group.rank, len(todo) - 1)]  # repeats the last batch: all processes must run (see `fsdp.py`)
                 tensors = encoder.collate({"sessions": [encoder.encode(prompts[key]) for key in batch]})
                 tensors = send_to_device(tensors, group.accelerator.device)
                 with torch.no_grad():
-                    own = dict(zip(batch, encoder.decode(mllm.write(tensors, "sessions", greedy)), strict=True))
-                written = {key: text for part in (gather_object([own]) if group.world > 1 else [own]) for key, text in part.items()}
+                    local = dict(zip(batch, encoder.decode(mllm.write(tensors, "sessions", greedy)), strict=True))
+                written = {key: text for part in (gather_object([local]) if group.world > 1 else [local]) for key, text in part.items()}
                 texts |= written
                 if main:
                     with path.open("ab") as file:
@@ -72,7 +86,7 @@ def write_summaries(mllm: Mllm, phase: Phase, path: Path) -> dict[str, str]:
 
 
 def _made_by(mllm: Mllm, phase: Phase) -> str:
-    """Of all that a summary depends on beside its rows: K's weights, the items, the prompts, and how much is read and written."""
+    """Hashes everything that a summary depends on beside its rows: K's weights, the items, the prompts, and the lengths."""
     digest = hashlib.sha256()
     for name, weight in sorted(trainable_state(mllm).items()):
         digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
@@ -99,6 +113,6 @@ def _read(path: Path, made_by: str) -> dict[str, str]:
         if json.loads(first) == {"made_by": made_by}:
             for line in lines:
                 texts |= json.loads(line)
-    except (OSError, ValueError):  # none yet, or the line a kill cut short
+    except (OSError, ValueError):  # no file yet, or a last line that a kill cut short
         pass
     return texts
