@@ -30,7 +30,7 @@ SCORES_AT_ONCE = 1_000_000  # numbers of a batch: few enough for a processor's c
 TOP = 20  # recommendations of a case that are counted
 PREFIXES_AT_ONCE = 256  # that baselines are asked for
 REFIT_NOTE = "the figures are of models that have seen the training sessions alone; the published one was then trained on all sessions"
-Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
+BucketMetrics = dict[str, dict[str, float]]  # bucket -> metric -> value
 
 
 def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndarray]:
@@ -174,10 +174,10 @@ def duplicates(test: SessionLog, train: SessionLog) -> tuple[np.ndarray, np.ndar
     return np.array([items in trained for items in own], bool), group
 
 
-def average(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
+def average(runs: Sequence[BucketMetrics]) -> tuple[BucketMetrics, BucketMetrics]:
     """Mean and standard deviation over the runs of one model: seeds, or windows of time, some of which may have no case of a bucket."""
-    mean: Metrics = {}
-    spread: Metrics = {}
+    mean: BucketMetrics = {}
+    spread: BucketMetrics = {}
     for bucket in runs[0]:
         names = dict.fromkeys(name for run in runs for name in run[bucket])
         values = {name: [run[bucket][name] for run in runs if name in run[bucket]] for name in names}
@@ -186,7 +186,7 @@ def average(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
     return mean, spread
 
 
-def read_ceiling(data: Path, settings: DataConfig) -> Metrics | None:
+def read_ceiling(data: Path, settings: DataConfig) -> BucketMetrics | None:
     """What the true law of the sample shop scores; None without the file, or where it is of another split."""
     try:
         ceiling = json.loads((data / "ceiling.json").read_text(encoding="utf-8"))
@@ -201,8 +201,8 @@ def collect_results(
     counts: np.ndarray,
     test: Windows,
     buckets: Mapping[str, np.ndarray],
-    runs: Mapping[str, list[Metrics]],
-    ceiling: Metrics | None,
+    runs: Mapping[str, list[BucketMetrics]],
+    ceiling: BucketMetrics | None,
     available: Availability | None,
 ) -> dict[str, Any]:
     """Baselines, the trained models' `runs` and the ceiling, as metrics.json holds them. `test` are the windows of split.test."""

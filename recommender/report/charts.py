@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines over steps, and a map of little pictures. Plain text out; whatever is shown is escaped here."""
+"""Charts as inline SVG: lines over steps, and a map of little images. Plain text out; whatever is shown is escaped here."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -67,11 +67,11 @@ def legend(names: Iterable[str]) -> str:
 
 
 def plane(title: str, points: np.ndarray, labelled: Mapping[int, str], side: int = 600, mark: int = 26) -> str:
-    """A map (N, 2): `labelled` points as the pictures that their SVG draws in a square of `mark`, the others as dots."""
+    """A map (N, 2): `labelled` points as the images that their SVG draws in a square of `mark`, the others as dots."""
     low, high = np.quantile(points, 0.01, axis=0), np.quantile(points, 0.99, axis=0)
     places = np.clip((points - low) / np.maximum(high - low, 1e-9), 0, 1) * (side - mark)
     dots = "".join(f'<circle cx="{x + mark / 2:.0f}" cy="{y + mark / 2:.0f}" r="1.6" fill="#b8c4d6"/>' for x, y in places)
     at = ((*places[row], svg) for row, svg in labelled.items())
-    pictures = "".join(f'<svg x="{x:.0f}" y="{y:.0f}" width="{mark}" height="{mark}">{svg}</svg>' for x, y, svg in at)
-    svg = f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{escape(title)}">{dots}{pictures}</svg>'
+    images = "".join(f'<svg x="{x:.0f}" y="{y:.0f}" width="{mark}" height="{mark}">{svg}</svg>' for x, y, svg in at)
+    svg = f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{escape(title)}">{dots}{images}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"

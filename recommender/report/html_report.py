@@ -1,7 +1,7 @@
 """`tpad report`: one HTML file about a run that needs nothing else to be looked at: no network, no script.
 
 Results with their intervals, what training looked like, the catalogue seen by each half, the index, twenty test sessions
-with what was recommended and what came, and the settings. All texts are escaped; the pictures are small JPEGs, each held
+with what was recommended and what came, and the settings. All texts are escaped; the images are small JPEGs, each held
 once and shown wherever it is needed.
 """
 
@@ -32,7 +32,7 @@ from recommender.serving.thumbnails import small
 from recommender.session_model.top_k import first
 
 SESSIONS, SEEN, SHOWN = 20, 5, 10  # test sessions, the last items of each, and the first of its ranking
-PICTURES = 300  # on a map
+IMAGES = 300  # on a map
 DOTS = 3000
 COMPARED_ITEMS = 1000  # of fewer, any index will do
 SIDE, QUALITY = 56, 80  # pixels of a picture; of its JPEG
@@ -57,7 +57,7 @@ pre{background:#f6f7f9;padding:12px;overflow-x:auto;font-size:12.5px;line-height
 """
 
 
-class Pictures:
+class ItemImages:
     """Items as SVG: a picture where there is one, else the beginning of the title. `definitions` holds what they refer to."""
 
     def __init__(self, catalog: Catalog | None, recommender: Recommender) -> None:
@@ -92,15 +92,15 @@ class Pictures:
 
 
 def write_report(run: Path, data: Path | None, config: str) -> Path:
-    """`run/report.html`; `config` is the YAML of the settings. Without a data folder there are no pictures."""
+    """`run/report.html`; `config` is the YAML of the settings. Without a data folder there are no images."""
     recommender = Recommender.load(run)
     metrics = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))
     catalog = None
     try:
         catalog = None if data is None else load_catalog(data)
-    except UserError as error:  # a report needs no pictures
-        print(f"no pictures: {error}", file=sys.stderr)
-    pictures = Pictures(catalog, recommender)
+    except UserError as error:  # a report needs no images
+        print(f"no images: {error}", file=sys.stderr)
+    images = ItemImages(catalog, recommender)
     made_of = recommender.version.manifest
     facts = metrics["facts"]
     counts = ", ".join(f"{facts[f'{name}_sessions']:,} {name} sessions" for name in ("train", "valid", "test"))
@@ -109,8 +109,8 @@ def write_report(run: Path, data: Path | None, config: str) -> Path:
         f'<p class="dim">session model {recommender.version.name}, embeddings {escape(made_of["embeddings_version"] or "none")}; '
         f"{facts['items']:,} items, {facts['cold_items']:,} of them in no training session; {counts}</p>",
         *section("Results", results(metrics, recommender.version.path / "ranks.parquet")),
-        *section("Test sessions", sessions(recommender, pictures)),
-        *section("The catalogue, by each half of the vectors", maps(recommender, pictures)),
+        *section("Test sessions", sessions(recommender, images)),
+        *section("The catalogue, by each half of the vectors", maps(recommender, images)),
         *section("Training of the MLLM", distillation(run / "distill" / "metrics.jsonl")),
         *section("Training of the session model", training(run / "sbr-train" / "metrics.jsonl")),
         *section("Index", index(recommender)),
@@ -124,7 +124,7 @@ def write_report(run: Path, data: Path | None, config: str) -> Path:
     )
     path = run / "report.html"
     with replacing(path) as temporary:
-        temporary.write_text("\n".join([head, pictures.definitions(), *parts, "</body></html>\n"]), encoding="utf-8")
+        temporary.write_text("\n".join([head, images.definitions(), *parts, "</body></html>\n"]), encoding="utf-8")
     return path
 
 
@@ -214,19 +214,19 @@ def training(path: Path) -> Iterator[str]:
 # --- catalogue, index, sessions
 
 
-def maps(recommender: Recommender, pictures: Pictures) -> Iterator[str]:
+def maps(recommender: Recommender, images: ItemImages) -> Iterator[str]:
     if not recommender.halves:
         return
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(len(recommender.item_ids))[:DOTS])
-    chosen = rng.permutation(len(rows))[:PICTURES].tolist()
-    yield f"<p>The first two principal components; {len(chosen)} items as pictures, up to {DOTS:,} as dots.</p>"
+    chosen = rng.permutation(len(rows))[:IMAGES].tolist()
+    yield f"<p>The first two principal components; {len(chosen)} items as images, up to {DOTS:,} as dots.</p>"
     yield '<div class="maps">'
     for half, vectors in recommender.halves.items():
         centred = vectors[rows] - vectors[rows].mean(0, dtype=np.float64)
         _, _, axes = np.linalg.svd(centred, full_matrices=False)
         what = {"knowledge": "knowledge: what items are", "transition": "transition: what people move on to"}[half]
-        yield plane(what, centred @ axes[:2].T, {n: pictures.of(int(rows[n])) for n in chosen})
+        yield plane(what, centred @ axes[:2].T, {n: images.of(int(rows[n])) for n in chosen})
     yield "</div>"
 
 
@@ -258,14 +258,14 @@ def index(recommender: Recommender) -> Iterator[str]:
     yield f'<div class="one">{chart(f"recall@{CHECK_K}", curves, "ms", dots=True)}</div>'
 
 
-def sessions(recommender: Recommender, pictures: Pictures) -> Iterator[str]:
+def sessions(recommender: Recommender, images: ItemImages) -> Iterator[str]:
     yield f"<p>Left: the last {SEEN} items seen. Right: the first {SHOWN} recommended; the item that came next is framed in green.</p>"
     for session in [s for s in recommender.sample_rows() if len(s) > 1][:SESSIONS]:
         *prefix, target = session
         scores = recommender.ranker.scores(recommender.ranker.read(prefix), np.arange(len(recommender.item_ids)))
         rank = int((scores > scores[target]).sum()) + 1
-        seen = "".join(pictures.boxed(row) for row in prefix[-SEEN:])
-        best = "".join(pictures.boxed(row, row == target) for row in first(scores, min(SHOWN, len(scores))).tolist())
-        came = "" if rank <= SHOWN else f'<div><span>came next</span><div class="row">{pictures.boxed(target)}</div></div>'
+        seen = "".join(images.boxed(row) for row in prefix[-SEEN:])
+        best = "".join(images.boxed(row, row == target) for row in first(scores, min(SHOWN, len(scores))).tolist())
+        came = "" if rank <= SHOWN else f'<div><span>came next</span><div class="row">{images.boxed(target)}</div></div>'
         yield f'<div class="session"><div><span>seen</span><div class="row">{seen}</div></div>'
         yield f'<div><span>recommended; what came next has rank {rank:,}</span><div class="row">{best}</div></div>{came}</div>'

@@ -56,7 +56,7 @@ class DeviceWindows:
         return len(self.lengths)
 
     def take(self, which: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs, targets and times (B, L) int64 of the windows `which`, cut to the longest of them."""
+        """TrainingData, targets and times (B, L) int64 of the windows `which`, cut to the longest of them."""
         place = torch.as_tensor(which, device=self.inputs.device)
         longest = max(1, int(self.lengths[which].max(initial=1)))
         rows, targets = (packed.index_select(0, place)[:, :longest].long() for packed in (self.inputs, self.targets))

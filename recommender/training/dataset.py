@@ -25,7 +25,7 @@ SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels", "layers", "neigh
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainingData:
     """What all models of a run share."""
 
     catalog: Catalog
@@ -59,7 +59,9 @@ class Inputs:
         return training, cases_of(self.split.valid, max_prefix, timed), cases_of(self.split.test, max_prefix, timed)
 
 
-def load_inputs(config: Config, run: Path, data: Path, everything: bool = False, window: tuple[int, int] | None = None) -> Inputs:
+def load_training_data(
+    config: Config, run: Path, data: Path, everything: bool = False, window: tuple[int, int] | None = None
+) -> TrainingData:
     """Everything read and held against each other: embeddings of another catalogue, or ones that have seen the test, are refused.
     A run whose `sbr.models` know items by their ids alone needs none.
 
@@ -94,7 +96,7 @@ def load_inputs(config: Config, run: Path, data: Path, everything: bool = False,
     whitening = {half: fit_whitening(vectors[half], counts > 0, settings.components, settings.parts.whitening) for half in vectors}
     content = whitened(embeddings, whitening) if embeddings is not None else None
     version = embeddings.version if embeddings is not None else None
-    return Inputs(catalog, split, content, whitening, counts, version, data_fingerprint(catalog, split, config.data.max_prefix))
+    return TrainingData(catalog, split, content, whitening, counts, version, data_fingerprint(catalog, split, config.data.max_prefix))
 
 
 def newest_session(log: SessionLog) -> list[int | str]:
@@ -134,7 +136,7 @@ def data_fingerprint(catalog: Catalog, split: Split, max_prefix: int) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(name: str, seed: int, config: Config, inputs: Inputs) -> str:
+def model_fingerprint(name: str, seed: int, config: Config, inputs: TrainingData) -> str:
     """All that a trained model depends on, and so what is kept of it: not which others there are, nor how many seeds, nor, of a
     model that knows items by their ids alone, the embeddings."""
     content = MODELS[name].content

@@ -22,8 +22,8 @@ from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
 from pipeline.core.files import remove, write_json
 from recommender.baselines.registry import MODELS, chosen
 from recommender.session_model.windows import Windows
-from recommender.training.dataset import Inputs, model_fingerprint
-from recommender.training.step_log import Diverged
+from recommender.training.dataset import TrainingData, model_fingerprint
+from recommender.training.loss_log import Diverged
 from recommender.training.trainer import train_model
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _around(size: int) -> list[int]:
     return sorted({max(1, size // 2), size, 2 * size})
 
 
-def settings_for(names: list[str], config: Config, inputs: Inputs, run: Path) -> dict[str, Config]:
+def settings_for(names: list[str], config: Config, inputs: TrainingData, run: Path) -> dict[str, Config]:
     """The config of each of these models, with the settings that a search in this run has found, from the same inputs and config."""
     found = read_found(run / "sbr-train")
     settings = {}
@@ -92,7 +92,9 @@ def need_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def search(config: Config, inputs: Inputs, windows: tuple[Windows, Windows], accelerator: Accelerator, run: Path, trials: int) -> None:
+def search(
+    config: Config, inputs: TrainingData, windows: tuple[Windows, Windows], accelerator: Accelerator, run: Path, trials: int
+) -> None:
     """So many trials of each model, less those that are done, and their best in `search.json`."""
     folder = run / "sbr-train"
     for name in chosen(config.sbr.models):
@@ -134,7 +136,7 @@ def one_trial(
     study: "Study | None",
     name: str,
     config: Config,
-    inputs: Inputs,
+    inputs: TrainingData,
     windows: tuple[Windows, Windows],
     accelerator: Accelerator,
     folder: Path,

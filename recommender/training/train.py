@@ -23,14 +23,14 @@ from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json, remove
 from pipeline.data.embeddings import published_in
 from recommender.baselines.registry import MODELS, chosen
-from recommender.metrics.evaluator import Metrics, buckets_of, cases_table, collect_results, read_ceiling
+from recommender.metrics.evaluator import BucketMetrics, buckets_of, cases_table, collect_results, read_ceiling
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import print_results
 from recommender.retrieval.index import empty_index
 from recommender.retrieval.saved_model import write_model
 from recommender.session_model.model import SessionModel
 from recommender.training.calibration import Calibration, apply
-from recommender.training.dataset import SAME_VECTORS, Inputs, load_inputs, model_fingerprint, newest_session
+from recommender.training.dataset import SAME_VECTORS, TrainingData, load_training_data, model_fingerprint, newest_session
 from recommender.training.search import forget, need_optuna, search, settings_for
 from recommender.training.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model
 
@@ -49,7 +49,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
     With `trials`, so many settings of each model are tried first; those that a search has found stay, until `fresh`."""
     if trials:
         need_optuna()
-    inputs = load_inputs(config, run, data)
+    inputs = load_training_data(config, run, data)
     names, items = chosen(config.sbr.models), len(inputs.catalog)
     to_publish = "full" if "full" in names else "ID-only"
     check_index(to_publish, config.sbr, items)  # now, and not after the training
@@ -79,7 +79,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
                     )
             return SbrSummary(current, False, metrics)
         buckets = buckets_of(windows[2], inputs.counts)
-        runs: dict[str, list[Metrics]] = {}
+        runs: dict[str, list[BucketMetrics]] = {}
         ranks: dict[str, np.ndarray] = {}  # of the first seed
         best: Trained | None = None
         check_index(to_publish, settings[to_publish].sbr, items)
@@ -93,7 +93,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         assert best is not None and isinstance(best.model, SessionModel) and best.calibration is not None
         model, source = best.model, inputs
         if config.sbr.refit:
-            source = load_inputs(config, run, data, everything=True)
+            source = load_training_data(config, run, data, everything=True)
             refit = refit_model(to_publish, config.seed, settings[to_publish], source, accelerator, folder, fresh, best.epochs)
             assert isinstance(refit, SessionModel)
             model = refit
@@ -132,7 +132,7 @@ def _missing(run: Path) -> Version:
 def publish(
     run: Path,
     config: Config,
-    inputs: Inputs,
+    inputs: TrainingData,
     model: SessionModel,
     metrics: dict[str, Any],
     ranks: pa.Table,

@@ -41,8 +41,8 @@ from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, drawn_evenly, everything, sampled, share_drawn
 from recommender.session_model.windows import DeviceWindows, Windows, batches
 from recommender.training.calibration import Calibration, calibrate
-from recommender.training.dataset import Inputs, model_fingerprint
-from recommender.training.step_log import Diverged, StepLog
+from recommender.training.dataset import TrainingData, model_fingerprint
+from recommender.training.loss_log import Diverged, LossLog
 
 SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
 MANY_ITEMS = 5_000  # above, a softmax over all of them costs more than it gives
@@ -88,7 +88,7 @@ def train_model(
     name: str,
     seed: int,
     config: Config,
-    inputs: Inputs,
+    inputs: TrainingData,
     windows: tuple[Windows, Windows],
     accelerator: Accelerator,
     folder: Path,
@@ -134,7 +134,7 @@ def train_model(
 
 
 def refit_model(
-    name: str, seed: int, config: Config, inputs: Inputs, accelerator: Accelerator, folder: Path, fresh: bool, epochs: int
+    name: str, seed: int, config: Config, inputs: TrainingData, accelerator: Accelerator, folder: Path, fresh: bool, epochs: int
 ) -> Model:
     """Trains a model on all sessions, which the training part of `inputs` holds, for the `epochs` that validation chose for its held-out
     twin, on the same schedule."""
@@ -183,7 +183,7 @@ def fit(
     train, limits = DeviceWindows(windows, accelerator.device), limits_of(available, accelerator.device)
     share = share_sampled(settings, counts)
     steps = math.ceil(len(train) / settings.batch)  # of an epoch
-    log = StepLog(folder / "metrics.jsonl", name, seed, progress.step, steps, accelerator)
+    log = LossLog(folder / "metrics.jsonl", name, seed, progress.step, steps, accelerator)
     saved = time.monotonic()
     with (
         Interrupt() as interrupt,
@@ -249,7 +249,7 @@ def draw_candidates(
     return everything(model.known) if share is None else sampled(share, shown, settings.negatives, generator)
 
 
-def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
+def build_model(name: str, seed: int, config: Config, inputs: TrainingData) -> Model:
     recipe, settings = MODELS[name], config.sbr
     content = inputs.content if recipe.content else None
     assert content is not None or not recipe.content

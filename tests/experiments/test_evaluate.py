@@ -29,7 +29,7 @@ from recommender.experiments.evaluate import evaluate, open_inputs, shuffled_pre
 from recommender.metrics.evaluator import baseline_ranks
 from recommender.metrics.ranks import gini, summarise, target_ranks
 from recommender.session_model.windows import PAD, pack, prefixes_of
-from recommender.training.dataset import load_inputs
+from recommender.training.dataset import load_training_data
 from recommender.training.trainer import train_model
 
 NAMES = ["popularity", "last-item repeat", "SKNN", "ID-only", "full"]
@@ -144,7 +144,7 @@ def test_each_model_and_seed_has_its_ranks_and_they_make_its_figures(evaluated: 
         "## Differences to full",
         "## Distinct test sessions",
         "## Does order matter?",
-        "## What is recommended",
+        "## Recommended items",
     ):
         assert heading in text
     spread = metrics["spread"]["last-item repeat"]
@@ -206,8 +206,8 @@ def test_shuffled_prefixes_keep_their_items_and_what_shall_stay() -> None:
 
 
 def test_order_is_nothing_to_popularity_and_all_to_the_last_item(run: Path) -> None:
-    inputs = load_inputs(settings("sbr.models=[ID-only]"), run, run / "data")
-    test = evaluation.Test(inputs, 20)
+    inputs = load_training_data(settings("sbr.models=[ID-only]"), run, run / "data")
+    test = evaluation.EvaluationCases(inputs, 20)
     train = inputs.split.train
     for name in ("popularity", "co-occurrence"):
         score = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
@@ -272,7 +272,7 @@ def test_paper_max_is_the_maximum_over_the_epochs_and_says_so_everywhere(run: Pa
 
 def test_scores_that_are_no_numbers_are_one_clear_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings("sbr.epochs=1", "sbr.models=[ID-only]", "seed=7")
-    inputs = load_inputs(config, run, run / "data")
+    inputs = load_training_data(config, run, run / "data")
     work = run / "evaluation-train" / "time"
     train_model("ID-only", 7, config, inputs, inputs.windows(20)[:2], Accelerator(), work, False)
     folder = work / "checkpoints" / "ID-only-7"
@@ -295,7 +295,7 @@ def test_the_command_prints_the_main_table_and_refuses_what_it_does_not_know(run
     for words, said in (
         (["--models", "full,best"], "no model `best` (--models); known: "),
         (["--models", ","], "no model (--models ','); known: "),
-        (["--protocol", "paper-max", "--against", "full"], "nothing is held against another under paper-max"),
+        (["--protocol", "paper-max", "--against", "full"], "paper-max compares no models"),
     ):
         done = CliRunner().invoke(cli.app, ["evaluate", "--run", str(run), *words])
         assert done.exit_code == USAGE and done.stderr.startswith(f"error: {said}")

@@ -16,7 +16,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
 from recommender.baselines.registry import MODELS
-from recommender.training.dataset import load_inputs
+from recommender.training.dataset import load_training_data
 from recommender.training.train import train_sbr
 from recommender.training.trainer import build_model
 
@@ -63,7 +63,7 @@ def test_other_held_out_sessions_change_no_count_no_whitening_no_graph_and_no_we
     found = []
     for name in ("one", "two"):
         publish_embeddings(tmp_path / f"run-{name}", tmp_path / name, group, settings())
-        found.append(load_inputs(settings(), tmp_path / f"run-{name}", tmp_path / name))
+        found.append(load_training_data(settings(), tmp_path / f"run-{name}", tmp_path / name))
     one, two = found
     assert not np.array_equal(one.split.test.rows, two.split.test.rows)
     assert one.fingerprint != two.fingerprint  # the results are of other sessions

@@ -104,12 +104,12 @@ def test_the_calibration_is_that_of_the_twin(refitted: Path) -> None:
     from accelerate import Accelerator
 
     from recommender.training.calibration import Calibration, apply
-    from recommender.training.dataset import load_inputs
+    from recommender.training.dataset import load_training_data
     from recommender.training.trainer import refit_model
 
     facts = manifest(refitted)["refit"]
     assert isinstance(facts, dict)
-    inputs = load_inputs(settings(), refitted, refitted / "data", everything=True)
+    inputs = load_training_data(settings(), refitted, refitted / "data", everything=True)
     model = refit_model("full", 0, settings(), inputs, Accelerator(), refitted / "again", False, facts["epochs"])
     apply(model, Calibration(**facts["calibration"]))
     published = weights(refitted)

@@ -18,7 +18,7 @@ class Diverged(UserError):
     """A loss that is no number."""
 
 
-class StepLog:
+class LossLog:
     """metrics.jsonl: one line a step, of the main process; steps that are about to be done again are forgotten.
 
     Losses wait on the device, as each process has its part of them, until `write`: a loss that is no number is found there.
