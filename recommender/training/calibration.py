@@ -1,8 +1,8 @@
 """Calibrates the weights of repeats and of cold items on the validation sessions, after the training.
 
 Training misjudges both. Ids memorise the training sessions, so that the repeat component looks less useful than it is. ID dropout
-hides random items, so that cold items seem to come as often as any other item, and each alone. A weight moves only where validation
-can tell it: with fewer than `LEAST_CASES` cold targets there, cold items keep the weights that ID dropout taught.
+hides random items one by one, so that cold items seem to occur as often as any other item, and never together. With fewer than
+`LEAST_CASES` cold targets in validation, cold items keep the weights learned with ID dropout.
 """
 
 from collections.abc import Callable
@@ -17,35 +17,35 @@ from recommender.session_model.model import SessionModel
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 
 LEAST_CASES = 100
-REPEAT_STEP, COLD_STEP = 1.0, 0.5  # of log-weights
-FARTHEST = 6  # steps
+REPEAT_STEP, COLD_STEP = 1.0, 0.5  # steps of the line search, in log-weights
+FARTHEST = 6  # steps in each direction
 ERRORS = 2.0  # standard errors that a gain on validation must exceed
-METRIC = "MRR@20"  # it tells one rank from the next, as HR does not
-Ranks = Callable[[], np.ndarray]  # of the targets of validation, (cases,), by the model as it is now
+METRIC = "MRR@20"  # it changes with every rank, unlike HR
+Ranks = Callable[[], np.ndarray]  # returns the ranks (cases,) of the validation targets by the current model
 
 
 class Calibration(NamedTuple):
-    """What was added to the log-weights, and how many cases could tell it."""
+    """The shifts that were added to the log-weights, and the number of cases they are based on."""
 
     repeat: float = 0.0
-    cold_after_warm: float = 0.0  # of cold items, as far as a warm item of the session leads to them
-    cold_after_cold: float = 0.0  # the same for a cold item of the session
-    cold_targets: int = 0  # cases of validation with a cold target
-    cold_targets_after_cold: int = 0  # of them, those whose prefix has a cold item
+    cold_after_warm: float = 0.0  # of cold items that are scored from a warm item of the session
+    cold_after_cold: float = 0.0  # of cold items that are scored from a cold item of the session
+    cold_targets: int = 0  # validation cases with a cold target
+    cold_targets_after_cold: int = 0  # those of them with a cold item in the prefix
 
-    def told(self) -> str:
-        """One line for the user."""
-        told = f"cold targets in validation: {self.cold_targets}"
+    def summary(self) -> str:
+        """Describes the calibration of cold items in one line for the user."""
+        text = f"cold targets in validation: {self.cold_targets}"
         if self.cold_targets < LEAST_CASES:
-            return f"{told}, fewer than {LEAST_CASES}; cold items keep the weights that ID dropout taught"
-        told += f"; weight of cold items after warm ones {self.cold_after_warm:+.1f}"
+            return f"{text}, fewer than {LEAST_CASES}; cold items keep the weights learned with ID dropout"
+        text += f"; weight of cold items after warm ones {self.cold_after_warm:+.1f}"
         if self.cold_targets_after_cold < LEAST_CASES:
-            return f"{told}, after cold ones as ID dropout taught ({self.cold_targets_after_cold} such targets)"
-        return f"{told}, after cold ones {self.cold_after_cold:+.1f} (log-odds, beside what ID dropout taught)"
+            return f"{text}, after cold ones as learned with ID dropout ({self.cold_targets_after_cold} such targets)"
+        return f"{text}, after cold ones {self.cold_after_cold:+.1f} (log-odds, added to the learned weights)"
 
 
 def calibrate(model: SessionModel, windows: Windows, ranks: Ranks) -> Calibration:
-    """Moves the model's weights, one after the other, to where `METRIC` on validation is highest. `windows` are those of validation."""
+    """Moves the weights of the model, one after the other, to the highest `METRIC` on validation. `windows`: those of validation."""
     prefixes, targets = prefixes_of(windows)
     known = model.known.cpu().numpy()
     cold = ~known[targets]
@@ -64,7 +64,7 @@ def calibrate(model: SessionModel, windows: Windows, ranks: Ranks) -> Calibratio
 
 
 def apply(model: SessionModel, calibration: Calibration) -> None:
-    """Adds the shifts that another training of the same model was given."""
+    """Adds the shifts of the calibration of another training of the same model."""
     with torch.no_grad():
         if model.copy is not None:
             model.copy.add_(calibration.repeat)
@@ -73,11 +73,12 @@ def apply(model: SessionModel, calibration: Calibration) -> None:
             model.stranger[1].add_(calibration.cold_after_cold)
 
 
-def line_search(weight: Tensor, step: float, now: np.ndarray, scores: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Moves `weight` by steps to where the mean of the scores (cases,), `now` at its start, is highest or, nearer to the start, within
-    `ERRORS` standard errors of the highest (after Breiman et al., 1984): a difference by chance moves nothing. Returns the shift and the
-    scores there."""
-    start, by_steps = weight.clone(), {0: now}
+def line_search(weight: Tensor, step: float, initial: np.ndarray, scores: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+    """Moves `weight` in place by multiples of `step` to the best mean of `scores()` (cases,); returns the shift and the scores there.
+
+    Of all positions within `ERRORS` standard errors of the best mean, the one nearest to the start is taken (after Breiman et al., 1984),
+    so that chance moves no weight. `initial` (cases,): the scores at the start."""
+    start, by_steps = weight.clone(), {0: initial}
     for direction in (1, -1):
         for steps in range(direction, direction * (FARTHEST + 1), direction):
             weight.copy_(start + steps * step)

@@ -59,27 +59,27 @@ def companion(recommender: Recommender, item_id: str) -> str:
 
 def test_a_session_gets_the_best_items_with_titles(recommender: Recommender) -> None:
     session = recommender.samples[0]
-    found = recommender.recommend(session, k=5)
+    answer = recommender.recommend(session, k=5)
     with torch.no_grad():
         rows = torch.tensor([[recommender.row[i] for i in session]])
         scores = recommender.batch_scorer.model.scores(rows, recommender.batch_scorer.tables)[0]
-    assert [recommender.row[i] for i in ids(found)] == scores.topk(5).indices.tolist()
-    assert [item.rank for item in found.items] == [1, 2, 3, 4, 5]
-    assert all(item.title == f"Title {int(item.item_id[-3:])}" for item in found.items)
-    assert found.unknown == []
-    assert found.fallback is None
+    assert [recommender.row[i] for i in ids(answer)] == scores.topk(5).indices.tolist()
+    assert [item.rank for item in answer.items] == [1, 2, 3, 4, 5]
+    assert all(item.title == f"Title {int(item.item_id[-3:])}" for item in answer.items)
+    assert answer.unknown == []
+    assert answer.fallback is None
 
 
 def test_each_item_has_its_reasons(recommender: Recommender) -> None:
     """Items of one group look alike; what mostly followed an item in training comes after it."""
     group = {item_id: row % GROUPS for row, item_id in enumerate(recommender.item_ids)}
     session = ["item-000", "item-002", "item-000", "nonsense"]  # of the groups 0 and 2
-    found = {item.item_id: item for item in recommender.recommend(session, 60).items}
-    alike = {item_id: item.similar_to for item_id, item in found.items() if group[item_id] in (0, 2) and item_id not in session}
+    by_id = {item.item_id: item for item in recommender.recommend(session, 60).items}
+    alike = {item_id: item.similar_to for item_id, item in by_id.items() if group[item_id] in (0, 2) and item_id not in session}
     assert alike == {item_id: session[group[item_id] // 2] for item_id in alike}
-    assert [found[companion(recommender, item_id)].after for item_id in session[:2]] == session[:2]
+    assert [by_id[companion(recommender, item_id)].after for item_id in session[:2]] == session[:2]
     for item_id in session[:2]:
-        assert item_id not in (found[item_id].similar_to, found[item_id].after)
+        assert item_id not in (by_id[item_id].similar_to, by_id[item_id].after)
     assert all(item.similar_to is item.after is None for item in recommender.recommend([], 5).items)
 
 
@@ -100,8 +100,8 @@ def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeyp
     train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[ID-only]", "sbr.refit=false"]), tmp_path, tmp_path / "data")
     ids_only = Recommender.load(tmp_path)
     sessions = [[0, 3], [7], [21, 4, 21], [30]]
-    whole = [rows.tolist() for rows, _ in ids_only.rank(sessions, 60)]
-    assert all(rows[-8:] == list(range(52, 60)) for rows in whole)
+    complete = [rows.tolist() for rows, _ in ids_only.rank(sessions, 60)]
+    assert all(rows[-8:] == list(range(52, 60)) for rows in complete)
     for items, together in (
         (recommend.FULL_SCORING_ITEMS, 1),
         (recommend.FULL_SCORING_ITEMS, 16),
@@ -110,16 +110,16 @@ def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeyp
         monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", items)
         monkeypatch.setattr(recommend, "BATCH_SESSIONS", together)
         for k in (1, 51, 53, 57, 60):
-            assert [rows.tolist() for rows, _ in ids_only.rank(sessions, k)] == [rows[:k] for rows in whole]
-            assert ids_only.rank(sessions[:1], k)[0][0].tolist() == whole[0][:k]
+            assert [rows.tolist() for rows, _ in ids_only.rank(sessions, k)] == [rows[:k] for rows in complete]
+            assert ids_only.rank(sessions[:1], k)[0][0].tolist() == complete[0][:k]
 
 
 def test_a_large_catalogue_goes_through_the_index_to_the_same_items(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = [*recommender.samples, ["item-059"], ["item-003"] * 25]
-    whole = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
+    complete = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
     monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", 0)
     indexed = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
-    for one, other in zip([*whole[0], *whole[1]], [*indexed[0], *indexed[1]], strict=True):
+    for one, other in zip([*complete[0], *complete[1]], [*indexed[0], *indexed[1]], strict=True):
         assert np.allclose([i.score for i in one.items], [i.score for i in other.items], atol=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_another_index_can_be_built_for_a_trained_model(run: Path, recommender: 
     assert not other.index.exact
     assert other.index.effort == facts["effort"]
     same = [set(ids(other.recommend(s, 8))) & set(ids(recommender.recommend(s, 8))) for s in recommender.samples]
-    assert np.mean([len(found) for found in same]) > 7
+    assert np.mean([len(common) for common in same]) > 7
     assert len(ids(other.recommend(recommender.samples[0], 60))) == 60
     said = list(check(other.index, other.sample_rows(), facts))
     assert f"(when it was built: {facts['recall@20']:.4f})" in said[1]
@@ -216,20 +216,20 @@ def test_diversity_spreads_the_ranking_over_the_groups_of_content(recommender: R
 def test_seen_items_are_excluded_on_request_and_k_items_returned(recommender: Recommender) -> None:
     session = ids(recommender.recommend(recommender.samples[1], 6))
     assert set(session) & set(ids(recommender.recommend(session, 10)))
-    found = ids(recommender.recommend(session, 10, exclude_seen=True))
-    assert len(found) == 10
-    assert not set(session) & set(found)
+    unseen = ids(recommender.recommend(session, 10, exclude_seen=True))
+    assert len(unseen) == 10
+    assert not set(session) & set(unseen)
 
 
 def test_new_items_are_recommended_without_training(run: Path, recommender: Recommender, tmp_path: Path) -> None:
     """Items come, go and move; those that stay score as before, and a new one like the cold item whose vectors it has."""
     later = Path(shutil.copytree(run, tmp_path / "run"))
     items = pq.read_table(later / "data" / "items.parquet").to_pylist()
-    found = read_embeddings(run / "embeddings")
+    exported = read_embeddings(run / "embeddings")
     order = [*range(59, 20, -1), 55, 55, *range(20)]  # without item-020, and 55, which is cold, twice more
     named = [f"new-{n}" if 39 <= n <= 40 else items[row]["item_id"] for n, row in enumerate(order)]
     pq.write_table(pa.table({"item_id": named, "title": named}), later / "data" / "items.parquet")
-    halves = np.stack([found.knowledge[order], found.transition[order]])
+    halves = np.stack([exported.knowledge[order], exported.transition[order]])
     publish_embeddings(later, later / "data", np.zeros(len(order), int), SETTINGS, halves=halves, sessions_sha256="as before")
     with pytest.raises(UserError, match="tpad index"):
         Recommender.load(later)
@@ -268,10 +268,10 @@ def test_items_skipped_for_their_images_are_not_recommended(run: Path, tmp_path:
     publish_embeddings(later, later / "data", group, SETTINGS, skipped=[3, 57])
     train_sbr(SETTINGS, later, later / "data")
     trained = Recommender.load(later)
-    found = trained.recommend(["item-003", "item-004"], 60)
-    assert len(found.items) == 58
-    assert found.unknown == ["item-003"]
-    assert not {"item-003", "item-057"} & set(ids(found))
+    answer = trained.recommend(["item-003", "item-004"], 60)
+    assert len(answer.items) == 58
+    assert answer.unknown == ["item-003"]
+    assert not {"item-003", "item-057"} & set(ids(answer))
     blue = ids(trained.recommend(["item-004"], 60, filters={"colour": ["blue"]}))
     assert set(blue) == {f"item-{n:03d}" for n in range(1, 60, 4)} - {"item-057"}
 
@@ -282,28 +282,28 @@ def test_another_index_brings_no_skipped_items_to_a_model_of_ids_beside_vectors(
     settings = SETTINGS.sbr.model_copy(update={"models": ["ID-only", "content-only"], "epochs": 1})
     train_sbr(SETTINGS.model_copy(update={"sbr": settings}), later, later / "data")
     before = Recommender.load(later)
-    found = refresh(later, later / "data", "hnsw")
-    assert (found.made, found.added, found.removed) == (True, 0, 0)
+    refreshed = refresh(later, later / "data", "hnsw")
+    assert (refreshed.made, refreshed.added, refreshed.removed) == (True, 0, 0)
     now = Recommender.load(later)
     assert now.item_ids == before.item_ids and len(now.item_ids) == 58
     assert now.recommend(["item-003", "item-004"]).unknown == ["item-003"]
 
 
 def test_an_unknown_id_is_named_and_ignored(recommender: Recommender) -> None:
-    found = recommender.recommend(["nonsense", "item-004", "nonsense", "other"], 5)
-    assert found.unknown == ["nonsense", "other"]
-    assert ids(found) == ids(recommender.recommend(["item-004"], 5))
+    answer = recommender.recommend(["nonsense", "item-004", "nonsense", "other"], 5)
+    assert answer.unknown == ["nonsense", "other"]
+    assert ids(answer) == ids(recommender.recommend(["item-004"], 5))
 
 
 @pytest.mark.parametrize("session", [[], ["nonsense"]])
 def test_a_session_without_known_items_gets_the_popular_ones(recommender: Recommender, run: Path, session: list[str]) -> None:
-    found = recommender.recommend(session, 4)
-    assert found.fallback == "popular"
+    answer = recommender.recommend(session, 4)
+    assert answer.fallback == "popular"
     log = pq.read_table(run / "data" / "sessions.parquet").to_pydict()
     train = [i for s, i in zip(log["session_id"], log["item_id"], strict=True) if s < "s0320"]
     top = sorted((train.count(i) for i in set(train)), reverse=True)[:4]
-    assert [train.count(i) for i in ids(found)] == top
-    assert [item.score for item in found.items] == pytest.approx([math.log((n + 1) / (len(train) + 60)) for n in top], abs=1e-4)
+    assert [train.count(i) for i in ids(answer)] == top
+    assert [item.score for item in answer.items] == pytest.approx([math.log((n + 1) / (len(train) + 60)) for n in top], abs=1e-4)
 
 
 def test_popular_items_are_those_with_most_events_whatever_the_prior_of_the_model(run: Path, tmp_path: Path) -> None:
@@ -347,12 +347,12 @@ def test_new_items_shifts_the_scores_of_cold_items(recommender: Recommender, mon
         monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", items)
         monkeypatch.setattr(recommend, "BATCH_SESSIONS", together)
         for k in (1, 5, 20, 60):
-            for scores, (rows, found) in zip(wanted, recommender.rank(sessions, k, new_items=shift), strict=True):
-                np.testing.assert_allclose(found, scores[rows], atol=2e-4)
-                np.testing.assert_allclose(found, -np.sort(-scores)[:k], atol=2e-4)
-        for scores, (rows, found) in zip(wanted, recommender.rank(sessions, 6, True, {"colour": ["red"]}, new_items=shift), strict=True):
+            for scores, (rows, values) in zip(wanted, recommender.rank(sessions, k, new_items=shift), strict=True):
+                np.testing.assert_allclose(values, scores[rows], atol=2e-4)
+                np.testing.assert_allclose(values, -np.sort(-scores)[:k], atol=2e-4)
+        for scores, (rows, values) in zip(wanted, recommender.rank(sessions, 6, True, {"colour": ["red"]}, new_items=shift), strict=True):
             assert (rows % 4 == 0).all()
-            np.testing.assert_allclose(found, scores[rows], atol=2e-4)
+            np.testing.assert_allclose(values, scores[rows], atol=2e-4)
     popular = recommender.rank([[]], 60, new_items=shift)[0]
     before = dict(zip(*(part.tolist() for part in recommender.rank([[]], 60, new_items=0.0)[0]), strict=True))
     np.testing.assert_allclose(popular[1], [before[row] + shift * cold[row] for row in popular[0]], atol=1e-5)
@@ -360,7 +360,7 @@ def test_new_items_shifts_the_scores_of_cold_items(recommender: Recommender, mon
 
 
 def test_an_index_with_a_short_first_search_is_exact(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shift lifts cold items out of all lists that were found without it."""
+    """A shift lifts cold items out of all lists that were computed without it."""
     monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", 0)
     monkeypatch.setattr(recommender.index, "first", 2)
     with torch.no_grad():
@@ -368,8 +368,8 @@ def test_an_index_with_a_short_first_search_is_exact(recommender: Recommender, m
             scores = recommender.batch_scorer.model.scores(torch.tensor([session]), recommender.batch_scorer.tables)[0].numpy()
             for shift in (-3.0, 0.0, 2.0, 8.0):
                 shifted = scores + shift * ~recommender.arrays["known"]
-                (_, found), *_ = recommender.rank([session], 3, new_items=shift)
-                np.testing.assert_allclose(found, -np.sort(-shifted)[:3], atol=2e-4)
+                (_, values), *_ = recommender.rank([session], 3, new_items=shift)
+                np.testing.assert_allclose(values, -np.sort(-shifted)[:3], atol=2e-4)
 
 
 def test_new_items_works_for_a_model_of_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,9 +416,9 @@ def test_new_items_has_a_default_of_the_run(
 
 def test_a_file_is_ranked_with_new_items(recommender: Recommender, tmp_path: Path) -> None:
     recommend_file(recommender, write_events(tmp_path / "s.csv"), tmp_path / "out.parquet", k=3, new_items=4.0)
-    found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"]
+    item_ids = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"]
     sessions = (["item-011", "item-012", "item-010"], ["item-020", "item-021"], [])
-    assert found == [i for session in sessions for i in ids(recommender.recommend(session, 3, new_items=4.0))]
+    assert item_ids == [i for session in sessions for i in ids(recommender.recommend(session, 3, new_items=4.0))]
 
 
 @pytest.mark.parametrize("shift", ["21", "-20.5", "nan", "inf"])
@@ -462,11 +462,11 @@ def test_a_file_gets_the_rankings_of_single_sessions(recommender: Recommender, t
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.column_names == ["session_id", "item_id", "rank", "score"]
     assert (summary.sessions, summary.popular, summary.unknown_events, summary.rows) == (3, 1, 1, 9)
-    found = table.to_pydict()
+    columns = table.to_pydict()
     wanted = {"7": ["item-011", "item-012", "item-010"], "a": ["item-020", "item-021"], "x": []}
-    assert found["session_id"] == [s for s in wanted for _ in range(3)]
-    assert found["rank"] == [1, 2, 3] * 3
-    assert found["item_id"] == [i for session in wanted.values() for i in ids(recommender.recommend(session, 3))]
+    assert columns["session_id"] == [s for s in wanted for _ in range(3)]
+    assert columns["rank"] == [1, 2, 3] * 3
+    assert columns["item_id"] == [i for session in wanted.values() for i in ids(recommender.recommend(session, 3))]
 
 
 def test_ids_that_look_like_null_are_ids(recommender: Recommender, tmp_path: Path) -> None:
@@ -491,22 +491,22 @@ def test_a_file_larger_than_a_piece_is_read_in_pieces(
     pq.write_table(pa.table(columns), tmp_path / "s.parquet")
     monkeypatch.setattr(batch, "PIECE", 4)
     summary = recommend_file(recommender, tmp_path / "s.parquet", tmp_path / "out.parquet", k=3)
-    found = pq.read_table(tmp_path / "out.parquet").to_pydict()
-    assert (summary.sessions, summary.rows) == (7, 21) and found["session_id"] == [str(n) for n in range(7) for _ in range(3)]
+    ranked = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert (summary.sessions, summary.rows) == (7, 21) and ranked["session_id"] == [str(n) for n in range(7) for _ in range(3)]
     events = [sorted((clock[event], columns["item_id"][event]) for event in np.flatnonzero(session == n)) for n in range(7)]
-    assert found["item_id"] == [i for one in events for i in ids(recommender.recommend([item for _, item in one], 3))]
+    assert ranked["item_id"] == [i for one in events for i in ids(recommender.recommend([item for _, item in one], 3))]
 
 
 def test_several_processes_share_a_file(recommender: Recommender, tmp_path: Path) -> None:
     events = write_events(tmp_path / "s.csv")
-    whole = recommend_file(recommender, events, tmp_path / "whole.parquet", k=3)
+    single = recommend_file(recommender, events, tmp_path / "single.parquet", k=3)
     parts = [recommend_file(recommender, events, tmp_path / "out.parquet", k=3, share=(n, 2)) for n in (0, 1)]
     assert [part.out.name for part in parts] == ["out-00000-of-00002.parquet", "out-00001-of-00002.parquet"]
-    one, other = pq.read_table(whole.out).to_pydict(), pa.concat_tables([pq.read_table(part.out) for part in parts]).to_pydict()
+    one, other = pq.read_table(single.out).to_pydict(), pa.concat_tables([pq.read_table(part.out) for part in parts]).to_pydict()
     assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-4)
     assert one == other
     for name in ("sessions", "popular", "unknown_events", "rows"):
-        assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
+        assert sum(getattr(part, name) for part in parts) == getattr(single, name)
 
 
 def test_an_unusable_output_path_is_refused_before_a_session_is_read(recommender: Recommender, tmp_path: Path) -> None:
@@ -532,8 +532,8 @@ def test_an_unusable_output_path_is_refused_before_a_session_is_read(recommender
 
 def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommender, tmp_path: Path) -> None:
     recommend_file(recommender, write_events(tmp_path / "s.csv", clock=False), tmp_path / "out.parquet", k=3)
-    found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"][:3]
-    assert found == ids(recommender.recommend(["item-010", "item-011", "item-012"], 3))
+    item_ids = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"][:3]
+    assert item_ids == ids(recommender.recommend(["item-010", "item-011", "item-012"], 3))
 
 
 @pytest.mark.parametrize(

@@ -57,19 +57,19 @@ def test_the_answer_equals_that_of_the_library(server: Server, run: Path, ids: l
     session = [ids[3], "nonsense", ids[5], "nonsense"]
     for exclude in (False, True):
         wanted = Recommender.load(run).recommend(session, 5, exclude)
-        found = server.ask("/recommend", {"session": session, "k": 5, "exclude_seen": exclude}).json
-        assert [item["item_id"] for item in found["items"]] == [item.item_id for item in wanted.items]
-        assert [item["score"] for item in found["items"]] == pytest.approx([item.score for item in wanted.items], abs=1e-4)
-        assert [item["rank"] for item in found["items"]] == [1, 2, 3, 4, 5]
-        assert (found["unknown"], found["fallback"], found["version"]) == (["nonsense"], None, "v0001")
+        answer = server.ask("/recommend", {"session": session, "k": 5, "exclude_seen": exclude}).json
+        assert [item["item_id"] for item in answer["items"]] == [item.item_id for item in wanted.items]
+        assert [item["score"] for item in answer["items"]] == pytest.approx([item.score for item in wanted.items], abs=1e-4)
+        assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5]
+        assert (answer["unknown"], answer["fallback"], answer["version"]) == (["nonsense"], None, "v0001")
 
 
 def test_an_answer_is_filtered_and_diversified(server: Server, run: Path, ids: list[str]) -> None:
     wish = {"filters": {"kind": ["mug", "chair"]}, "diversify": 0.7}
     wanted = Recommender.load(run).recommend([ids[3]], 4, **wish)
-    found = server.ask("/recommend", {"session": [ids[3]], "k": 4, **wish}).json["items"]
-    assert [item["item_id"] for item in found] == [item.item_id for item in wanted.items]
-    assert {server.ask(f"/items/{item['item_id']}").json["attributes"]["kind"] for item in found} <= {"mug", "chair"}
+    ranked = server.ask("/recommend", {"session": [ids[3]], "k": 4, **wish}).json["items"]
+    assert [item["item_id"] for item in ranked] == [item.item_id for item in wanted.items]
+    assert {server.ask(f"/items/{item['item_id']}").json["attributes"]["kind"] for item in ranked} <= {"mug", "chair"}
     for filters, status, said in (
         ({"colour of money": ["red"]}, 404, "no such attribute: colour of money"),
         ({"kind": ["nothing"]}, 422, "no item has kind 'nothing' (filter); use values of the catalogue"),
@@ -93,14 +93,14 @@ def test_new_items_shifts_the_scores_of_cold_items(run: Path, tmp_path: Path) ->
     with serving(folder) as server:
 
         def ask(path: str = "/recommend", body: Any = None, **wish: object) -> dict[str, float]:
-            found = server.ask(path, {"session": [warm], "k": 40} | wish | (body or {})).json
-            return {item["item_id"]: item["score"] for item in found["items"]}
+            scores_of = server.ask(path, {"session": [warm], "k": 40} | wish | (body or {})).json
+            return {item["item_id"]: item["score"] for item in scores_of["items"]}
 
         plain = ask()
         for shift in (-3, 0, 2.5):
-            found = ask(new_items=shift)
-            assert found == pytest.approx({item: score + shift * (item in new) for item, score in plain.items()}, abs=1e-3)
-            assert list(found) == [item.item_id for item in library.recommend([warm], 40, new_items=shift).items]
+            scores_of = ask(new_items=shift)
+            assert scores_of == pytest.approx({item: score + shift * (item in new) for item, score in plain.items()}, abs=1e-3)
+            assert list(scores_of) == [item.item_id for item in library.recommend([warm], 40, new_items=shift).items]
         assert ask(new_items=None) == plain
         assert list(ask(session=[], new_items=20))[: len(new)] == [item for item in library.item_ids if item in new]
         many = server.ask("/recommend/batch", {"sessions": [[warm]] * 9, "k": 40, "new_items": 2.5}).json["answers"]
@@ -111,15 +111,15 @@ def test_new_items_shifts_the_scores_of_cold_items(run: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("session", [[], ["nonsense"]])
 def test_a_session_without_known_items_gets_the_popular_ones(server: Server, session: list[str]) -> None:
-    found = server.ask("/recommend", {"session": session}).json
-    assert found["fallback"] == "popular"
-    assert len(found["items"]) == 10
+    answer = server.ask("/recommend", {"session": session}).json
+    assert answer["fallback"] == "popular"
+    assert len(answer["items"]) == 10
 
 
-def test_a_batch_gives_what_single_sessions_give(server: Server, ids: list[str]) -> None:
+def test_a_batch_gets_the_rankings_of_single_sessions(server: Server, ids: list[str]) -> None:
     sessions = [[ids[1]], [], [ids[2], ids[4]]]
-    found = server.ask("/recommend/batch", {"sessions": sessions, "k": 3}).json
-    for session, answer in zip(sessions, found["answers"], strict=True):
+    reply = server.ask("/recommend/batch", {"sessions": sessions, "k": 3}).json
+    for session, answer in zip(sessions, reply["answers"], strict=True):
         alone = server.ask("/recommend", {"session": session, "k": 3}).json
         assert [item["item_id"] for item in answer["items"]] == [item["item_id"] for item in alone["items"]]
         assert answer["fallback"] == alone["fallback"]
@@ -132,8 +132,8 @@ def test_the_catalogue_is_searched_and_paged(server: Server, run: Path, ids: lis
     assert pages[0]["total"] == 40
     popular = [item.item_id for item in Recommender.load(run).recommend([], 15).items]
     assert [item["item_id"] for item in pages[0]["items"]] == popular
-    found = server.ask("/items?q=SCRIPT%20Taken").json
-    assert [item["title"] for item in found["items"]] == [HOSTILE]
+    matches = server.ask("/items?q=SCRIPT%20Taken").json
+    assert [item["title"] for item in matches["items"]] == [HOSTILE]
     assert server.ask(f"/items?q={ids[11]}").json["items"][0]["item_id"] == ids[11]
 
 
@@ -145,10 +145,10 @@ def test_an_item_has_attributes_an_image_and_similar_items(server: Server, ids: 
     assert server.ask(f"/items/{ids[8]}/image").status == 404  # its bytes are not an image
     nearest = {}
     for half in ("knowledge", "transition"):
-        found = server.ask(f"/items/{ids[3]}/similar?half={half}&k=39").json["items"]
-        assert {item["item_id"] for item in found} == {*ids} - {ids[3]}
-        assert [item["score"] for item in found] == sorted((item["score"] for item in found), reverse=True)
-        nearest[half] = [item["item_id"] for item in found]
+        neighbours = server.ask(f"/items/{ids[3]}/similar?half={half}&k=39").json["items"]
+        assert {item["item_id"] for item in neighbours} == {*ids} - {ids[3]}
+        assert [item["score"] for item in neighbours] == sorted((item["score"] for item in neighbours), reverse=True)
+        nearest[half] = [item["item_id"] for item in neighbours]
         assert {ids.index(item) % 6 for item in nearest[half][:3]} == {3}  # the groups that the vectors were made of
     assert nearest["knowledge"] != nearest["transition"]
 
@@ -251,10 +251,10 @@ def test_faulty_requests_are_refused_with_the_right_status(server: Server) -> No
         (million, 413),
         (b" " * 10_000_000, 413),
     ):
-        found = server.ask("/recommend", body)
-        assert found.status == status, body[:80]
-        assert found.json.keys() == {"error", "request_id"}
-        assert len(found.body) < 500
+        refusal = server.ask("/recommend", body)
+        assert refusal.status == status, body[:80]
+        assert refusal.json.keys() == {"error", "request_id"}
+        assert len(refusal.body) < 500
     assert server.ask("/recommend/batch", {"sessions": [[]] * 65}).status == 422
     assert server.ask("/items?limit=1000").status == 422
     assert server.ask("/items/p0001/similar?half=other").status == 422
@@ -351,9 +351,9 @@ def test_new_versions_are_loaded_under_load_with_a_key_and_requests_finish_at_sh
 
         def load() -> None:
             while not stop.is_set():
-                found = server.ask("/recommend", {"session": [ids[3]]}, **good)
-                assert found.status == 200
-                answers.append((found.json["version"], found.json["items"]))
+                reply = server.ask("/recommend", {"session": [ids[3]]}, **good)
+                assert reply.status == 200
+                answers.append((reply.json["version"], reply.json["items"]))
 
         clients = [threading.Thread(target=load) for _ in range(2)]
         for client in clients:
@@ -377,7 +377,7 @@ def test_new_versions_are_loaded_under_load_with_a_key_and_requests_finish_at_sh
             client.join()
         of_version = {name: [items for version, items in answers if version == name] for name in ("v0001", turned.name)}
         assert {name for name, _ in answers} == of_version.keys()
-        assert all(items == found[0] for found in of_version.values() for items in found)
+        assert all(items == reply[0] for reply in of_version.values() for items in reply)
         assert of_version["v0001"][0] != of_version[turned.name][0]
 
         half = socket.create_connection(("127.0.0.1", server.port))
@@ -411,12 +411,12 @@ def test_several_processes_answer_at_one_port(run: Path, ids: list[str], tmp_pat
 
         one, other = by_each("/recommend", {"session": [ids[3]]})
         assert one["items"] == other["items"]
-        assert [found["version"] for found in (one, other)] == ["v0001"] * 2
+        assert [reply["version"] for reply in (one, other)] == ["v0001"] * 2
         asked = 'tpad_requests_total{method="POST",route="/recommend",status="200"}'
         wait_for(lambda: numbers(server).get(asked) == 2)  # counted when they are answered
         assert numbers(server)["tpad_sessions_total"] == 2
         publish_again(later)
-        wait_for(lambda: [found["version"] for found in by_each("/readyz")] == ["v0002"] * 2)
+        wait_for(lambda: [reply["version"] for reply in by_each("/readyz")] == ["v0002"] * 2)
         count = numbers(server)
         assert [count[f'tpad_version{{version="{name}"}}'] for name in ("v0001", "v0002")] == [0, 1]
         assert count['tpad_reloads_total{result="activated"}'] == 2

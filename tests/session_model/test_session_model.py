@@ -327,7 +327,7 @@ def test_with_few_cold_targets_cold_items_keep_what_id_dropout_taught(count: int
     valid = cold_sessions(True, count) if count else warm
     found = calibrate(model, valid, partial(model_ranks, model, valid))
     assert torch.equal(model.stranger, before) and found.cold_targets == count
-    assert f"cold targets in validation: {count}, fewer than 100" in found.told()
+    assert f"cold targets in validation: {count}, fewer than 100" in found.summary()
 
 
 def test_a_cold_item_ranks_by_its_content() -> None:
