@@ -36,6 +36,8 @@ COST = "cost.json"
 
 
 class Cell(NamedTuple):
+    """A variant with a seed."""
+
     variant: VariantName
     seed: int
 

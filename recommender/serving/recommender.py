@@ -44,6 +44,8 @@ ScoredItems = tuple[np.ndarray, np.ndarray, Read | None]  # scores and rows; the
 
 
 class Item(NamedTuple):
+    """One place of a ranking."""
+
     rank: int  # from 1
     item_id: str
     title: str
@@ -54,6 +56,8 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Recommendation:
+    """The ranking of one session."""
+
     items: list[Item]
     unknown: list[str] = field(default_factory=list)  # item_ids of the session that are not in the catalogue
     fallback: Literal["popular"] | None = None  # popular: no item of the session is in the catalogue

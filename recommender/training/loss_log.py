@@ -43,7 +43,7 @@ class LossLog:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to `write`."""
+        """Tells whether it is time to `write`."""
         return len(self.waiting) >= LOG_EVERY
 
     def add(self, part: Tensor) -> None:

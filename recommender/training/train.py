@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate import Accelerator
 
 from pipeline.core.artifact import Version, published, stage
 from pipeline.core.config import Config, SbrConfig
@@ -75,12 +76,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
             if accelerator.is_main_process:
                 print_results(metrics)
-                if (built := current.manifest["index"]["setting"]) != config.sbr.index:
-                    print(f"note: its index is still {built}; run `tpad index` for sbr.index {config.sbr.index}", file=sys.stderr)
-                if (shift := current.manifest["settings"]["new_items"]) != config.sbr.new_items:
-                    print(
-                        f"note: its new_items is still {shift}; run `tpad index` for sbr.new_items {config.sbr.new_items}", file=sys.stderr
-                    )
+                print_notes(current, config.sbr)
             return SbrSummary(current, False, metrics)
         buckets = buckets_of(windows[2], inputs.counts)
         runs: dict[str, list[BucketMetrics]] = {}
@@ -98,10 +94,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         model, source = best.model, inputs
         if config.sbr.refit:
             source = load_training_data(config, run, data, everything=True)
-            refit = refit_model(to_publish, config.seed, settings[to_publish], source, accelerator, folder, fresh, best.epochs)
-            assert isinstance(refit, SessionModel)
-            model = refit
-            apply(model, best.calibration)
+            model = calibrated_refit(to_publish, settings[to_publish], source, accelerator, folder, fresh, best)
         if accelerator.is_main_process:
             ceiling = read_ceiling(data, config.data)
             metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling, inputs.available)
@@ -116,6 +109,24 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             version = published(run / "sbr", "sbr") or _missing(run)
             metrics = json.loads((version.path / "metrics.json").read_text(encoding="utf-8"))
         return SbrSummary(version, True, metrics)
+
+
+def calibrated_refit(
+    name: str, config: Config, inputs: TrainingData, accelerator: Accelerator, folder: Path, fresh: bool, held_out: Trained
+) -> SessionModel:
+    """Trains the model to publish on all sessions (`inputs`), with the epochs and the calibration of its held-out twin."""
+    model = refit_model(name, config.seed, config, inputs, accelerator, folder, fresh, held_out.epochs)
+    assert isinstance(model, SessionModel) and held_out.calibration is not None
+    apply(model, held_out.calibration)
+    return model
+
+
+def print_notes(version: Version, settings: SbrConfig) -> None:
+    """Prints which settings of an up-to-date version only `tpad index` can change."""
+    if (built := version.manifest["index"]["setting"]) != settings.index:
+        print(f"note: its index is still {built}; run `tpad index` for sbr.index {settings.index}", file=sys.stderr)
+    if (shift := version.manifest["settings"]["new_items"]) != settings.new_items:
+        print(f"note: its new_items is still {shift}; run `tpad index` for sbr.new_items {settings.new_items}", file=sys.stderr)
 
 
 def refit_of(config: Config) -> list[bool]:

@@ -169,10 +169,7 @@ def fit(
     """Trains the model for at most `epochs` epochs of the schedule, and leaves it with the weights of the best epoch by `validate`, or of
     the last without it. `counts` (N,): training events of the items. Raises `Diverged`."""
     if accelerator.is_main_process:
-        if fresh:
-            checkpoints.clear()
-        elif checkpoints.drop_others():  # without a question to the user, as a training takes minutes
-            print(f"note: {name} (seed {seed}) is trained anew: its checkpoint is of other settings or data, and dropped", file=sys.stderr)
+        drop_stale(checkpoints, name, seed, fresh)
     accelerator.wait_for_everyone()
     with warnings.catch_warnings():  # torch 2.13 renamed the argument, which accelerate does not know yet
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
@@ -201,9 +198,7 @@ def fit(
                 set_rate(optimizer, settings.lr * schedule(progress.step, steps * settings.epochs))
                 log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings, share, limits))
                 progress.step += 1
-                facts = [] if math.isnan(log.last) else [f"loss {log.last:.3f}"]  # losses arrive some steps at a time
-                facts += [f"validation {settings.select} {max(progress.scores):.4f}"] if progress.scores and validate is not None else []
-                shown.advance(", ".join(facts))
+                shown.advance(status(log.last, settings.select, progress.scores if validate is not None else []))
                 if log.due and number + 1 < steps:
                     log.write()
                     stopped = interrupt.agreed(accelerator)
@@ -228,6 +223,20 @@ def fit(
                 watch(progress.scores)
     model.load_state_dict(progress.best, strict=False)
     return progress
+
+
+def drop_stale(checkpoints: Checkpoints, name: str, seed: int, fresh: bool) -> None:
+    """Deletes checkpoints of other settings or data, and with `fresh` all."""
+    if fresh:
+        checkpoints.clear()
+    elif checkpoints.drop_others():  # without a question to the user, as a training takes minutes
+        print(f"note: {name} (seed {seed}) is trained anew: its checkpoint is of other settings or data, and dropped", file=sys.stderr)
+
+
+def status(loss: float, metric: str, scores: list[float]) -> str:
+    """Returns the text of the progress bar: the last loss (NaN: none yet, as losses arrive some steps at a time) and the best score."""
+    facts = [] if math.isnan(loss) else [f"loss {loss:.3f}"]
+    return ", ".join([*facts, f"validation {metric} {max(scores):.4f}"] if scores else facts)
 
 
 def limits_of(available: Availability | None, device: torch.device) -> Limits | None:

@@ -92,7 +92,7 @@ def test_the_output_names_the_model_of_the_figures(refitted: Path, held_out: Pat
     assert manifest(held_out)["refit"] is None
     for run, said in ((refitted, True), (held_out, False)):
         assert not train_sbr(settings(f"sbr.refit={str(said).lower()}"), run, run / "data").made
-        assert ("the published one was then trained on all sessions" in capsys.readouterr().out) == said
+        assert ("the published model was then trained on all sessions" in capsys.readouterr().out) == said
         done = CliRunner().invoke(cli.app, ["recommend", "--run", str(run)])
         assert ("trained without the newest sessions" in done.stdout) == said
     with serving(refitted) as server:
