@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """What was written, by this process."""
+    """The counts of a written file, of this process."""
 
     out: Path
     sessions: int

@@ -95,7 +95,7 @@ def test_a_batch_of_sessions_gets_the_rankings_of_single_sessions(recommender: R
 
 
 def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many are asked for, and of however many sessions: ids alone say nothing of the eight items that came last."""
+    """For any k and number of sessions. A model of ids alone gives the eight cold items equal scores."""
     write_data(tmp_path / "data")
     train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[ID-only]", "sbr.refit=false"]), tmp_path, tmp_path / "data")
     ids_only = Recommender.load(tmp_path)
@@ -125,7 +125,7 @@ def test_a_large_catalogue_goes_through_the_index_to_the_same_items(recommender:
 
 @pytest.mark.parametrize("index", ["hnsw", "ivf", "IVF2,SQ8"])
 def test_another_index_can_be_built_for_a_trained_model(run: Path, recommender: Recommender, tmp_path: Path, index: str) -> None:
-    """And with it the share of the exact answer that it finds, which on sixty items is nearly all of it."""
+    """Its recall is recorded; on sixty items it is nearly 1."""
     later = Path(shutil.copytree(run, tmp_path / "run"))
     done = refresh(later, later / "data", index)
     assert (done.added, done.removed, done.made) == (0, 0, True)
@@ -334,8 +334,7 @@ def test_k_of_zero_is_an_error(recommender: Recommender) -> None:
 
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 2.0, 0.5])
 def test_new_items_shifts_the_scores_of_cold_items(recommender: Recommender, monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
-    """And no other item does, whether sessions are ranked alone (numpy), together (PyTorch), or through the index, which finds the exact
-    first k of the shifted scores."""
+    """Scores of other items stay, for single sessions (numpy), batches (PyTorch), and the index, whose results stay exact."""
     cold = ~recommender.arrays["known"]
     assert cold.sum() == 8
     sessions = [[1], [3, 57, 3], [58], list(range(12)), [20, 21, 22], [40], [51, 52], [7, 7, 7], [59, 0]]
