@@ -31,7 +31,7 @@ from recommender.metrics.significance import paired_bootstrap
 from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import cases_of
 from recommender.training.calibration import apply
-from recommender.training.dataset import load_inputs
+from recommender.training.dataset import load_training_data
 from recommender.training.train import train_sbr
 from recommender.training.trainer import make_accelerator, refit_model, train_model
 from recommender.training.update import update_sbr
@@ -52,9 +52,9 @@ def write_part(data: Path, out: Path, log: SessionLog, which: np.ndarray) -> Pat
 
 def refitted(config: Config, work: Path, data: Path, seed: int) -> tuple[Model, Model]:
     """The held-out twin and the model that is published."""
-    accelerator, inputs = make_accelerator(), load_inputs(config, work, data)
+    accelerator, inputs = make_accelerator(), load_training_data(config, work, data)
     twin = train_model(NAME, seed, config, inputs, inputs.windows(config.data.max_prefix)[:2], accelerator, work, fresh=False)
-    model = refit_model(NAME, seed, config, load_inputs(config, work, data, everything=True), accelerator, work, False, twin.epochs)
+    model = refit_model(NAME, seed, config, load_training_data(config, work, data, everything=True), accelerator, work, False, twin.epochs)
     assert twin.calibration is not None
     apply(model, twin.calibration)  # type: ignore[arg-type]
     return twin.model, model
@@ -66,7 +66,7 @@ def compare(config: Config, data: Path, work: Path, seeds: int) -> dict[str, flo
     part = write_part(data, work / "data", log, np.arange(len(log) - len(kept)))
     cases = cases_of(log.select(kept), config.data.max_prefix)
     session = cases.session[np.nonzero(cases.targets != -1)[0]]
-    train = load_inputs(config, work, part, everything=True).split.train
+    train = load_training_data(config, work, part, everything=True).split.train
     counts = BASELINES["co-occurrence"](train.rows, train.offsets, len(load_catalog(data)))
     ranks = {"co-occurrence": [baseline_ranks(counts, cases)], "held-out twin": [], "refitted": []}
     for seed in range(seeds):

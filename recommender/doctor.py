@@ -1,4 +1,4 @@
-"""`tpad doctor`: what is installed, what the machine has, and what tpad will use of it and why, in one screen."""
+"""Reports the installed packages, the machine, and which of its devices tpad will use: `tpad doctor`."""
 
 import os
 import platform
@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDED = (  # and SERVE: as pyproject.toml has them, which is not there where the packages are
+NEEDED = (  # and SERVE: the same as in pyproject.toml, which an installed tpad does not have
     *("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy", "pyarrow", "pillow"),
     *("pydantic", "ruamel.yaml", "typer", "rich"),
 )
-FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # all of them are the module `faiss`
+FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # each of them provides the module `faiss`
 SERVE = ("fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client", "threadpoolctl")
 GIB = 2**30
 MEMORY = Path("/proc/meminfo")  # of Linux
@@ -20,14 +20,17 @@ MEMORY = Path("/proc/meminfo")  # of Linux
 
 @dataclass
 class Findings:
-    lines: list[tuple[str, str]] = field(default_factory=list)  # what, and what of it
-    missing: list[str] = field(default_factory=list)  # that tpad cannot do without, and where to get it
+    """The result of `examine`."""
 
-    def add(self, what: str, found: str) -> None:
-        self.lines.append((what, found))
+    lines: list[tuple[str, str]] = field(default_factory=list)  # topic, finding
+    missing: list[str] = field(default_factory=list)  # packages that tpad requires, and how to install them
+
+    def add(self, topic: str, finding: str) -> None:
+        self.lines.append((topic, finding))
 
 
 def installed(name: str) -> str | None:
+    """Returns the version of an installed package; None if it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -35,12 +38,13 @@ def installed(name: str) -> str | None:
 
 
 def examine(run: Path) -> Findings:
+    """Examines the packages, the machine, and the disk of a run folder."""
     findings = Findings()
     system = f"Python {platform.python_version()}, {platform.platform()}"
     findings.add("tpad", f"{installed('tpad') or 'not installed, run from its folder'}; {system}")
-    found = {name: installed(name) for name in NEEDED}
-    findings.add("packages", ", ".join(f"{name} {number}" for name, number in found.items() if number))
-    lacking = [name for name, number in found.items() if number is None]
+    versions = {name: installed(name) for name in NEEDED}
+    findings.add("packages", ", ".join(f"{name} {number}" for name, number in versions.items() if number))
+    lacking = [name for name, number in versions.items() if number is None]
     if lacking:
         findings.missing.append(f"{', '.join(lacking)}: pip install -c constraints.txt .")
     if MEMORY.exists():
@@ -50,11 +54,11 @@ def examine(run: Path) -> Findings:
     findings.add("disk", f"{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} GiB, where {run} is or would be")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings.add("processor", f"{cores} cores for this process of {os.cpu_count()}, {platform.machine()}")
-    if found["torch"]:
+    if versions["torch"]:
         examine_torch(findings)
     examine_faiss(findings)
     vision = installed("torchvision")
-    findings.add("pictures", f"torchvision {vision}" if vision else "prepared by Pillow: torchvision is not installed, nor needed")
+    findings.add("images", f"torchvision {vision}" if vision else "preprocessed by Pillow: torchvision is not installed, and not required")
     absent = ", ".join(name for name in SERVE if installed(name) is None)
     findings.add("service", f"not available: {absent} not installed; pip install '.[serve]'" if absent else "FastAPI and uvicorn")
     return findings
@@ -64,15 +68,15 @@ def examine_torch(findings: Findings) -> None:
     import torch
 
     cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    findings.add("GPUs", "; ".join(f"{card.name}, {card.total_memory / GIB:.0f} GiB" for card in cards) or "none that torch sees")
+    findings.add("GPUs", "; ".join(f"{card.name}, {card.total_memory / GIB:.0f} GiB" for card in cards) or "none visible to torch")
     if cards:
-        used = f"the first of {len(cards)} GPUs; `accelerate launch` uses the others too"
+        device = f"the first of {len(cards)} GPUs; `accelerate launch` uses the others too"
     elif torch.backends.mps.is_available():
-        used = "the GPU of this Mac (mps)"
+        device = "the GPU of this Mac (mps)"
     else:
-        why = "this build of torch is for CPUs" if torch.version.cuda is None and torch.version.hip is None else "torch finds no GPU"
-        used = f"the CPU, with {torch.get_num_threads()} threads: {why}"
-    findings.add("training, export", used)
+        reason = "this build of torch is for CPUs" if torch.version.cuda is None and torch.version.hip is None else "torch finds no GPU"
+        device = f"the CPU, with {torch.get_num_threads()} threads: {reason}"
+    findings.add("training, export", device)
     findings.add("recommending", f"the CPU, with {torch.get_num_threads()} threads: a session takes milliseconds there")
 
 
@@ -83,7 +87,7 @@ def examine_faiss(findings: Findings) -> None:
         findings.missing.append("faiss: pip install -c constraints.txt '.[faiss-cpu]', or '.[faiss-gpu]'")
         return
     if len(builds) > 1:
-        findings.missing.append(f"one FAISS instead of {' and '.join(builds)}, which overwrite each other: uninstall all, install one")
+        findings.missing.append(f"one FAISS instead of {' and '.join(builds)}, which overwrite each other: uninstall all, then install one")
     try:
         import faiss  # type: ignore[import-untyped]
 
@@ -94,28 +98,28 @@ def examine_faiss(findings: Findings) -> None:
         return
     options = faiss.get_compile_options().split()
     if gpus():
-        used = f"indexes but HNSW are built on {gpus()} GPUs, and searched on the CPU"
+        device = f"indexes other than HNSW are built on {gpus()} GPUs, and searched on the CPU"
     else:
-        why = "FAISS sees none" if "GPU" in options else "this is the CPU build"
-        used = f"built and searched on the CPU; the GPU branch is not available: {why}"
-    findings.add("index", f"{' and '.join(builds) or 'FAISS ' + faiss.__version__} ({', '.join(options)}): {used}")
+        reason = "FAISS sees none" if "GPU" in options else "this is the CPU build"
+        device = f"built and searched on the CPU; the GPU branch is not available: {reason}"
+    findings.add("index", f"{' and '.join(builds) or 'FAISS ' + faiss.__version__} ({', '.join(options)}): {device}")
 
 
 def existing(path: Path) -> Path:
-    """The folder, or the first one above it that is there."""
+    """Returns the folder, or the nearest one above it that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def memory_bytes() -> tuple[int, int | None]:
-    """Free now; and the limit of the control group, where there is one below the machine's memory."""
+    """Returns the free bytes, and the limit of the control group; None without a limit below the memory of the machine."""
     facts = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
     free, total = (int(facts[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     for file, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:
-            limit, taken = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (file, used))
+            limit, usage = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (file, used))
         except (OSError, ValueError):  # no such group, or "max"
             continue
         if limit < total:
-            return min(free, limit - taken), limit
+            return min(free, limit - usage), limit
     return free, None

@@ -18,7 +18,7 @@ from pipeline.core.config_file import load_config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
 from recommender.report.html_report import write_report
-from recommender.serving.live_version import Served
+from recommender.serving.live_version import LoadedVersion
 from recommender.serving.recommender import Recommender
 from recommender.training.rebuild_index import refresh
 from recommender.training.train import SbrSummary, train_sbr
@@ -67,7 +67,7 @@ def test_a_run_of_ids_needs_no_embeddings(made: tuple[Path, SbrSummary]) -> None
 def test_a_wish_that_a_model_of_ids_cannot_meet_is_refused_by_the_service(made: tuple[Path, SbrSummary]) -> None:
     with serving(made[0]) as server:
         refused = server.ask("/recommend", {"session": ["item-001"], "diversify": 0.5})
-        assert (refused.status, refused.json["error"]) == (422, "diversify: the model reads no vectors of what items are")
+        assert (refused.status, refused.json["error"]) == (422, "diversify: the model has no knowledge vectors")
         assert server.ask("/items/item-001/similar?half=knowledge").status == 404
 
 
@@ -93,11 +93,11 @@ def test_items_that_nobody_has_seen_come_last_with_scores_that_are_numbers(made:
     recommender = Recommender.load(run)
     for dense in (0, len(items) + 2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("recommender.serving.recommender.DENSE_ITEMS", dense)
+            patch.setattr("recommender.serving.recommender.FULL_SCORING_ITEMS", dense)
             found = recommender.recommend(["item-001"], k=1000).items
         assert {"new-1", "new-2"} <= {item.item_id for item in found if item.score == found[-1].score}
         assert math.isfinite(found[-1].score)
-    assert math.isfinite(Served.load(run).recommender.recommend(["new-1"], k=1000).items[-1].score)
+    assert math.isfinite(LoadedVersion.load(run).recommender.recommend(["new-1"], k=1000).items[-1].score)
 
 
 def test_the_next_command_can_be_pasted_into_a_shell(log: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""`tpad evaluate` and `tpad ablate`: train many models and compare them. Nothing but the command line may import this package."""
+"""Trains many models and compares them: `tpad evaluate` and `tpad ablate`. Only the command line may import this package."""

@@ -1,9 +1,8 @@
-"""`tpad ablate`: variants of the method, each with several seeds, and the table of what each part of it gives.
+"""Trains variants of the method with several seeds and tabulates the effect of each component: `tpad ablate`.
 
-A cell is a variant with a seed: a run folder like any other, `<variant>-<seed>`, made by the ordinary commands. So it may be
-killed at any moment and goes on where it was, and a phase that a cell of the same seed has finished is taken over: the
-full method comes first in each seed, and most variants share its K and T. The steps are handed in by the command line,
-because nothing here may import the MLLM.
+A cell is a variant with a seed: an ordinary run folder, `<variant>-<seed>`, written by the ordinary commands. So a killed cell resumes,
+and a phase that a cell of the same seed has finished is reused: the full method comes first for each seed, and most variants share its
+K and T. The command line passes the steps in as `make`, because this package may not import the MLLM.
 """
 
 import json
@@ -31,12 +30,14 @@ from pipeline.core.process import end_with
 from pipeline.data.embeddings import read_embeddings
 from recommender.experiments.ablation_report import PROBES, report
 from recommender.experiments.embedding_probes import attribute_columns, probe
-from recommender.training.dataset import load_inputs, model_fingerprint
+from recommender.training.dataset import load_training_data, model_fingerprint
 
 COST = "cost.json"
 
 
 class Cell(NamedTuple):
+    """A variant with a seed."""
+
     variant: VariantName
     seed: int
 
@@ -45,23 +46,23 @@ class Cell(NamedTuple):
         return f"{self.variant}-{self.seed}"
 
     def settings(self, config: Config) -> Config:
-        """The config of its run. Other models than full are trained once a seed, on the embeddings of the full method."""
+        """Returns the config of the cell. Models other than full are trained once for each seed, on the embeddings of the full method."""
         models = [*config.sbr.models, "full"] if self.variant == "full" else ["full"]
         distill = config.distill.model_copy(update={"variant": self.variant})
         sbr = config.sbr.model_copy(update={"models": models})
         return altered(config, f"variant {self.variant}", seed=self.seed, distill=distill, sbr=sbr)
 
 
-# settings, run folder, data folder, runs to take phases over from -> "export seconds" and "export items", where it was made now
+# settings, run folder, data folder, runs to reuse phases from -> "export seconds" and "export items" if the cell was exported in this call
 Make = Callable[[Config, Path, Path, Sequence[Path]], dict[str, float]]
 
 
 def ablate(config: Config, run: Path, data: Path, variants: Sequence[VariantName], seeds: Sequence[int], jobs: int, make: Make) -> None:
-    """Every cell in a folder of `run`, `jobs` of them at a time. Raises `UserError`."""
-    variants = list(dict.fromkeys(["full", *variants]))  # which everything is held against
+    """Makes every cell in its folder of `run`, `jobs` at a time, then writes the report. Raises `UserError`."""
+    variants = list(dict.fromkeys(["full", *variants]))  # full is the reference of all others
     columns = [[Cell(variant, seed) for variant in variants] for seed in seeds]
     for cell in columns[0]:
-        cell.settings(config)  # what does not go together is told now, not hours later
+        cell.settings(config)  # settings in conflict raise their error now, not hours later
     with locked(run):
         work = partial(make_cell, config, run, data, make)
         if jobs == 1:
@@ -73,6 +74,7 @@ def ablate(config: Config, run: Path, data: Path, variants: Sequence[VariantName
 
 
 def make_cell(config: Config, run: Path, data: Path, make: Make, cell: Cell) -> Cell:
+    """Trains and exports one cell, and probes its vectors."""
     print(f"cell: {cell.name}", file=sys.stderr)
     siblings = sorted(path for path in run.glob(f"*-{cell.seed}") if path.name != cell.name)
     settings, folder = cell.settings(config), run / cell.name
@@ -83,8 +85,8 @@ def make_cell(config: Config, run: Path, data: Path, make: Make, cell: Cell) -> 
 
 
 def write_probes(config: Config, folder: Path, data: Path) -> None:
-    """What the cell's vectors hold, and what they cost, in `probes.json`, unless it stands there already."""
-    inputs = load_inputs(config, folder, data)
+    """Writes the probes of a cell's vectors, and their cost, to `probes.json`, unless it is up to date."""
+    inputs = load_training_data(config, folder, data)
     fingerprint = model_fingerprint("full", config.seed, config, inputs)
     with suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((folder / PROBES).read_bytes())["fingerprint"] == fingerprint:
@@ -100,30 +102,30 @@ def write_probes(config: Config, folder: Path, data: Path) -> None:
 
 
 def make_together(columns: Sequence[Sequence[Cell]], jobs: int, work: Callable[[Cell], Cell]) -> None:
-    """The cells of each seed, in processes of their own; those after the first wait for what it leaves to take over."""
-    rest = {column[0].seed: column[1:] for column in columns}
+    """Makes the cells in `jobs` processes. The first cell of each seed goes first, as the others reuse its phases."""
+    waiting = {column[0].seed: column[1:] for column in columns}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=begin_process, initargs=(threads, os.getpid()))
     with pool:
         try:
-            left = {pool.submit(work, column[0]) for column in columns}
-            while left:
-                done, left = wait(left, return_when=FIRST_COMPLETED)
+            running = {pool.submit(work, column[0]) for column in columns}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    left |= {pool.submit(work, cell) for cell in rest.pop(future.result().seed, [])}
+                    running |= {pool.submit(work, cell) for cell in waiting.pop(future.result().seed, [])}
         except BrokenProcessPool:
             raise UserError("a process of the ablation was killed (out of memory?); start again with fewer --jobs", ENVIRONMENT) from None
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
-                child.terminate()  # they leave after the step in hand, with a checkpoint
+                child.terminate()  # each ends after its current step, with a checkpoint
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit(128 + signal.SIGINT) from None
             raise
 
 
 def begin_process(threads: int, parent: int) -> None:
-    """A core or more for each."""
+    """Sets up a worker process: its number of threads, and its signals."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process passes it on
     end_with(parent)

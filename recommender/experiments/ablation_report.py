@@ -1,7 +1,7 @@
-"""The cells of an ablation side by side: ablation.md, ablation.csv and, with matplotlib, ablation.png.
+"""Writes the tables of an ablation: ablation.md, ablation.csv and, with matplotlib, ablation.png.
 
-Figures are means over the seeds. A difference to the full method is of the same test cases, its interval from drawing test
-sessions anew (`significance.paired_bootstrap`); it does not tell how far another seed would fall, which the deviation does.
+Figures are means over the seeds. A difference to the full method is over the same test cases; its interval is a bootstrap over test
+sessions (`significance.paired_bootstrap`) and does not include the variation between seeds, which the standard deviation shows.
 """
 
 import csv
@@ -19,9 +19,9 @@ from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.files import replacing
 from recommender.metrics.ranks import case_values
-from recommender.metrics.results_table import Figure, Row, table, told
+from recommender.metrics.results_table import Figure, Row, format_difference, table
 from recommender.metrics.significance import paired_bootstrap
-from recommender.training.dataset import load_inputs
+from recommender.training.dataset import load_training_data
 
 PROBES = "probes.json"
 DOWNSTREAM = ("HR@10", "HR@20", "MRR@20", "warm HR@20", "cold HR@20")
@@ -44,7 +44,7 @@ COST = {
 
 
 def report(config: Config, run: Path, data: Path, variants: Sequence[str], seeds: Sequence[int]) -> None:
-    """Writes the files of the finished ablation in `run`, and prints the Markdown one."""
+    """Writes the report files of the finished ablation in `run`, and prints the Markdown."""
     rows = compare(config, run, data, variants, seeds)
     text = markdown(rows, seeds)
     for name, content in (("ablation.md", text), ("ablation.csv", as_csv(rows))):
@@ -55,43 +55,49 @@ def report(config: Config, run: Path, data: Path, variants: Sequence[str], seeds
 
 
 def compare(config: Config, run: Path, data: Path, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, Row]:
-    """The variants, and the ID-only and content-only session models of the full one, in this order."""
+    """Returns the figures of the variants and of the ID-only and content-only session models of the full one, in this order."""
     ranks = {variant: [read_ranks(run / f"{variant}-{seed}") for seed in seeds] for variant in variants}
-    of_models = {variant: [table["full"] for table in tables] for variant, tables in ranks.items()}
+    ranks_by_row = {variant: [table["full"] for table in tables] for variant, tables in ranks.items()}
     others = [name for name in ranks["full"][0] if name in ("ID-only", "content-only")]
-    of_models |= {name: [table[name] for table in ranks["full"]] for name in others}
-    inputs = load_inputs(config, run / f"full-{seeds[0]}", data)
+    ranks_by_row |= {name: [table[name] for table in ranks["full"]] for name in others}
+    inputs = load_training_data(config, run / f"full-{seeds[0]}", data)
     cases = ranks["full"][0]
     warm = inputs.counts[[inputs.catalog.row[item] for item in cases["item_id"]]] > 0
     rows: dict[str, Row] = {}
-    for name, found in of_models.items():
+    for name, by_seed in ranks_by_row.items():
         rows[name] = {}
         for metric in DOWNSTREAM:
             bucket, _, plain = metric.rpartition(" ")
-            which = {"": np.ones(len(warm), bool), "warm": warm, "cold": ~warm}[bucket]
-            if which.any():
-                ours, full = (np.stack([case_values(r[which], plain) for r in of]).astype(float) for of in (found, of_models["full"]))
-                against = None if name == "full" else paired_bootstrap(ours.mean(0), full.mean(0), cases["session_id"][which])
+            mask = {"": np.ones(len(warm), bool), "warm": warm, "cold": ~warm}[bucket]
+            if mask.any():
+                pair = (by_seed, ranks_by_row["full"])
+                ours, full = (np.stack([case_values(ranks[mask], plain) for ranks in seeds]).astype(float) for seeds in pair)
+                against = None if name == "full" else paired_bootstrap(ours.mean(0), full.mean(0), cases["session_id"][mask])
                 rows[name][metric] = Figure(ours.mean(1).tolist(), against)
     for variant in variants:
         probes = [json.loads((run / f"{variant}-{seed}" / PROBES).read_bytes())["values"] for seed in seeds]
-        rows[variant] |= {metric: Figure([of[metric] for of in probes]) for metric in probes[0] if all(metric in of for of in probes)}
+        rows[variant] |= {
+            metric: Figure([values[metric] for values in probes]) for metric in probes[0] if all(metric in values for values in probes)
+        }
     return rows
 
 
 def read_ranks(cell: Path) -> dict[str, Any]:
-    """The columns of the published ranks."""
+    """Returns the columns of the published ranks of a cell."""
     table = pq.read_table(open_verified(cell / "sbr", "sbr", "run `tpad ablate` first").path / "ranks.parquet")
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def markdown(rows: Mapping[str, Row], seeds: Sequence[int]) -> str:
-    held = "mean ± standard deviation" if len(seeds) > 1 else "one run each"
-    lines = ["# Ablation", "", f"Seeds {', '.join(map(str, seeds))}: {held}.", "", "## Next item, by the session model", ""]
+    """Returns the report as Markdown."""
+    summary = "mean ± standard deviation" if len(seeds) > 1 else "one run each"
+    lines = ["# Ablation", "", f"Seeds {', '.join(map(str, seeds))}: {summary}.", "", "## Next item, by the session model", ""]
     lines += table(rows, {metric: metric for metric in DOWNSTREAM})
     lines += ["", "Differences to full, with their 95 % interval and two-sided p (paired bootstrap over test sessions):", ""]
     lines += table(
-        {name: row for name, row in rows.items() if name != "full"}, {metric: metric for metric in DOWNSTREAM}, lambda f: told(f.against)
+        {name: row for name, row in rows.items() if name != "full"},
+        {metric: metric for metric in DOWNSTREAM},
+        lambda f: format_difference(f.against),
     )
     lines += ["", "## What the vectors hold, without a session model", ""]
     lines += ["Retrieval: all items by cosine to the last one. Attributes: accuracy of a linear probe on held-out items.", ""]
@@ -102,7 +108,7 @@ def markdown(rows: Mapping[str, Row], seeds: Sequence[int]) -> str:
 
 
 def as_csv(rows: Mapping[str, Row]) -> str:
-    """A line for each row and metric, of the table's and all others."""
+    """Returns one CSV line for each row and metric, also for the metrics that the tables omit."""
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
     lines.writerow(["variant", "metric", "seeds", "mean", "std", "difference", "low", "high", "p"])
@@ -114,7 +120,7 @@ def as_csv(rows: Mapping[str, Row]) -> str:
 
 
 def draw(rows: Mapping[str, Row], path: Path) -> None:
-    """Each row's difference to full with its interval, for what matters most."""
+    """Plots the difference of each row to full with its interval, for HR@10 and cold HR@20."""
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
@@ -125,9 +131,14 @@ def draw(rows: Mapping[str, Row], path: Path) -> None:
     canvas = Canvas(figsize=(5 * len(metrics), 1.5 + 0.35 * len(shown)), layout="constrained")
     for panel, metric in zip(canvas.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics, strict=True):
         for place, row in enumerate(shown.values()):
-            if found := row[metric].against:
+            if difference := row[metric].against:
                 panel.errorbar(
-                    found.mean, -place, xerr=[[found.mean - found.low], [found.high - found.mean]], fmt="o", color="C0", capsize=3
+                    difference.mean,
+                    -place,
+                    xerr=[[difference.mean - difference.low], [difference.high - difference.mean]],
+                    fmt="o",
+                    color="C0",
+                    capsize=3,
                 )
         panel.axvline(0, color="0.6", linewidth=1)
         panel.set_title(f"{metric}: difference to full", fontsize=10)

@@ -1,6 +1,6 @@
-"""What item vectors hold, asked without a session model: of the next item, of the items' attributes, and of one another.
+"""Probes item vectors without a session model: next-item retrieval, linear probes of attributes, CKA and CLUB between the halves.
 
-All on test sessions or on items that the probe was not fitted on; every draw is fixed, so equal vectors give equal answers.
+All figures are on test sessions, or on items that a probe was not fitted on. Random draws are fixed, so equal vectors give equal figures.
 """
 
 import copy
@@ -16,90 +16,92 @@ from recommender.metrics.ranks import summarise, target_ranks
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 
 HELD_OUT = 0.3  # share of the items
-FEWEST = 20  # items, to say anything about how the halves hang together
-FEW, ITEMS_A_VALUE = 50, 4  # an attribute has at most so many values, and on average so many items of each
-RIDGE = 0.01  # of the probe, over the mean variance of a number
+FEWEST = 20  # items for a figure of the dependence between the halves
+FEW, ITEMS_A_VALUE = 50, 4  # an attribute that is probed has at most FEW values, and on average at least 4 items for each
+RIDGE = 0.01  # regularisation of the probe, relative to the mean variance of a dimension
 CRITIC_STEPS, CRITIC_EVERY, HIDDEN, RATE = 600, 25, 128, 2e-3
 LEAST_LOG_VARIANCE = -2.0  # of q, as in training
 
 
 def probe(embeddings: Embeddings, catalog: Catalog, attributes: list[str], test: Windows) -> dict[str, float]:
-    """name -> value: "retrieval HR@10 of whole", "accuracy of kind from knowledge", "CKA", "CLUB", ... `catalog`: the same rows."""
+    """Returns name -> value: "retrieval HR@10 of whole", "accuracy of kind from knowledge", "CKA", "CLUB", ...
+
+    `catalog` has the rows of `embeddings`; `attributes` are columns of it; `test` are the windows of the test sessions."""
     halves = embeddings.vectors
     parts = halves | {"whole": np.concatenate(list(halves.values()), axis=1)}
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for name, vectors in parts.items():
         metrics = summarise(retrieval_ranks(vectors, test))
-        found |= {f"retrieval {metric} of {name}": metrics[metric] for metric in ("HR@10", "HR@20")}
+        figures |= {f"retrieval {metric} of {name}": metrics[metric] for metric in ("HR@10", "HR@20")}
         accuracies = {column: accuracy(vectors, [catalog.text(row, column) for row in range(len(catalog))]) for column in attributes}
-        found |= {f"accuracy of {column} from {name}": value for column, value in accuracies.items()}
+        figures |= {f"accuracy of {column} from {name}": value for column, value in accuracies.items()}
         if accuracies:
-            found[f"accuracy from {name}"] = float(np.mean(list(accuracies.values())))
+            figures[f"accuracy from {name}"] = float(np.mean(list(accuracies.values())))
     if len(halves) == 2 and len(catalog) >= FEWEST:
-        found["CKA"] = linear_cka(*halves.values())
-        found["CLUB"] = club_a_dimension(halves["transition"], halves["knowledge"])
-    return found
+        figures["CKA"] = linear_cka(*halves.values())
+        figures["CLUB"] = club_a_dimension(halves["transition"], halves["knowledge"])
+    return figures
 
 
-def attribute_columns(catalog: Catalog, asked: list[str] | None) -> list[str]:
-    """Those that are asked for, or every text column, as far as they have few values."""
-    columns = catalog.columns if asked is None else asked
+def attribute_columns(catalog: Catalog, names: list[str] | None) -> list[str]:
+    """Returns those of the columns `names` (None: all text columns) that have few values."""
+    columns = catalog.columns if names is None else names
     values = {column: [text for row in range(len(catalog)) if (text := catalog.text(row, column))] for column in columns}
-    return [column for column, there in values.items() if 2 <= len(set(there)) <= min(FEW, len(there) // ITEMS_A_VALUE)]
+    return [column for column, texts in values.items() if 2 <= len(set(texts)) <= min(FEW, len(texts) // ITEMS_A_VALUE)]
 
 
 def retrieval_ranks(vectors: np.ndarray, test: Windows) -> np.ndarray:
-    """(cases,) the target's rank among all other items, by cosine to the last item of the prefix."""
+    """Returns (cases,) the rank of the target among all items but the last of the prefix, by cosine to that last item."""
     prefixes, targets = prefixes_of(test)
     last = prefixes[np.arange(len(prefixes)), (prefixes != PAD).sum(1) - 1]
     unit = torch.nn.functional.normalize(torch.as_tensor(vectors), dim=-1)
     ranks = []
     size = max(1, SCORES_AT_ONCE // len(vectors))
     for start in range(0, len(last), size):
-        rows, wanted = (torch.as_tensor(of[start : start + size]).long() for of in (last, targets))
+        rows, wanted = (torch.as_tensor(items[start : start + size]).long() for items in (last, targets))
         scores = unit[rows] @ unit.T
-        scores[torch.arange(len(rows)), rows] = -2.0  # not the item itself
+        scores[torch.arange(len(rows)), rows] = -2.0  # the last item itself ranks last
         ranks.append(target_ranks(scores, wanted).numpy())
     return np.concatenate(ranks) if ranks else np.empty(0)
 
 
 def split_items(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit a probe on, and rows to ask it about."""
+    """Splits the rows at random into those to fit a probe on and those to test it on."""
     order = np.random.default_rng(0).permutation(count)
     held_out = max(1, round(HELD_OUT * count))
     return order[held_out:], order[:held_out]
 
 
 def accuracy(vectors: np.ndarray, values: list[str]) -> float:
-    """How often a linear (ridge) probe of the vectors (N, D) names the value of a held-out item; items without one are left out."""
-    there = np.flatnonzero([value != "" for value in values])
-    _, label = np.unique(np.array(values)[there], return_inverse=True)
-    fit, ask = split_items(len(there))
-    x = vectors[there].astype(np.float64)
+    """Returns the accuracy of a linear (ridge) probe of the vectors (N, D) on held-out items. Items without a value are left out."""
+    labelled = np.flatnonzero([value != "" for value in values])
+    _, label = np.unique(np.array(values)[labelled], return_inverse=True)
+    fit, test = split_items(len(labelled))
+    x = vectors[labelled].astype(np.float64)
     mean, target = x[fit].mean(0), np.eye(label.max() + 1)[label]
     centred, level = x[fit] - mean, target[fit].mean(0)
     spread = centred.T @ centred / len(fit)
     ridge = RIDGE * np.trace(spread) / len(spread) * np.eye(len(spread))
     weights = np.linalg.solve(spread + ridge, centred.T @ (target[fit] - level) / len(fit))
-    return float((((x[ask] - mean) @ weights + level).argmax(1) == label[ask]).mean())
+    return float((((x[test] - mean) @ weights + level).argmax(1) == label[test]).mean())
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Likeness of two sets of vectors (N, .) up to rotation and scale, from 0 to 1 (Kornblith et al., arXiv 1905.00414)."""
+    """Returns the linear CKA of two sets of vectors (N, .): similarity up to rotation and scale, 0 to 1 (Kornblith et al.,
+    arXiv 1905.00414)."""
     x, y = (z.astype(np.float64) - z.mean(0) for z in (x, y))
     norms = [float(np.linalg.norm(one.T @ other)) for one, other in ((y, x), (x, x), (y, y))]
     return norms[0] * norms[0] / max(norms[1] * norms[2], 1e-12)
 
 
 def club_a_dimension(x: np.ndarray, y: np.ndarray) -> float:
-    """The CLUB bound of I(x; y) on held-out rows of unit vectors (N, D), in nats a dimension, by a critic of its own.
+    """Returns the CLUB upper bound of I(x; y) in nats per dimension, of vectors (N, D) scaled to unit length.
 
-    The critic is that of the step at which it was best on half of the held-out rows; the bound is that of the other half.
-    """
+    A critic is trained on part of the rows. Half of the held-out rows choose its best step, the other half give the bound."""
     fit, held_out = split_items(len(x))
-    choose, ask = np.array_split(held_out, 2)
+    choose, test = np.array_split(held_out, 2)
     unit = [torch.nn.functional.normalize(torch.as_tensor(z), dim=-1) * z.shape[1] ** 0.5 for z in (x, y)]  # of unit variance
-    parts = {name: (unit[0][rows], unit[1][rows]) for name, rows in (("fit", fit), ("choose", choose), ("ask", ask))}
+    parts = {name: (unit[0][rows], unit[1][rows]) for name, rows in (("fit", fit), ("choose", choose), ("test", test))}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         bound = CLUB(Gaussian(x.shape[1], y.shape[1], HIDDEN, LEAST_LOG_VARIANCE))
@@ -116,4 +118,4 @@ def club_a_dimension(x: np.ndarray, y: np.ndarray) -> float:
                 best, state = loss, copy.deepcopy(bound.state_dict())
     bound.load_state_dict(state)
     with torch.no_grad():
-        return float(bound.estimate(*parts["ask"]) / y.shape[1])
+        return float(bound.estimate(*parts["test"]) / y.shape[1])

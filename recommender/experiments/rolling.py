@@ -1,9 +1,9 @@
-"""`tpad evaluate --windows N`: the same models over N cut-off times inside the log, and how far their figures spread.
+"""Evaluates the models over N cut-off times inside the log, and the spread of their figures: `tpad evaluate --windows N`.
 
-One split can flatter a model by chance. The held-out share of the log, `data.valid` + `data.test`, is divided into N + 1 stretches of
-equal length. Window n trains on all sessions before stretch n, chooses the epoch on stretch n and is tested on stretch n + 1. No window
-trains on fewer sessions than the ordinary split, so embeddings that were distilled for that split have seen no validation or test
-session of any window.
+The figures of one split can be good by chance. The held-out share of the log, `data.valid` + `data.test`, is divided into N + 1
+stretches of equal length. Window n trains on all sessions before stretch n, chooses the epoch on stretch n and is tested on stretch
+n + 1. No window trains on fewer sessions than the ordinary split, so embeddings that were distilled for that split have seen no
+validation or test session of any window.
 """
 
 import hashlib
@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from pipeline.core.artifact import LOCK, Version, published, stage
+from pipeline.core.artifact import Version, published, stage
 from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.files import canonical_json, remove, write_json
 from recommender.baselines.registry import BASELINES
-from recommender.experiments.evaluate import MAIN, TESTED, chosen_reference, open_inputs, row_of
-from recommender.metrics.evaluator import Metrics, average, baseline_ranks, buckets_of, model_ranks
+from recommender.experiments.evaluate import MAIN, TESTED, chosen_reference, clear, open_inputs, row_of, single_process
+from recommender.metrics.evaluator import BucketMetrics, average, baseline_ranks, buckets_of, model_ranks
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import ROWS, Figure, table
-from recommender.training.dataset import Inputs, load_inputs, model_fingerprint
+from recommender.training.dataset import TrainingData, load_training_data, model_fingerprint
 from recommender.training.search import settings_for
 from recommender.training.trainer import alone, train_model
 
@@ -32,39 +32,36 @@ from recommender.training.trainer import alone, train_model
 def evaluate_windows(
     config: Config, run: Path, data: Path, count: int, names: Sequence[str] | None, against: str | None, fresh: bool = False
 ) -> tuple[Version, str, str]:
-    """The models `names` (None: all that can be evaluated) over `count` windows; returns the published version, its report, and what was
-    left out, or nothing. Resumable: what a window found of a model is kept. Raises `UserError`."""
+    """Evaluates the models `names` (None: all that can be evaluated) over `count` windows; parameters and result as in `evaluate`.
+
+    Resumable: the figures of a model in a window are stored. Raises `UserError`."""
     if config.data.protocol != "time":
-        raise UserError(f"--windows cuts the log by time (data.protocol = {config.data.protocol}); take data.protocol = time", USAGE)
+        raise UserError(f"--windows splits the log by time (data.protocol = {config.data.protocol}); set data.protocol = time", USAGE)
     inputs, neural, left_out = open_inputs(config, run, data, names)
     config = config.model_copy(update={"sbr": config.sbr.model_copy(update={"models": neural or ["ID-only"]})})
-    plain = [name for name in BASELINES if names is None or name in names]
-    reference = chosen_reference(against, [*plain, *neural])
+    baselines = [name for name in BASELINES if names is None or name in names]
+    reference = chosen_reference(against, [*baselines, *neural])
     seeds = range(config.seed, config.seed + config.sbr.seeds)
     settings = settings_for(neural, config, inputs, run)
     prints = [inputs.fingerprint, *(model_fingerprint(name, seed, settings[name], inputs) for name in neural for seed in seeds)]
-    fingerprint = hashlib.sha256(canonical_json([count, plain, prints, reference])).hexdigest()
+    fingerprint = hashlib.sha256(canonical_json([count, baselines, prints, reference])).hexdigest()
     target = run / "evaluation" / f"windows-{count}"
     current = published(target, "evaluation")
     if current is not None and current.manifest["fingerprint"] == fingerprint and not fresh:
         return current, (current.path / "report.md").read_text(encoding="utf-8"), left_out
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UserError("tpad evaluate runs in one process (accelerate launch); start it alone", USAGE)
-    work = run / "evaluation-train" / f"windows-{count}"
-    by_model: dict[str, list[Metrics]] = {name: [] for name in [*plain, *neural]}  # of each window, the mean over the seeds
+    accelerator, work = single_process(), run / "evaluation-train" / f"windows-{count}"
+    by_model: dict[str, list[BucketMetrics]] = {name: [] for name in [*baselines, *neural]}  # for each window the mean over the seeds
     facts: list[dict[str, int]] = []
     with alone(work, accelerator):
-        for path in list(work.iterdir()) if fresh else []:
-            if path.name != LOCK:
-                remove(path)
+        if fresh:
+            clear(work)
         for number in range(count):
-            cut = load_inputs(config, run, data, window=(number, count))
-            facts.append({f"{part}_sessions": len(getattr(cut.split, part)) for part in ("train", "valid", "test")})
-            for name in plain:
-                by_model[name].append(figures_of_baseline(name, cut, config))
+            window = load_training_data(config, run, data, window=(number, count))
+            facts.append({f"{part}_sessions": len(getattr(window.split, part)) for part in ("train", "valid", "test")})
+            for name in baselines:
+                by_model[name].append(figures_of_baseline(name, window, config))
             for name in neural:
-                runs = [figures_of_model(name, seed, settings[name], cut, accelerator, work / str(number)) for seed in seeds]
+                runs = [figures_of_model(name, seed, settings[name], window, accelerator, work / str(number)) for seed in seeds]
                 by_model[name].append(average(runs)[0])
     by_model = dict(sorted(by_model.items(), key=lambda entry: ROWS.index(entry[0])))
     report = markdown(by_model, facts, len(seeds), reference, left_out)
@@ -82,19 +79,20 @@ def evaluate_windows(
         return staging.publish({"fingerprint": fingerprint, "protocol": f"windows-{count}"}), report, left_out
 
 
-def figures_of_baseline(name: str, inputs: Inputs, config: Config) -> Metrics:
+def figures_of_baseline(name: str, inputs: TrainingData, config: Config) -> BucketMetrics:
+    """Returns the test metrics of a baseline in the window `inputs`."""
     test, train = inputs.windows(config.data.max_prefix)[2], inputs.split.train
     scorer = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
     return summarise_buckets(baseline_ranks(scorer, test, available=inputs.available), buckets_of(test, inputs.counts))
 
 
-def figures_of_model(name: str, seed: int, config: Config, inputs: Inputs, accelerator: Accelerator, work: Path) -> Metrics:
-    """Of a model trained on the window `inputs`, or as they were kept in `work`."""
+def figures_of_model(name: str, seed: int, config: Config, inputs: TrainingData, accelerator: Accelerator, work: Path) -> BucketMetrics:
+    """Trains a model on the window `inputs` and returns its test metrics, or returns those stored in `work`."""
     path, fingerprint = work / f"{name}-{seed}.json", model_fingerprint(name, seed, config, inputs)
     try:
-        kept = json.loads(path.read_bytes())
-        if kept["fingerprint"] == fingerprint:
-            return dict(kept["metrics"])
+        stored = json.loads(path.read_bytes())
+        if stored["fingerprint"] == fingerprint:
+            return dict(stored["metrics"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     windows = inputs.windows(config.data.max_prefix)
@@ -105,11 +103,14 @@ def figures_of_model(name: str, seed: int, config: Config, inputs: Inputs, accel
     return metrics
 
 
-def markdown(by_model: dict[str, list[Metrics]], facts: list[dict[str, Any]], seeds: int, reference: str | None, left_out: str) -> str:
+def markdown(
+    by_model: dict[str, list[BucketMetrics]], facts: list[dict[str, Any]], seeds: int, reference: str | None, left_out: str
+) -> str:
+    """Returns the report."""
     lines = [f"# Evaluation over {len(facts)} windows of time", ""]
     lines += [
-        f"- window {n}: {each['train_sessions']} training, {each['valid_sessions']} validation, {each['test_sessions']} test sessions"
-        for n, each in enumerate(facts, 1)
+        f"- window {n}: {window['train_sessions']} training, {window['valid_sessions']} validation, {window['test_sessions']} test sessions"
+        for n, window in enumerate(facts, 1)
     ]
     if left_out:
         lines += ["", f"Left out: {left_out}."]
@@ -126,11 +127,11 @@ def markdown(by_model: dict[str, list[Metrics]], facts: list[dict[str, Any]], se
             "",
             f"## Differences to {reference}",
             "",
-            "Mean over the windows ± its standard error, and in how many windows it is above 0.",
+            "Mean over the windows ± its standard error, and the number of windows in which it is above 0.",
             "",
         ]
         differences = {
-            name: {metric: told_difference(row[metric].values, rows[reference][metric].values) for metric in TESTED}
+            name: {metric: format_difference(row[metric].values, rows[reference][metric].values) for metric in TESTED}
             for name, row in rows.items()
             if name != reference
         }
@@ -139,7 +140,8 @@ def markdown(by_model: dict[str, list[Metrics]], facts: list[dict[str, Any]], se
     return "\n".join(lines) + "\n"
 
 
-def told_difference(values: list[float], reference: list[float]) -> str:
+def format_difference(values: list[float], reference: list[float]) -> str:
+    """Formats the mean difference of two models over the windows, with its standard error."""
     difference = np.subtract(values, reference)
     error = f" ± {difference.std(ddof=1) / len(difference) ** 0.5:.4f}" if len(difference) > 1 else ""
     return f"{difference.mean():+.4f}{error} ({int((difference > 0).sum())} of {len(difference)})"

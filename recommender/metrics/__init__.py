@@ -1,3 +1,3 @@
-"""Ranks models and baselines over the test positions, and says how sure the differences are. It may import `session_model` and
+"""Ranks models and baselines over test cases, and tests the significance of their differences. It may import `session_model` and
 `baselines`, and trains nothing.
 """

@@ -1,6 +1,6 @@
-"""Models and baselines held against the same cases.
+"""Ranks the targets of test cases by models and baselines.
 
-A case is every position of a test session from the second on; all items of the catalogue are ranked, cold ones too.
+A case is a position of a test session, from the second on; all items of the catalogue are ranked, cold ones too.
 """
 
 import json
@@ -25,46 +25,48 @@ from recommender.metrics.ranks import summarise_buckets, target_ranks
 from recommender.session_model.model import SessionModel
 from recommender.session_model.windows import PAD, Windows, prefixes_of
 
-READ_AT_ONCE = 2_000  # events: enough to be worth the calls
-SCORES_AT_ONCE = 1_000_000  # numbers of a batch: few enough for a processor's cache, enough to be worth the calls
-TOP = 20  # recommendations of a case that are counted
-PREFIXES_AT_ONCE = 256  # that baselines are asked for
-REFIT_NOTE = "the figures are of models that have seen the training sessions alone; the published one was then trained on all sessions"
-Metrics = dict[str, dict[str, float]]  # bucket -> metric -> value
+READ_AT_ONCE = 2_000  # events in a batch: amortises the overhead of PyTorch calls
+SCORES_AT_ONCE = 1_000_000  # scores in a batch: fits into the cache of a CPU, and amortises the overhead of PyTorch calls
+TOP = 20  # recommendations of each case, for coverage and Gini
+PREFIXES_AT_ONCE = 256  # in a batch of a baseline
+REFIT_NOTE = "the figures are of models trained on the training sessions alone; the published model was then trained on all sessions"
+BucketMetrics = dict[str, dict[str, float]]  # bucket -> metric -> value
 
 
 def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndarray]:
-    """Of every case, in their order: which session of the log it is in, and its target's position there, both (cases,).
-    Cases are the last events of their sessions."""
+    """Returns for every case, in order, the number of its session in the log and the position of its target there, both (cases,).
+
+    The cases of a session must be its last events."""
     session = windows.session[np.nonzero(windows.targets != PAD)[0]]
-    to_go = np.searchsorted(session, session, "right") - np.arange(len(session))
-    return session, np.diff(log.offsets)[session] - to_go
+    remaining = np.searchsorted(session, session, "right") - np.arange(len(session))
+    return session, np.diff(log.offsets)[session] - remaining
 
 
 def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None = None, available: Availability | None = None) -> np.ndarray:
-    """The target's rank in every case of the windows, (cases,), in their order, among the items `available` at its time (None: all).
-    `recommended` (N,) counts in how many cases each item is among the first `TOP`."""
+    """Returns (cases,) the rank of the target of every case of the windows, in order, among the items `available` then (None: all).
+
+    `recommended` (N,): adds to each item the number of cases in which it is among the first `TOP`."""
     model.eval()
     case = windows.targets != PAD
-    number = np.cumsum(case).reshape(case.shape) - 1  # of a case
+    number = np.cumsum(case).reshape(case.shape) - 1  # of each case
     ranks = np.empty(windows.cases)
     with torch.inference_mode():
         tables: Any = model.tables()
 
     def rank(which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found, counts = [], np.zeros(len(model.known), np.int64)
+        batch_ranks, counts = [], np.zeros(len(model.known), np.int64)
         with torch.inference_mode():
             for scores, targets, times in scored(model, tables, windows.take(which)):
                 hide_unavailable(scores, targets, times, available)
-                found.append(target_ranks(scores, targets))
+                batch_ranks.append(target_ranks(scores, targets))
                 if recommended is not None:
                     count_top(scores, counts)
-            return torch.cat(found).cpu().numpy(), counts
+            return torch.cat(batch_ranks).cpu().numpy(), counts
 
-    batches = list(alike(windows, READ_AT_ONCE))
+    batches = list(equal_length_batches(windows, READ_AT_ONCE))
     with side_by_side(model.known.device) as pool:
-        for which, (found, counts) in zip(batches, pool.map(rank, batches), strict=True):
-            ranks[number[which][case[which]]] = found
+        for which, (batch_ranks, counts) in zip(batches, pool.map(rank, batches), strict=True):
+            ranks[number[which][case[which]]] = batch_ranks
             if recommended is not None:
                 recommended += counts
     return ranks
@@ -72,19 +74,20 @@ def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None =
 
 @contextmanager
 def side_by_side(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Threads that rank a batch each. PyTorch's own share out every operation, and wait for each other hundreds of times a batch."""
+    """Opens a pool of threads that each rank a batch. PyTorch's own threads split every operation, and would synchronise hundreds of
+    times in a batch."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads if device.type == "cpu" else 1, initializer=lambda: torch.set_num_threads(1))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what a new thread begins with is what any thread set last
+        torch.set_num_threads(threads)  # a new thread starts with the number that any thread set last
 
 
-def alike(windows: Windows, most: int) -> Iterator[np.ndarray]:
-    """Numbers of windows in batches of one length, so that nothing is padded, and of as many cases each; of at most `most` events
-    or one window."""
+def equal_length_batches(windows: Windows, most: int) -> Iterator[np.ndarray]:
+    """Yields batches of window numbers; all windows of a batch have the same length, so that nothing is padded, and the same number of
+    cases. A batch has at most `most` events, or one window."""
     lengths, cases = (windows.inputs != PAD).sum(1), (windows.targets != PAD).sum(1)
     for length, case in np.unique(np.stack([lengths, cases], 1), axis=0):
         which = np.flatnonzero((lengths == length) & (cases == case))
@@ -93,9 +96,9 @@ def alike(windows: Windows, most: int) -> Iterator[np.ndarray]:
 
 
 def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Scores (cases, N), or what ranks the same, targets (cases,) and their times (cases,) of windows that are alike, some windows at
-    a time."""
-    rows, targets = (torch.as_tensor(a, device=model.known.device).long() for a in (windows.inputs, windows.targets))
+    """Yields scores (cases, N), up to a monotone function, targets (cases,) and their times (cases,) of windows of equal length, some
+    windows at a time."""
+    rows, targets = (torch.as_tensor(array, device=model.known.device).long() for array in (windows.inputs, windows.targets))
     times = None if windows.times is None else torch.as_tensor(windows.times, device=model.known.device)
     real = targets != PAD
     size = max(1, SCORES_AT_ONCE // len(model.known) // rows.shape[1])
@@ -105,51 +108,54 @@ def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor
         scores = (model.masses(mixture.select(part), tables) for part in parts)
     else:
         scores = (model.scores(rows[part], tables, real[part]) for part in parts)
-    of_cases = (None if times is None else times[part][real[part]] for part in parts)
-    return zip(scores, (targets[part][real[part]] for part in parts), of_cases, strict=True)
+    case_times = (None if times is None else times[part][real[part]] for part in parts)
+    return zip(scores, (targets[part][real[part]] for part in parts), case_times, strict=True)
 
 
 def hide_unavailable(scores: Tensor, targets: Tensor, times: Tensor | None, available: Availability | None) -> None:
-    """Puts the items that are not available at the times (B,) below all others in scores (B, N); None: those that never are. A target was
-    clicked, so it stays."""
+    """Sets the scores (B, N) of items that are not available at the times (B,) to -inf; times None: of items that never are.
+
+    The scores of targets (B,) stay, as a target was clicked."""
     if available is None:
         return
     begin, end = (torch.as_tensor(limit, device=scores.device) for limit in available)
     now = torch.zeros((1, 1), device=scores.device, dtype=torch.long) if times is None else times[:, None]
-    of_target = scores.gather(1, targets[:, None])
+    target_scores = scores.gather(1, targets[:, None])
     scores.masked_fill_((begin > now) | (end <= now), -torch.inf)
-    scores.scatter_(1, targets[:, None], of_target)
+    scores.scatter_(1, targets[:, None], target_scores)
 
 
 def baseline_ranks(
     score: Scorer, windows: Windows, recommended: np.ndarray | None = None, available: Availability | None = None
 ) -> np.ndarray:
-    """`model_ranks` of a baseline."""
+    """Returns the ranks of a baseline; parameters and result as in `model_ranks`."""
     prefixes, targets = prefixes_of(windows)
     times = None if windows.times is None else torch.as_tensor(windows.times[windows.targets != PAD])
-    found = [np.empty(0)]
+    ranks = [np.empty(0)]
     for part in (slice(start, start + PREFIXES_AT_ONCE) for start in range(0, len(targets), PREFIXES_AT_ONCE)):
         if available is not None:
             scores, target = torch.as_tensor(score(prefixes[part])), torch.as_tensor(targets[part]).long()
             hide_unavailable(scores, target, None if times is None else times[part], available)
-            found.append(target_ranks(scores, target).numpy())
+            ranks.append(target_ranks(scores, target).numpy())
             if recommended is not None:
                 count_top(scores, recommended)
             continue
-        found.append(score.ranks(prefixes[part], targets[part]))
+        ranks.append(score.ranks(prefixes[part], targets[part]))
         if recommended is not None:
             recommended += np.bincount(score.top(prefixes[part], TOP).flatten(), minlength=len(recommended))
-    return np.concatenate(found)
+    return np.concatenate(ranks)
 
 
 def count_top(scores: torch.Tensor, recommended: np.ndarray) -> None:
+    """Adds to `recommended` (N,) the items that are among the first `TOP` of each line of scores (B, N)."""
     values, top = scores.topk(min(TOP, scores.shape[1]))
-    recommended += np.bincount(top[values > -torch.inf].cpu().numpy(), minlength=len(recommended))  # of few available items not all
+    recommended += np.bincount(top[values > -torch.inf].cpu().numpy(), minlength=len(recommended))  # fewer than TOP may be available
 
 
 def buckets_of(windows: Windows, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Kinds of cases: by whether the target was seen in training, whether it is in the prefix already, how long the prefix is,
-    and how popular the target: `head`, `middle` and `tail` are the items with a third each of the training events."""
+    """Returns bucket -> (cases,) bool: by whether the target is warm (has training events) or cold, whether it repeats an item of the
+    prefix, by length of the prefix, and by popularity of the target: `head`, `middle` and `tail` have a third of the training events
+    each. `counts` (N,): training events of the items."""
     prefixes, targets = prefixes_of(windows)
     warm = counts[targets] > 0
     repeat = (prefixes == targets[:, None]).any(1)
@@ -166,18 +172,19 @@ def buckets_of(windows: Windows, counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def duplicates(test: SessionLog, train: SessionLog) -> tuple[np.ndarray, np.ndarray]:
-    """Of each test session: whether a training session has exactly its items, and the first test session that has, both (S,)."""
-    trained = {train.session(i).tobytes() for i in range(len(train))}
-    own = [test.session(i).tobytes() for i in range(len(test))]
+    """Returns for each test session whether a training session has exactly its items, and the number of the first test session that has
+    them, both (S,)."""
+    train_sessions = {train.session(i).tobytes() for i in range(len(train))}
+    test_sessions = [test.session(i).tobytes() for i in range(len(test))]
     first: dict[bytes, int] = {}
-    group = np.array([first.setdefault(items, n) for n, items in enumerate(own)], np.int64)
-    return np.array([items in trained for items in own], bool), group
+    group = np.array([first.setdefault(items, n) for n, items in enumerate(test_sessions)], np.int64)
+    return np.array([items in train_sessions for items in test_sessions], bool), group
 
 
-def average(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
-    """Mean and standard deviation over the runs of one model: seeds, or windows of time, some of which may have no case of a bucket."""
-    mean: Metrics = {}
-    spread: Metrics = {}
+def average(runs: Sequence[BucketMetrics]) -> tuple[BucketMetrics, BucketMetrics]:
+    """Returns mean and standard deviation over the runs of one model: seeds, or windows, some of which may lack a bucket."""
+    mean: BucketMetrics = {}
+    spread: BucketMetrics = {}
     for bucket in runs[0]:
         names = dict.fromkeys(name for run in runs for name in run[bucket])
         values = {name: [run[bucket][name] for run in runs if name in run[bucket]] for name in names}
@@ -186,8 +193,8 @@ def average(runs: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
     return mean, spread
 
 
-def read_ceiling(data: Path, settings: DataConfig) -> Metrics | None:
-    """What the true law of the sample shop scores; None without the file, or where it is of another split."""
+def read_ceiling(data: Path, settings: DataConfig) -> BucketMetrics | None:
+    """Reads the metrics of the true distribution of the sample shop; None without the file, or if it is of another split."""
     try:
         ceiling = json.loads((data / "ceiling.json").read_text(encoding="utf-8"))
         same = settings.protocol == "time" and all(ceiling[key] == getattr(settings, key) for key in ("valid", "test", "max_prefix"))
@@ -201,23 +208,23 @@ def collect_results(
     counts: np.ndarray,
     test: Windows,
     buckets: Mapping[str, np.ndarray],
-    runs: Mapping[str, list[Metrics]],
-    ceiling: Metrics | None,
+    runs: Mapping[str, list[BucketMetrics]],
+    ceiling: BucketMetrics | None,
     available: Availability | None,
 ) -> dict[str, Any]:
-    """Baselines, the trained models' `runs` and the ceiling, as metrics.json holds them. `test` are the windows of split.test."""
+    """Returns the content of metrics.json: baselines, the `runs` of the trained models, and the ceiling. `test`: windows of split.test."""
     train, items = split.train, len(counts)
     scorers = {name: build(train.rows, train.offsets, items) for name, build in BASELINES.items()}
     ranks = {name: baseline_ranks(score, test, available=available) for name, score in scorers.items()}
-    found = {name: [summarise_buckets(each, buckets)] for name, each in ranks.items()} | dict(runs)
-    results = {name: dict(zip(("mean", "std"), average(each), strict=True)) | {"seeds": len(each)} for name, each in found.items()}
+    metrics = {name: [summarise_buckets(by_case, buckets)] for name, by_case in ranks.items()} | dict(runs)
+    results = {name: dict(zip(("mean", "std"), average(seeds), strict=True)) | {"seeds": len(seeds)} for name, seeds in metrics.items()}
     if ceiling is not None:
         results["ceiling"] = {"mean": ceiling, "std": {}, "seeds": 1}
     return {"facts": facts_of(split, counts, *duplicates(split.test, train)), "results": results}
 
 
 def facts_of(split: Split, counts: np.ndarray, trained: np.ndarray, group: np.ndarray) -> dict[str, Any]:
-    """`trained` and `group` as `duplicates` finds them."""
+    """Returns the facts about the data for metrics.json. `trained` and `group` (S,): the result of `duplicates`."""
     return {
         "train_sessions": len(split.train),
         "valid_sessions": len(split.valid),
@@ -231,11 +238,11 @@ def facts_of(split: Split, counts: np.ndarray, trained: np.ndarray, group: np.nd
 
 
 def cases_table(test: Windows, log: SessionLog, item_ids: Sequence[str], ranks: Mapping[str, np.ndarray]) -> pa.Table:
-    """Every case of `log`: session_id, position and item_id of the target, and its rank in each of `ranks`, (cases,)."""
+    """Returns a table of every case of `log`: session_id, position and item_id of the target, and its rank in each of `ranks`, (cases,)."""
     session, position = positions_of(test, log)
     columns = {
         "session_id": [log.session_ids[number] for number in session],
         "position": pa.array(position, pa.int32()),
         "item_id": [item_ids[row] for row in log.rows[log.offsets[session] + position]],
     }
-    return pa.table(columns | {name: pa.array(of, pa.float64()) for name, of in ranks.items()})
+    return pa.table(columns | {name: pa.array(by_case, pa.float64()) for name, by_case in ranks.items()})

@@ -1,4 +1,4 @@
-"""Tables of results, for a terminal and in Markdown."""
+"""Formats tables of results, for a terminal and in Markdown."""
 
 import sys
 from collections.abc import Mapping
@@ -9,17 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from recommender.baselines.registry import BASELINES, MODELS
-from recommender.metrics.evaluator import REFIT_NOTE, Metrics
+from recommender.metrics.evaluator import REFIT_NOTE, BucketMetrics
 from recommender.metrics.significance import Difference
 
-WIDTH = 140  # of a table that goes to a file or a pipe
+WIDTH = 140  # characters of a table that is written to a file or a pipe
 COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
 ROWS = (*BASELINES, *MODELS, "ceiling")
 
 
 def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """`results`: name -> {"mean": Metrics, "std": Metrics, "seeds": n}; the rows are in the order of `ROWS`."""
-    first: Metrics = results["popularity"]["mean"]
+    """Prints a table of results, its rows in the order of `ROWS`.
+
+    `results`: name -> {"mean": BucketMetrics, "std": BucketMetrics, "seeds": n}."""
+    first: BucketMetrics = results["popularity"]["mean"]
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("model", no_wrap=True)
     for bucket, metric in COLUMNS:
@@ -41,6 +43,7 @@ def _cell(result: Mapping[str, Any], bucket: str, metric: str) -> str:
 
 
 def print_results(metrics: dict[str, Any]) -> None:
+    """Prints the facts about the data and the table of results; `metrics` is the content of metrics.json."""
     facts = metrics["facts"]
     print(f"{facts['items']} items, {facts['cold_items']} of them in no training session")
     print(
@@ -59,7 +62,7 @@ class Figure(NamedTuple):
     """One metric of one row, over the seeds."""
 
     values: list[float]
-    against: Difference | None = None  # full, on the same cases
+    against: Difference | None = None  # to the reference model, on the same cases
 
     def __str__(self) -> str:
         deviation = f" ± {np.std(self.values, ddof=1):.4f}" if len(self.values) > 1 else ""
@@ -70,6 +73,7 @@ Row = dict[str, Figure]  # by metric
 
 
 def table(rows: Mapping[str, Row], columns: Mapping[str, str], cell: Any = str) -> list[str]:
+    """Returns the lines of a Markdown table. `columns`: metric -> head; a column without any value is left out."""
     heads = {metric: head for metric, head in columns.items() if any(metric in row for row in rows.values())}
     lines = [f"| | {' | '.join(heads.values())} |", "| --- |" + " ---: |" * len(heads)]
     for name, row in rows.items():
@@ -77,5 +81,8 @@ def table(rows: Mapping[str, Row], columns: Mapping[str, str], cell: Any = str) 
     return lines
 
 
-def told(found: Difference | None) -> str:
-    return "-" if found is None else f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}], p {found.p:.4f}"
+def format_difference(difference: Difference | None) -> str:
+    """Formats a difference with its interval and p."""
+    if difference is None:
+        return "-"
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}], p {difference.p:.4f}"

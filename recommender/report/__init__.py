@@ -1,3 +1,3 @@
-"""`tpad report`: one HTML file about a run. It reads what other commands have published, and may import `serving`, `metrics` and what
-these import.
+"""Writes one HTML file about a run: `tpad report`. It reads published artifacts, and may import `serving`, `metrics` and
+what these import.
 """

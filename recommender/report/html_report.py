@@ -1,8 +1,8 @@
-"""`tpad report`: one HTML file about a run that needs nothing else to be looked at: no network, no script.
+"""Writes one self-contained HTML file about a run, without network access or scripts: `tpad report`.
 
-Results with their intervals, what training looked like, the catalogue seen by each half, the index, twenty test sessions
-with what was recommended and what came, and the settings. All texts are escaped; the pictures are small JPEGs, each held
-once and shown wherever it is needed.
+It shows the results with their intervals, the training curves, a map of the catalogue by each half of the vectors, the index, twenty
+test sessions with their recommendations and true next items, and the settings. All texts are escaped; images are small JPEGs, each
+stored once and referenced where it is shown.
 """
 
 import base64
@@ -31,11 +31,11 @@ from recommender.serving.recommender import Recommender
 from recommender.serving.thumbnails import small
 from recommender.session_model.top_k import first
 
-SESSIONS, SEEN, SHOWN = 20, 5, 10  # test sessions, the last items of each, and the first of its ranking
-PICTURES = 300  # on a map
-DOTS = 3000
-COMPARED_ITEMS = 1000  # of fewer, any index will do
-SIDE, QUALITY = 56, 80  # pixels of a picture; of its JPEG
+SESSIONS, SEEN, SHOWN = 20, 5, 10  # test sessions; last items of each prefix; first items of its ranking
+IMAGES = 300  # on a map
+DOTS = 3000  # on a map
+COMPARED_ITEMS = 1000  # smallest catalogue for which kinds of index are compared
+SIDE, QUALITY = 56, 80  # pixels of an image; of its JPEG
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;background:#fff;margin:0 auto;max-width:1120px;padding:20px 16px 60px}
 h1{font-size:26px;margin:8px 0 0}h2{font-size:19px;margin:40px 0 8px;border-bottom:1px solid #d8dee6;padding-bottom:4px}
@@ -57,16 +57,17 @@ pre{background:#f6f7f9;padding:12px;overflow-x:auto;font-size:12.5px;line-height
 """
 
 
-class Pictures:
-    """Items as SVG: a picture where there is one, else the beginning of the title. `definitions` holds what they refer to."""
+class ItemImages:
+    """Draws items as SVG: the image of an item, else the beginning of its title. Each drawing is stored once, in `definitions`."""
 
     def __init__(self, catalog: Catalog | None, recommender: Recommender) -> None:
         self.catalog, self.recommender = catalog, recommender
-        self.kept: dict[int, str] = {}
+        self.drawings: dict[int, str] = {}  # row -> SVG
 
-    def of(self, row: int) -> str:
-        if row not in self.kept:
-            self.kept[row] = self._draw(row)
+    def reference(self, row: int) -> str:
+        """Returns SVG that shows the drawing of an item."""
+        if row not in self.drawings:
+            self.drawings[row] = self._draw(row)
         return f'<use href="#i{row}"/>'
 
     def _draw(self, row: int) -> str:
@@ -75,7 +76,7 @@ class Pictures:
             place = self.catalog.row.get(self.recommender.item_ids[row])
         try:
             image = None if self.catalog is None or place is None else self.catalog.image(place)
-        except UserError:  # one that cannot be decoded is none
+        except UserError:  # the image cannot be decoded
             image = None
         if image is None:
             return f'<rect width="100%" height="100%" fill="#dfe5ec"/><text x="4" y="32">{escape(title[:9])}</text>'
@@ -83,34 +84,36 @@ class Pictures:
         return f'<image width="{SIDE}" height="{SIDE}" href="data:image/jpeg;base64,{data}"/>'
 
     def definitions(self) -> str:
-        symbols = (f'<symbol id="i{row}" viewBox="0 0 {SIDE} {SIDE}">{svg}</symbol>' for row, svg in self.kept.items())
+        """Returns the drawings of all items that were referenced so far."""
+        symbols = (f'<symbol id="i{row}" viewBox="0 0 {SIDE} {SIDE}">{svg}</symbol>' for row, svg in self.drawings.items())
         return f'<svg width="0" height="0" aria-hidden="true" style="position:absolute">{"".join(symbols)}</svg>'
 
     def boxed(self, row: int, hit: bool = False, note: str = "") -> str:
-        said = escape(f"{self.recommender.titles[row]} ({self.recommender.item_ids[row]}){note}")
-        return f'<svg role="img" aria-label="{said}"{" class=hit" if hit else ""}><title>{said}</title>{self.of(row)}</svg>'
+        """Returns an item as an image of its own, framed if it is a `hit`."""
+        label = escape(f"{self.recommender.titles[row]} ({self.recommender.item_ids[row]}){note}")
+        return f'<svg role="img" aria-label="{label}"{" class=hit" if hit else ""}><title>{label}</title>{self.reference(row)}</svg>'
 
 
 def write_report(run: Path, data: Path | None, config: str) -> Path:
-    """`run/report.html`; `config` is the YAML of the settings. Without a data folder there are no pictures."""
+    """Writes `run/report.html` and returns its path. `config` is the YAML of the settings; without a data folder there are no images."""
     recommender = Recommender.load(run)
     metrics = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))
     catalog = None
     try:
         catalog = None if data is None else load_catalog(data)
-    except UserError as error:  # a report needs no pictures
-        print(f"no pictures: {error}", file=sys.stderr)
-    pictures = Pictures(catalog, recommender)
-    made_of = recommender.version.manifest
+    except UserError as error:  # the report is written without images
+        print(f"no images: {error}", file=sys.stderr)
+    images = ItemImages(catalog, recommender)
+    manifest = recommender.version.manifest
     facts = metrics["facts"]
     counts = ", ".join(f"{facts[f'{name}_sessions']:,} {name} sessions" for name in ("train", "valid", "test"))
     parts = [
         f"<h1>{escape(run.resolve().name)}</h1>",
-        f'<p class="dim">session model {recommender.version.name}, embeddings {escape(made_of["embeddings_version"] or "none")}; '
+        f'<p class="dim">session model {recommender.version.name}, embeddings {escape(manifest["embeddings_version"] or "none")}; '
         f"{facts['items']:,} items, {facts['cold_items']:,} of them in no training session; {counts}</p>",
         *section("Results", results(metrics, recommender.version.path / "ranks.parquet")),
-        *section("Test sessions", sessions(recommender, pictures)),
-        *section("The catalogue, by each half of the vectors", maps(recommender, pictures)),
+        *section("Test sessions", sessions(recommender, images)),
+        *section("The catalogue, by each half of the vectors", maps(recommender, images)),
         *section("Training of the MLLM", distillation(run / "distill" / "metrics.jsonl")),
         *section("Training of the session model", training(run / "sbr-train" / "metrics.jsonl")),
         *section("Index", index(recommender)),
@@ -124,28 +127,29 @@ def write_report(run: Path, data: Path | None, config: str) -> Path:
     )
     path = run / "report.html"
     with replacing(path) as temporary:
-        temporary.write_text("\n".join([head, pictures.definitions(), *parts, "</body></html>\n"]), encoding="utf-8")
+        temporary.write_text("\n".join([head, images.definitions(), *parts, "</body></html>\n"]), encoding="utf-8")
     return path
 
 
 def section(title: str, content: Iterator[str] | Sequence[str]) -> list[str]:
-    """Nothing where there is nothing to show."""
-    found = [part for part in content if part]
-    return [f"<section><h2>{escape(title)}</h2>", *found, "</section>"] if found else []
+    """Returns a section; empty without content."""
+    parts = [part for part in content if part]
+    return [f"<section><h2>{escape(title)}</h2>", *parts, "</section>"] if parts else []
 
 
 # --- results
 
 
 def results(metrics: Mapping[str, Any], ranks: Path) -> Iterator[str]:
+    """Yields the table of results, and the differences of full to ID-only and content-only."""
     table = pq.read_table(ranks).to_pydict() if ranks.exists() else {"session_id": []}
     number = np.unique(np.array(table["session_id"], dtype=str), return_inverse=True)[1]
     yield "<p>Next item, every position of every test session, all items ranked. In small print: the 95 % interval (bootstrap over "
-    yield "test sessions, for the models whose ranks are kept), or the standard deviation over seeds.</p>"
+    yield "test sessions, for the models whose ranks are stored), or the standard deviation over seeds.</p>"
     if metrics["facts"].get("refit"):
         yield f"<p>{escape(REFIT_NOTE.capitalize())}.</p>"
-    if told := metrics["facts"].get("calibration", {}).get("told"):
-        yield f"<p>{escape(told.capitalize())}.</p>"
+    if summary := metrics["facts"].get("calibration", {}).get("told"):
+        yield f"<p>{escape(summary.capitalize())}.</p>"
     first = metrics["results"]["popularity"]["mean"]
     heads = [
         f"<th>{metric if bucket == 'all' else f'{bucket} {metric}'}<br><small>{int(first[bucket]['cases']):,} cases</small></th>"
@@ -161,33 +165,34 @@ def results(metrics: Mapping[str, Any], ranks: Path) -> Iterator[str]:
                 note = f"± {result['std'][bucket][metric]:.4f}"
             elif bucket == "all" and name in table:
                 values = case_values(np.array(table[name]), metric)
-                found = paired_bootstrap(values, np.zeros(len(values)), number, draws=2000)
-                note = f"{found.low:.4f} – {found.high:.4f}"
+                interval = paired_bootstrap(values, np.zeros(len(values)), number, draws=2000)
+                note = f"{interval.low:.4f} – {interval.high:.4f}"
             cells.append(f"<td>{'–' if value is None else f'{value:.4f}'}{f'<small>{note}</small>' if note else ''}</td>")
         yield f"<tr{' class=ours' if name == 'full' else ''}><td>{escape(name)}</td>{''.join(cells)}</tr>"
     yield "</table></div>"
     if "full" in table:
         for other in (name for name in ("ID-only", "content-only") if name in table):
             ours, theirs = (case_values(np.array(table[name]), "MRR@20") for name in ("full", other))
-            found = paired_bootstrap(ours, theirs, number)
-            yield f"<p>MRR@20 of full less that of {other}: {found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}.</p>"
+            gain = paired_bootstrap(ours, theirs, number)
+            yield f"<p>MRR@20 of full minus that of {other}: {gain.mean:+.4f}, 95 % interval {gain.low:+.4f} to {gain.high:+.4f}.</p>"
 
 
 # --- curves
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Those that are whole; a kill may have cut one."""
-    found = []
+    """Reads a metrics.jsonl; skips a line that a kill cut short."""
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            found.append(dict(json.loads(line)))
+            lines.append(dict(json.loads(line)))
         except ValueError:
             continue
-    return found
+    return lines
 
 
 def distillation(path: Path) -> Iterator[str]:
+    """Yields the training curves of the MLLM, by phase."""
     phases: dict[str, dict[str, list[tuple[float, float]]]] = {}  # phase -> name -> (step, value)
     for line in read_lines(path):
         curves = phases.setdefault(str(line.pop("phase", "")), {})
@@ -204,6 +209,7 @@ def distillation(path: Path) -> Iterator[str]:
 
 
 def training(path: Path) -> Iterator[str]:
+    """Yields the loss curves of the session models."""
     losses: dict[str, list[tuple[float, float]]] = {}
     for line in read_lines(path):
         name = f"{line.get('model')}, seed {line.get('seed')}"
@@ -214,58 +220,61 @@ def training(path: Path) -> Iterator[str]:
 # --- catalogue, index, sessions
 
 
-def maps(recommender: Recommender, pictures: Pictures) -> Iterator[str]:
+def maps(recommender: Recommender, images: ItemImages) -> Iterator[str]:
+    """Yields a map of the items for each half of the vectors: their first two principal components."""
     if not recommender.halves:
         return
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(len(recommender.item_ids))[:DOTS])
-    chosen = rng.permutation(len(rows))[:PICTURES].tolist()
-    yield f"<p>The first two principal components; {len(chosen)} items as pictures, up to {DOTS:,} as dots.</p>"
+    chosen = rng.permutation(len(rows))[:IMAGES].tolist()
+    yield f"<p>The first two principal components; {len(chosen)} items as images, up to {DOTS:,} as dots.</p>"
     yield '<div class="maps">'
     for half, vectors in recommender.halves.items():
         centred = vectors[rows] - vectors[rows].mean(0, dtype=np.float64)
         _, _, axes = np.linalg.svd(centred, full_matrices=False)
-        what = {"knowledge": "knowledge: what items are", "transition": "transition: what people move on to"}[half]
-        yield plane(what, centred @ axes[:2].T, {n: pictures.of(int(rows[n])) for n in chosen})
+        title = {"knowledge": "knowledge: the content of items", "transition": "transition: the next items"}[half]
+        yield plane(title, centred @ axes[:2].T, {n: images.reference(int(rows[n])) for n in chosen})
     yield "</div>"
 
 
 def index(recommender: Recommender) -> Iterator[str]:
-    """The published index, and of a small catalogue the other kinds too, by recall and latency now, on this machine."""
+    """Yields recall and latency of the published index, measured now on this machine; of a small catalogue, of the other kinds too."""
     published = recommender.version.manifest["index"]
-    items, own = len(recommender.item_ids), recommender.index
+    items, item_index = len(recommender.item_ids), recommender.index
     others = [
         name
         for name in ("flat", "hnsw", "ivf")
         if COMPARED_ITEMS <= items <= FLAT_ITEMS and factory_of(name, items) != published["factory"]
     ]
     curves: dict[str, Curve] = {}
-    prefixes = encode_sessions(own.model, recommender.sample_rows())
-    worst = exact_kth_scores(own.model, prefixes)
+    prefixes = encode_sessions(item_index.model, recommender.sample_rows())
+    worst = exact_kth_scores(item_index.model, prefixes)
     with Steps("index", 1 + len(others)) as shown:
         for name in [published["factory"], *others]:
-            each = own if name == published["factory"] else ItemIndex(build_indexes(own.model, name), own.model)
-            usual, found = each.effort, []
-            for effort in (1.0,) if each.exact else EFFORTS:
-                each.spend(effort)
-                recall, times = measure(each, prefixes, worst)
-                found.append((float(np.median(times)), recall))
-            each.spend(usual)
-            curves[factory_of(name, items)] = found
+            ranker = item_index.model
+            searched = item_index if name == published["factory"] else ItemIndex(build_indexes(ranker, name), ranker)
+            usual, points = searched.effort, []
+            for effort in (1.0,) if searched.exact else EFFORTS:
+                searched.spend(effort)
+                recall, times = measure(searched, prefixes, worst)
+                points.append((float(np.median(times)), recall))
+            searched.spend(usual)
+            curves[factory_of(name, items)] = points
             shown.advance()
     yield f"<p>The published index is {escape(published['factory'])}. Recall@{CHECK_K} against scoring every item, by the median "
-    yield f"milliseconds of a search, over {len(prefixes)} test sessions; the points of a line spend more and more on a search.</p>"
+    yield f"milliseconds of a search, over {len(prefixes)} test sessions; the points of a line are searches of increasing effort.</p>"
     yield f'<div class="one">{chart(f"recall@{CHECK_K}", curves, "ms", dots=True)}</div>'
 
 
-def sessions(recommender: Recommender, pictures: Pictures) -> Iterator[str]:
-    yield f"<p>Left: the last {SEEN} items seen. Right: the first {SHOWN} recommended; the item that came next is framed in green.</p>"
+def sessions(recommender: Recommender, images: ItemImages) -> Iterator[str]:
+    """Yields test sessions with their recommendations."""
+    yield f"<p>Left: the last {SEEN} items seen. Right: the first {SHOWN} recommended; the true next item is framed in green.</p>"
     for session in [s for s in recommender.sample_rows() if len(s) > 1][:SESSIONS]:
         *prefix, target = session
         scores = recommender.ranker.scores(recommender.ranker.encode(prefix), np.arange(len(recommender.item_ids)))
         rank = int((scores > scores[target]).sum()) + 1
-        seen = "".join(pictures.boxed(row) for row in prefix[-SEEN:])
-        best = "".join(pictures.boxed(row, row == target) for row in first(scores, min(SHOWN, len(scores))).tolist())
-        came = "" if rank <= SHOWN else f'<div><span>came next</span><div class="row">{pictures.boxed(target)}</div></div>'
+        seen = "".join(images.boxed(row) for row in prefix[-SEEN:])
+        best = "".join(images.boxed(row, row == target) for row in first(scores, min(SHOWN, len(scores))).tolist())
+        target_box = "" if rank <= SHOWN else f'<div><span>true next item</span><div class="row">{images.boxed(target)}</div></div>'
         yield f'<div class="session"><div><span>seen</span><div class="row">{seen}</div></div>'
-        yield f'<div><span>recommended; what came next has rank {rank:,}</span><div class="row">{best}</div></div>{came}</div>'
+        yield f'<div><span>recommended; the true next item has rank {rank:,}</span><div class="row">{best}</div></div>{target_box}</div>'

@@ -1,8 +1,8 @@
-"""The version that answers, and its change: `tpad serve` without the HTTP.
+"""Holds the version of the session model that answers, and reloads a new one: `tpad serve` without the HTTP.
 
-One version of the session model answers at a time. When `tpad train-sbr` or `tpad index` publishes another, it is
-verified, loaded and asked a question beside the one that answers, then takes its place by one assignment; one that fails
-is refused, and the old one goes on. While both are held, they need the memory of both.
+One version answers at a time. When `tpad train-sbr` or `tpad index` publishes another, it is verified, loaded and tried on one session
+while the current one goes on answering; then it becomes the current one by one assignment. A version that fails is refused and the
+current one stays. During a reload the memory of both is needed.
 """
 
 import asyncio
@@ -19,37 +19,41 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.artifact import CURRENT
-from recommender.serving.middleware import Metrics, log
+from recommender.serving.middleware import ServiceMetrics, log
 from recommender.serving.recommender import Recommender
-from recommender.serving.thumbnails import Pictures
+from recommender.serving.thumbnails import Thumbnails
 from recommender.session_model.top_k import first
 
-POLL_SECONDS = 1.0  # between two looks at `current`
-RETRY_SECONDS = 30.0  # until a version that was refused is tried again: a disk may have been full
+POLL_SECONDS = 1.0  # between two reads of `current`
+RETRY_SECONDS = 30.0  # until a refused version is tried again: a disk may have been full
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Refused:
+    """Why a new version was not activated, and when (Unix seconds)."""
+
     error: str
     at: float
 
 
 @dataclass(frozen=True)
-class Served:
-    """One version, with what searching its items needs."""
+class LoadedVersion:
+    """Holds one version in memory, with the arrays for searching its items."""
 
     recommender: Recommender
-    texts: list[pa.ChunkedArray]  # titles and item_ids, in small letters
-    lengths: dict[str, np.ndarray]  # (N,) of each half's vectors
-    loaded_at: float
+    texts: list[pa.ChunkedArray]  # titles and item_ids, in lower case
+    lengths: dict[str, np.ndarray]  # half -> (N,) norms of its vectors
+    loaded_at: float  # Unix seconds
 
     @classmethod
-    def load(cls, run: Path) -> "Served":
+    def load(cls, run: Path) -> "LoadedVersion":
+        """Loads the published version of a run and tries it on one session. Raises `UserError`, or `ValueError` for scores that are
+        not finite."""
         recommender = Recommender.load(run)
-        tried = recommender.recommend(recommender.samples[0]).items
-        if not tried or not all(math.isfinite(item.score) for item in tried):
+        items = recommender.recommend(recommender.samples[0]).items
+        if not items or not all(math.isfinite(item.score) for item in items):
             raise ValueError("the model's scores are not finite")
         names = recommender.items
         texts = [pc.utf8_lower(text) for text in (pc.coalesce(names["title"], names["item_id"]), names["item_id"])]
@@ -61,17 +65,17 @@ class Served:
         return self.recommender.version.name
 
     def search(self, words: str) -> np.ndarray:
-        """Rows of the items that have all the words in their titles or item_ids, those of most training events first."""
+        """Returns the rows of the items with all the words in title or item_id, in descending order of their training events."""
         popular = self.recommender.by_count
-        fits = np.ones(len(popular), bool)
+        matches = np.ones(len(popular), bool)
         for word in words.split():
-            small = pc.utf8_lower(pa.scalar(word)).as_py()
-            fits &= np.logical_or(*(pc.match_substring(text, small).to_numpy() for text in self.texts))
-        found: np.ndarray = popular[fits[popular]]
-        return found
+            lower = pc.utf8_lower(pa.scalar(word)).as_py()
+            matches &= np.logical_or(*(pc.match_substring(text, lower).to_numpy() for text in self.texts))
+        rows: np.ndarray = popular[matches[popular]]
+        return rows
 
     def similar(self, row: int, half: str, k: int) -> list[tuple[int, float]]:
-        """Rows and cosines of the nearest items by the whitened vectors of a half."""
+        """Returns rows and cosines of the k nearest other items, by the whitened vectors of a half."""
         vectors, lengths = self.recommender.halves[half], self.lengths[half]
         cosine = vectors @ vectors[row] / (lengths * lengths[row])
         cosine[row] = -np.inf
@@ -80,49 +84,51 @@ class Served:
 
 
 class Service:
-    """Holds the version that answers, and looks out for the next one."""
+    """Holds the current version, and watches the run for the next one."""
 
     def __init__(self, run: Path, data: Path | None, threads: int) -> None:
         self.run = run
-        self.metrics = Metrics()
-        self.pictures = Pictures(data)
+        self.metrics = ServiceMetrics()
+        self.thumbnails = Thumbnails(data)
         self.scoring = ThreadPoolExecutor(threads, "scoring")
-        self.seen = self.pointer()
-        self.take_up(Served.load(run))
+        self.last_pointer = self.pointer()
+        self.activate(LoadedVersion.load(run))
 
-    def take_up(self, served: Served) -> None:
-        self.now = served
+    def activate(self, loaded: LoadedVersion) -> None:
+        """Makes `loaded` the version that answers."""
+        self.current = loaded
         self.refused: Refused | None = None
-        self.metrics.answers(served.version)
-        self.metrics.loaded.set(served.loaded_at)
-        self.pictures.begin()
+        self.metrics.set_version(loaded.version)
+        self.metrics.loaded.set(loaded.loaded_at)
+        self.thumbnails.reload()
 
     def pointer(self) -> bytes:
-        """What changes when a version is published."""
+        """Reads the pointer to the published version, which changes with every publication; empty where it cannot be read."""
         try:
             return (self.run / "sbr" / CURRENT).read_bytes()
-        except OSError:  # trying to load it will say it better
+        except OSError:  # loading the version will give the better message
             return b""
 
     async def watch(self) -> None:
-        tried = time.monotonic()
+        """Activates every new version, until the task is cancelled."""
+        last_attempt = time.monotonic()
         while True:
             await asyncio.sleep(POLL_SECONDS)
             pointer = self.pointer()
-            if pointer == self.seen and (self.refused is None or time.monotonic() - tried < RETRY_SECONDS):
+            if pointer == self.last_pointer and (self.refused is None or time.monotonic() - last_attempt < RETRY_SECONDS):
                 continue
-            self.seen, tried = pointer, time.monotonic()
+            self.last_pointer, last_attempt = pointer, time.monotonic()
             try:
-                served = await asyncio.to_thread(Served.load, self.run)
-            except Exception as error:  # whatever is wrong with it, the old one goes on
+                loaded = await asyncio.to_thread(LoadedVersion.load, self.run)
+            except Exception as error:  # of any kind: the current version stays
                 self.refused = Refused(str(error) or type(error).__name__, time.time())
                 self.metrics.reloads.labels("refused").inc()
-                log.error("new version refused", extra={"facts": {"error": self.refused.error, "version": self.now.version}})
+                log.error("new version refused", extra={"facts": {"error": self.refused.error, "version": self.current.version}})
                 continue
-            self.take_up(served)
-            self.metrics.reloads.labels("taken up").inc()
-            log.info("new version", extra={"facts": {"version": served.version}})
+            self.activate(loaded)
+            self.metrics.reloads.labels("activated").inc()
+            log.info("new version", extra={"facts": {"version": loaded.version}})
 
     async def compute(self, work: Callable[[], T]) -> T:
-        """In a thread, so that the others are heard meanwhile; as many at once as the process may use cores."""
+        """Runs `work` in a scoring thread, so that the event loop stays free; as many at a time as the process may use cores."""
         return await asyncio.get_running_loop().run_in_executor(self.scoring, work)

@@ -1,8 +1,8 @@
-"""What every HTTP request passes: request id, key, limits of body, patience and concurrency, a line of log, metrics.
+"""Wraps the application in ASGI middleware: request id, API key, limits of body size, body time and concurrency, access log, metrics.
 
-Plain ASGI around the whole application, so that nothing of a refused request is read or parsed further than needed.
-Limits: the server below waits for ever for a request line, so 500 idle sockets cost 500 sockets; TLS, and limits per
-client, are a reverse proxy's.
+Plain ASGI around the whole application, so that no more of a refused request is read or parsed than needed.
+Limits: the server below waits without end for a request line, so 500 idle sockets cost 500 sockets; TLS and limits per client are the
+job of a reverse proxy.
 """
 
 import asyncio
@@ -32,68 +32,80 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 log = logging.getLogger("tpad.serve")
 
 MAX_BODY = 1_000_000  # bytes
-MAX_DRAINED = 32_000_000  # of a body that is too large: read and thrown away, so that its sender gets to see the answer
+MAX_DRAINED = 32_000_000  # bytes of a body that is too large: read and thrown away, so that its sender receives the response
 MAX_AT_ONCE = 256  # requests being answered
-PATIENCE = 10.0  # seconds for the next piece of a body
+BODY_TIMEOUT = 10.0  # seconds for the next piece of a body
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-OPEN_TO_ALL = {"/", "/livez", "/readyz"}  # the page has no data in it; what it asks for needs the key
-NEVER_BUSY = {"/livez", "/readyz", "/metrics"}
-FAULT = "a fault of ours; the log has it under this id"
-SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # names the folder where several processes keep their figures
+PUBLIC_PATHS = {"/", "/livez", "/readyz"}  # answered without the key: the page holds no data, and its requests bring the key
+UNLIMITED_PATHS = {"/livez", "/readyz", "/metrics"}  # answered also when `MAX_AT_ONCE` requests are
+INTERNAL_ERROR = "internal error; see the server log for this request id"
+SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # environment variable: the folder where several processes keep their metrics
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.04, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Problem(BaseModel):
-    """What went wrong, and the id under which the log has it."""
+    """An error message, and the request id under which the server log has the request."""
 
     error: str
     request_id: str
 
 
-class Metrics:
-    """What /metrics tells."""
+class ServiceMetrics:
+    """Holds the Prometheus metrics that /metrics returns."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second time series for each, which nobody reads
-        self.registry = CollectorRegistry()
-        to = self.registry
-        self.requests = Counter("tpad_requests", "Requests answered", ["method", "route", "status"], registry=to)
-        self.seconds = Histogram("tpad_request_seconds", "Until the last byte was written", ["route"], buckets=SECONDS, registry=to)
-        self.at_once = Gauge("tpad_requests_in_flight", "Requests being answered", registry=to, multiprocess_mode="livesum")
-        self.sessions = Counter("tpad_sessions", "Sessions recommended for", registry=to)
-        self.popular = Counter("tpad_sessions_popular", "Sessions of which nothing was known: they got the popular items", registry=to)
-        self.unknown = Counter("tpad_unknown_items", "item_ids of sessions that the catalogue does not have", registry=to)
-        self.version = Gauge(
-            "tpad_version", "1 for the version that answers, 0 for one that did", ["version"], registry=to, multiprocess_mode="livemax"
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second time series of every metric that nobody reads
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("tpad_requests", "Requests answered", ["method", "route", "status"], registry=registry)
+        self.seconds = Histogram(
+            "tpad_request_seconds",
+            "Seconds from the request to the last byte of the response",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
         )
-        self.loaded = Gauge("tpad_version_loaded_timestamp_seconds", "When it was taken up", registry=to, multiprocess_mode="livemin")
-        self.reloads = Counter("tpad_reloads", "New versions taken up, or refused", ["result"], registry=to)
-        self.answering: str | None = None
+        self.at_once = Gauge("tpad_requests_in_flight", "Requests being answered", registry=registry, multiprocess_mode="livesum")
+        self.sessions = Counter("tpad_sessions", "Sessions recommended for", registry=registry)
+        self.popular = Counter("tpad_sessions_popular", "Sessions without a known item: they got the popular items", registry=registry)
+        self.unknown = Counter("tpad_unknown_items", "item_ids of sessions that the catalogue does not have", registry=registry)
+        self.version = Gauge(
+            "tpad_version", "1: the active version, 0: an earlier one", ["version"], registry=registry, multiprocess_mode="livemax"
+        )
+        self.loaded = Gauge(
+            "tpad_version_loaded_timestamp_seconds", "When the version was loaded", registry=registry, multiprocess_mode="livemin"
+        )
+        self.reloads = Counter("tpad_reloads", "New versions activated or refused", ["result"], registry=registry)
+        self.active_version: str | None = None
 
-    def answers(self, version: str) -> None:
+    def set_version(self, version: str) -> None:
+        """Makes `version` the one whose gauge is 1."""
         if SHARED_METRICS not in os.environ:
             self.version.clear()
-        elif self.answering is not None:  # what processes share cannot be taken back
-            self.version.labels(self.answering).set(0)
+        elif self.active_version is not None:  # a label that processes share cannot be removed
+            self.version.labels(self.active_version).set(0)
         self.version.labels(version).set(1)
-        self.answering = version
+        self.active_version = version
 
     def exposition(self) -> bytes:
-        """As Prometheus reads it: of all processes at this port."""
+        """Returns the metrics of all processes at this port in the text format of Prometheus."""
         if SHARED_METRICS not in os.environ:
             return generate_latest(self.registry)
-        together = CollectorRegistry()
-        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
-        return generate_latest(together)
+        all_processes = CollectorRegistry()
+        MultiProcessCollector(all_processes)  # type: ignore[no-untyped-call]
+        return generate_latest(all_processes)
 
 
-class Answered(NamedTuple):
+class Outcome(NamedTuple):
+    """The status that was sent, and the exception behind a 500."""
+
     status: int
     error: BaseException | None
 
 
-class Gate:
-    def __init__(self, app: App, metrics: Metrics, key: str | None) -> None:
+class ServiceMiddleware:
+    """Passes requests on to an ASGI application, refuses those beyond a limit, logs and counts all of them."""
+
+    def __init__(self, app: App, metrics: ServiceMetrics, key: str | None) -> None:
         self.app, self.metrics = app, metrics
         self.key = None if key is None else f"Bearer {key}".encode()
         self.at_once = 0
@@ -125,8 +137,8 @@ class Gate:
             exc_info=error,
         )
 
-    async def answer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> Answered:
-        """The status that was sent, and the exception of ours that made it 500."""
+    async def answer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> Outcome:
+        """Answers one request: passes it on, or sends the refusal, or a 500 for an exception of the application."""
         status = 0
 
         async def send_marked(message: Message) -> None:
@@ -135,73 +147,77 @@ class Gate:
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", scope["request_id"].encode())]
                 message["headers"] += [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-                if not body.complete:  # what is left of it must not be taken for the next request
+                if not body.complete:  # the rest of the body must not be read as the next request
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
         body = Body(receive, headers)
-        refusal, failure = HTTPException(500, FAULT), None
+        refusal, failure = HTTPException(500, INTERNAL_ERROR), None
         try:
-            self.let_in(scope["path"], headers)
+            self.authorize(scope["path"], headers)
             await body.begin()
             await self.app(scope, body.receive, send_marked)
-        except HTTPException as found:
-            refusal = found
-        except Exception as found:
-            failure = found
+        except HTTPException as error:
+            refusal = error
+        except Exception as error:
+            failure = error
         if status == 0:
             problem = Problem(error=refusal.detail, request_id=scope["request_id"]).model_dump_json().encode()
             described = {"content-type": "application/json", "content-length": str(len(problem)), **(refusal.headers or {})}
             start = [(name.encode(), value.encode()) for name, value in described.items()]
             await send_marked({"type": "http.response.start", "status": refusal.status_code, "headers": start})
             await send_marked({"type": "http.response.body", "body": problem})
-        return Answered(status, failure)
+        return Outcome(status, failure)
 
-    def let_in(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self.key is not None and path not in OPEN_TO_ALL:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.key):
+    def authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
+        """Refuses a request without the key (401), or beyond the concurrency limit (429), with an `HTTPException`."""
+        if self.key is not None and path not in PUBLIC_PATHS:
+            authorization = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(authorization, self.key):
                 raise HTTPException(401, "a key is needed: the header Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
-        if self.at_once > MAX_AT_ONCE and path not in NEVER_BUSY:
+        if self.at_once > MAX_AT_ONCE and path not in UNLIMITED_PATHS:
             raise HTTPException(429, f"{MAX_AT_ONCE} requests are being answered; try again", {"retry-after": "1"})
 
 
 class Body:
-    """The body of a request, piece by piece: not more of it, and not slower, than is allowed."""
+    """Receives the body of a request piece by piece, within the limits of size and time."""
 
     def __init__(self, receive: Receive, headers: dict[bytes, bytes]) -> None:
         self.source = receive
-        self.announced = int(headers.get(b"content-length", 0))  # the server has seen to it that it is a number
+        self.announced = int(headers.get(b"content-length", 0))  # the server has checked that it is a number
         self.size, self.complete = 0, self.announced == 0 and b"transfer-encoding" not in headers
 
     async def begin(self) -> None:
-        """Refuses what says itself that it is too large, before any of it is kept."""
+        """Refuses a body whose content-length is too large before any of it is kept."""
         if self.announced > MAX_BODY:
             await self.drain()
 
     async def receive(self) -> Message:
+        """Returns the next message to the application; 413 beyond `MAX_BODY` bytes."""
         message = await self.next() if not self.complete else await self.source()
         if self.size > MAX_BODY:
             await self.drain()
         return message
 
     async def next(self) -> Message:
+        """Returns the next piece of the body; 408 after `BODY_TIMEOUT` seconds without one."""
         try:
-            message = await asyncio.wait_for(self.source(), PATIENCE)
+            message = await asyncio.wait_for(self.source(), BODY_TIMEOUT)
         except TimeoutError:
-            raise HTTPException(408, f"nothing came for {PATIENCE:.0f} seconds") from None
+            raise HTTPException(408, f"no data received for {BODY_TIMEOUT:.0f} seconds") from None
         self.size += len(message.get("body", b""))
         self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
 
     async def drain(self) -> None:
+        """Reads and drops the rest of the body up to `MAX_DRAINED` bytes, then raises the 413."""
         while not self.complete and self.size < MAX_DRAINED and self.announced <= MAX_DRAINED:
             await self.next()
-        raise HTTPException(413, f"a body of more than {MAX_BODY} bytes is not read")
+        raise HTTPException(413, f"the body has more than {MAX_BODY} bytes")
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line."""
+    """Formats a log record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
@@ -215,7 +231,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Our lines, and the server's, in one form."""
+    """Sends the log lines of tpad and of the server to stderr as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("tpad.serve", "uvicorn"):

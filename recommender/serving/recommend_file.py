@@ -1,9 +1,8 @@
-"""`tpad recommend --sessions FILE --out FILE`: a file of events in, a Parquet file of ranked items out, in chunks.
+"""Ranks the sessions of a file of events into a Parquet file: `tpad recommend --sessions FILE --out FILE`.
 
-Several processes (`accelerate launch`) take a stretch of the sessions each, without a word between them, and leave a file
-each, `out-00000-of-00002.parquet` and so on: one table, in this order, to whatever reads Parquet. Of a Parquet file in which the
-events of each session stand together, a piece at a time is in memory, and 8 bytes for each session; any other file is read whole
-and put in that order first.
+Several processes (`accelerate launch`) take consecutive ranges of the sessions, without communication, and write one file each,
+`out-00000-of-00002.parquet` and so on, which Parquet readers read as one table. A Parquet file whose events are grouped by session is
+read in pieces, with 8 bytes in memory for each session; any other file is read completely and grouped first.
 """
 
 import itertools
@@ -31,18 +30,20 @@ SCHEMA = pa.schema([("session_id", pa.string()), ("item_id", pa.string()), ("ran
 
 
 class Chunk(NamedTuple):
-    """Some sessions, whole."""
+    """Some complete sessions."""
 
-    names: list[str]
-    rows: np.ndarray  # (E,) int64 of all their events, session after session; -1: not in the catalogue
+    names: list[str]  # session_ids
+    rows: np.ndarray  # (E,) int64 rows of all their events, session after session; -1: not in the catalogue
     offsets: np.ndarray  # (S + 1,) where each session begins
 
 
 @dataclass(frozen=True)
 class BatchSummary:
+    """The counts of a written file, of this process."""
+
     out: Path
     sessions: int
-    popular: int  # sessions of which nothing was known: they got the popular items
+    popular: int  # sessions without a known item: they got the popular items
     unknown_events: int
     rows: int  # written
 
@@ -59,9 +60,11 @@ def recommend_file(
     at: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> BatchSummary:
-    """Sessions by first appearance, events by (timestamp, row). `out` is replaced whole at the end, or not at all. `share`
-    (number, count): only this process's sessions, to a file named after both; beside files of another count, which would give
-    each session twice, none is written."""
+    """Writes the k best items of every session in `sessions` to `out`, which is replaced atomically at the end.
+
+    Sessions are in the order of their first event, the events of a session in the order of (timestamp, row). `share` (number, count):
+    only the sessions of this process, to a file named after both; files of another count in the same folder are refused, as a reader
+    would get each session twice. The other parameters are those of `Recommender.recommend`. Raises `UserError`."""
     number, processes = share
     out = destination(out, sessions, number, processes)
     count, pieces = open_events(sessions)
@@ -73,7 +76,7 @@ def recommend_file(
             pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer,
             Steps("recommendations", last - first, show=number == 0) as shown,
         ):
-            for chunk in stretch(whole_sessions(pieces, recommender, sessions), first, last):
+            for chunk in session_range(complete_sessions(pieces, recommender, sessions), first, last):
                 prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
                 popular += sum(not prefix for prefix in prefixes)
                 unknown += int((chunk.rows < 0).sum())
@@ -91,20 +94,20 @@ def recommend_file(
 
 
 def destination(out: Path, sessions: Path, number: int, processes: int) -> Path:
-    """The file that this process writes. Refuses what it must not be, before anything is read."""
+    """Returns the file that this process writes. Raises `UserError` (2) for an unusable `out`, before any file is read."""
     if out.is_dir() or not out.parent.is_dir():
-        what = "a folder" if out.is_dir() else "in no folder that there is"
-        raise UserError(f"--out is {what} ({out}); give a file in an existing folder", USAGE)
+        fault = "a folder" if out.is_dir() else "in a folder that does not exist"
+        raise UserError(f"--out is {fault} ({out}); give a file in an existing folder", USAGE)
     if processes > 1:
         shards = re.compile(rf"{re.escape(out.stem)}-\d{{5}}-of-(\d{{5}}){re.escape(out.suffix)}")
         for path in sorted(out.parent.iterdir()):
             if (shard := shards.fullmatch(path.name)) and int(shard[1]) != processes:
                 raise UserError(
-                    f"answers of {int(shard[1])} processes are there already ({path}); delete them, or give another --out", USAGE
+                    f"the folder already has the output of {int(shard[1])} processes ({path}); delete it, or give another --out", USAGE
                 )
         out = out.with_name(f"{out.stem}-{number:05d}-of-{processes:05d}{out.suffix}")
     if out.resolve() == sessions.resolve():
-        raise UserError(f"--out is the file of --sessions ({out}); give another --out", USAGE)
+        raise UserError(f"--out and --sessions are the same file ({out}); give another --out", USAGE)
     return out
 
 
@@ -130,7 +133,7 @@ def _ranked_table(recommender: Recommender, names: list[str], ranked: list[tuple
 
 
 def open_events(path: Path) -> tuple[int, Iterable[pa.Table]]:
-    """How many sessions there are, and the events in pieces in which those of a session stand together."""
+    """Returns the number of sessions, and their events in pieces, grouped by session. Raises `UserError`."""
     begins, events = [], 0
     before: str | None = None
     for piece in read_pieces(path, ["session_id"]):
@@ -146,17 +149,21 @@ def open_events(path: Path) -> tuple[int, Iterable[pa.Table]]:
     if len(np.unique(hashes)) == len(hashes):
         return len(hashes), read_pieces(path, [*NEEDED, "timestamp"])
     table = pa.concat_tables(read_pieces(path, [*NEEDED, "timestamp"]))
-    session, _, _ = (*(_text(table, name, path) for name in NEEDED), list(_clock(table, path, 0)))  # gaps are told by the file's rows
+    session, _, _ = (
+        *(_text(table, name, path) for name in NEEDED),
+        list(_clock(table, path, 0)),
+    )  # checked here: errors name rows of the file
     coded = session.dictionary_encode()  # numbered by first appearance
-    return len(coded.dictionary), cut(table.take(pa.array(np.argsort(coded.indices.to_numpy(), kind="stable"))))
+    return len(coded.dictionary), split_table(table.take(pa.array(np.argsort(coded.indices.to_numpy(), kind="stable"))))
 
 
-def cut(table: pa.Table) -> Iterator[pa.Table]:
+def split_table(table: pa.Table) -> Iterator[pa.Table]:
+    """Splits a table into pieces of at most `PIECE` rows."""
     return (pa.Table.from_batches([batch]) for batch in table.to_batches(max_chunksize=PIECE))
 
 
-def whole_sessions(pieces: Iterable[pa.Table], recommender: Recommender, path: Path) -> Iterator[Chunk]:
-    """The sessions of the pieces; the last of each piece may go on in the next. Events of a session by (timestamp, row)."""
+def complete_sessions(pieces: Iterable[pa.Table], recommender: Recommender, path: Path) -> Iterator[Chunk]:
+    """Yields the sessions of the pieces, also those that continue in the next piece; their events in the order of (timestamp, row)."""
     rest, done = None, 0
     for piece in pieces:
         table = piece if rest is None else pa.concat_tables([rest, piece])
@@ -170,7 +177,7 @@ def whole_sessions(pieces: Iterable[pa.Table], recommender: Recommender, path: P
 
 
 def _chunk(table: pa.Table, offsets: np.ndarray, recommender: Recommender, path: Path, before: int) -> Chunk:
-    """`before`: how many events stand before those of the table."""
+    """`before`: number of events in the file before those of the table, for error messages."""
     session, item = (_text(table, name, path, before) for name in NEEDED)
     coded = item.dictionary_encode()
     rows = np.array([recommender.row.get(i, -1) for i in coded.dictionary.to_pylist()], np.int64)[coded.indices.to_numpy()]
@@ -178,18 +185,18 @@ def _chunk(table: pa.Table, offsets: np.ndarray, recommender: Recommender, path:
     return Chunk(session.take(pa.array(offsets[:-1])).to_pylist(), rows[order], offsets)
 
 
-def stretch(chunks: Iterable[Chunk], first: int, last: int) -> Iterator[Chunk]:
-    """Sessions `first` to `last` of all."""
+def session_range(chunks: Iterable[Chunk], first: int, last: int) -> Iterator[Chunk]:
+    """Yields the sessions `first` to `last` (exclusive) of all chunks."""
     done = 0
     for names, rows, offsets in chunks:
-        begin, end = (min(max(0, at - done), len(names)) for at in (first, last))
+        begin, end = (min(max(0, number - done), len(names)) for number in (first, last))
         done += len(names)
         if begin < end:
             yield Chunk(names[begin:end], rows[offsets[begin] : offsets[end]], offsets[begin : end + 1] - offsets[begin])
 
 
 def _text(table: pa.Table, name: str, path: Path, before: int = 0) -> pa.Array:
-    """A column of ids, without gaps."""
+    """Returns a column of ids as text. Raises `UserError` (3) for a missing column or an empty id."""
     if name not in table.column_names:
         raise UserError(f"no column {name} ({path}; it has {', '.join(table.column_names)}); give session_id, item_id[, timestamp]", DATA)
     column = table[name].combine_chunks()
@@ -198,46 +205,46 @@ def _text(table: pa.Table, name: str, path: Path, before: int = 0) -> pa.Array:
     try:
         return column.cast(pa.string())
     except pa.ArrowException:
-        raise UserError(f"ids are neither text nor whole numbers ({path}, {column.type}); mend the column", DATA) from None
+        raise UserError(f"ids are neither text nor integers ({path}, {column.type}); fix the column", DATA) from None
 
 
 def _clock(table: pa.Table, path: Path, before: int) -> Iterator[np.ndarray]:
-    """The order inside a session: nothing, or the timestamps."""
+    """Yields the timestamps, (E,); nothing without such a column. Raises `UserError` (3) for an empty or unusable one."""
     if "timestamp" not in table.column_names:
         return
     column = table["timestamp"]
     empty = pc.index(pc.is_null(column, nan_is_null=True), True).as_py()
     if empty >= 0 or not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_timestamp(column.type)):
         where = f"{path} row {before + empty}" if empty >= 0 else f"{path}, {column.type}"
-        raise UserError(f"timestamp is no time ({where}); give seconds or milliseconds for every event, or leave the column out", DATA)
+        raise UserError(f"timestamp is not a time ({where}); give seconds or milliseconds for every event, or leave the column out", DATA)
     yield (column if not pa.types.is_timestamp(column.type) else column.cast(pa.int64())).to_numpy()
 
 
 def read_pieces(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """In pieces, by the file's name: of a Parquet file these columns, as far as there are; CSV and JSON lines, which are in memory whole.
-    Ids in CSV stay text (`007` is not 7)."""
+    """Reads a file in pieces: of Parquet the `columns` that exist, of CSV, TSV and JSON lines all columns, completely in memory.
+    Ids in CSV stay text (`007` is not 7). Raises `UserError` (3)."""
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
             with pq.ParquetFile(path) as file:
-                there = file.schema_arrow.names
-                some = [name for name in columns if name in there] if set(NEEDED) <= set(there) else there  # to say which are
-                for batch in file.iter_batches(PIECE, columns=some):
+                names = file.schema_arrow.names
+                selected = [name for name in columns if name in names] if set(NEEDED) <= set(names) else names  # an error names all columns
+                for batch in file.iter_batches(PIECE, columns=selected):
                     yield pa.Table.from_batches([batch])
         elif kind in (".csv", ".tsv"):
             text = pa.csv.ConvertOptions(
                 column_types={"session_id": pa.string(), "item_id": pa.string()},
-                null_values=[""],  # `NA` is an id like any other
+                null_values=[""],  # `NA` is an ordinary id
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
             )
             lines = pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",")
-            yield from cut(pa.csv.read_csv(path, convert_options=text, parse_options=lines))
+            yield from split_table(pa.csv.read_csv(path, convert_options=text, parse_options=lines))
         elif kind in (".jsonl", ".ndjson", ".json"):
-            yield from cut(pa.json.read_json(path))
+            yield from split_table(pa.json.read_json(path))
         else:
-            raise UserError(f"unknown kind of file {kind!r} ({path}); give .parquet, .csv, .tsv or .jsonl", DATA)
+            raise UserError(f"unknown file type {kind!r} ({path}); give .parquet, .csv, .tsv or .jsonl", DATA)
     except FileNotFoundError:
         raise UserError(f"file not found ({path}); give an existing file", DATA) from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"not readable: {str(error).splitlines()[0]} ({path}); mend the file", DATA) from None
+        raise UserError(f"not readable: {str(error).splitlines()[0]} ({path}); fix the file", DATA) from None

@@ -1,8 +1,8 @@
-"""From a session of item_ids to a ranked list: what `tpad recommend` and the service run. No MLLM, no training code.
+"""Ranks the next items of sessions of item_ids, with reasons: the library behind `tpad recommend` and the service.
 
-One session and a file of sessions go the same way. A catalogue of up to `DENSE_ITEMS`, or so many items left by a filter,
-is scored whole, several sessions in one matrix product of PyTorch; more of them go through the FAISS index, session by session,
-which finds the same items (flat) or nearly all of them (any other index, also of a small catalogue).
+All items are scored if there are at most `FULL_SCORING_ITEMS` (of the catalogue, or left by a filter), for `BATCH_SESSIONS` sessions or
+more in one matrix product of PyTorch. Larger catalogues are searched by the FAISS index, session by session, which finds the same items
+(flat) or nearly all of them (any other index, also of a small catalogue). No MLLM and no training code is imported.
 """
 
 import json
@@ -31,35 +31,41 @@ from recommender.session_model.numpy_model import NumpySessionModel, SessionStat
 from recommender.session_model.top_k import first
 
 if TYPE_CHECKING:
-    from recommender.serving.batch_scorer import Dense
+    from recommender.serving.batch_scorer import BatchScorer
 
-DENSE_ITEMS = 20_000
-TOGETHER = 8  # sessions, from which on one product is quicker than numpy session by session
+FULL_SCORING_ITEMS = 20_000
+BATCH_SESSIONS = 8  # sessions from which one matrix product is faster than numpy session by session
 MAX_SHIFT = 20.0  # of log-odds
 YEAR_1, YEAR_5138 = -62_135_596_800, 10**11  # Unix seconds
-POOL = 5  # times k: what `diversify` chooses from
+POOL = 5  # times k: number of items from which `diversify` chooses
 
 Filters = Mapping[str, Sequence[str]]  # column -> values
-Found = tuple[np.ndarray, np.ndarray, SessionState | None]  # scores and rows, and what the session says, where it was read alone
+ScoredItems = tuple[np.ndarray, np.ndarray, SessionState | None]  # scores and rows; the state of the session where it was scored alone
 
 
 class Item(NamedTuple):
+    """One place of a ranking."""
+
     rank: int  # from 1
     item_id: str
     title: str
     score: float
-    similar_to: str | None = None  # the session's item nearest by the knowledge half: they are alike
-    after: str | None = None  # the one it followed most in training; where it never did, the one that brings most of its score
+    similar_to: str | None = None  # item of the session with the most similar knowledge vector
+    after: str | None = None  # item of the session that it followed most often in training; else the one that adds most to its score
 
 
 @dataclass(frozen=True)
 class Recommendation:
+    """The ranking of one session."""
+
     items: list[Item]
-    unknown: list[str] = field(default_factory=list)  # item_ids of the session that the catalogue does not have
-    fallback: Literal["popular"] | None = None  # nothing of the session was known
+    unknown: list[str] = field(default_factory=list)  # item_ids of the session that are not in the catalogue
+    fallback: Literal["popular"] | None = None  # popular: no item of the session is in the catalogue
 
 
 class Recommender:
+    """Holds a published session model with its indexes and items, and ranks by it."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -74,14 +80,14 @@ class Recommender:
         self.item_ids = items["item_id"].to_pylist()
         self.titles = [title or item_id for title, item_id in zip(items["title"].to_pylist(), self.item_ids, strict=True)]
         self.row = {item_id: row for row, item_id in enumerate(self.item_ids)}
-        # events in training, which the model's own prior need not follow; not by `to_numpy`, for which pyarrow imports pandas
+        # training events, which the model's popularity prior need not follow; not by `to_numpy`, for which pyarrow imports pandas
         counts: np.ndarray = np.from_dlpack(items["count"].combine_chunks())
         self.by_count = np.argsort(-counts, kind="stable")
-        self.log_share = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)  # one more: of an item never seen too
-        self.new_items = float(version.manifest["settings"].get("new_items", 0.0))  # unless a request says otherwise
+        self.log_share = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)  # plus one: finite for cold items
+        self.new_items = float(version.manifest["settings"].get("new_items", 0.0))  # default of a request
         self.availability = read_availability(version.path / "items.parquet", items)
-        self.kept_availability = (NEVER, NEVER, np.empty(0, bool))  # from when, until when, and who is available then
-        self.attributes = attributes  # what items can be filtered by: text, or a list of texts
+        self.cached_availability = (NEVER, NEVER, np.empty(0, bool))  # from when, until when, and (N,) which items are available then
+        self.attributes = attributes  # columns for filters: text, or lists of texts
         self.version = version
         self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
         with safe_open(version.path / "whitening.safetensors", "numpy") as file:
@@ -93,23 +99,24 @@ class Recommender:
 
     @classmethod
     def load(cls, run: Path | str) -> "Recommender":
+        """Opens the published session model of a run. Raises `UserError` (4) if it is missing, damaged or of other embeddings."""
         run = Path(run)
         version = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
         check_embeddings(run, version)
         if "index" not in version.manifest:
             raise UserError(f"index of an older tpad ({version.path}); run `tpad index`", ARTIFACT)
-        items, attributes = (  # not by read_table, for the same reason
+        items, attributes = (  # not by read_table, which imports pandas too
             pq.ParquetFile(version.path / f"{name}.parquet", page_checksum_verification=True).read() for name in ("items", "attributes")
         )
         config, arrays = config_of(version.path), load_file(version.path / "model.safetensors")
         return cls(config, arrays, load_indexes(version.path), items, attributes, version)
 
     @cached_property
-    def dense(self) -> "Dense":
-        """For many sessions. PyTorch is imported here, for which neither the service nor one session need wait."""
-        from recommender.serving.batch_scorer import Dense
+    def batch_scorer(self) -> "BatchScorer":
+        """The scorer of many sessions. It is created on first use, so that single sessions do not wait for the import of PyTorch."""
+        from recommender.serving.batch_scorer import BatchScorer
 
-        return Dense(self.config, self.arrays)
+        return BatchScorer(self.config, self.arrays)
 
     def recommend(
         self,
@@ -123,9 +130,9 @@ class Recommender:
     ) -> Recommendation:
         """Ranks the k best next items of a session of item_ids, oldest first.
 
-        `filters`: column -> values of which an item must have one, of every column. `diversify`, from 0 (relevance only) to 1 (diversity
-        only), as in `diverse`. `new_items`: log-odds added to items without training events; None: the published `sbr.new_items`.
-        `at`: Unix seconds, at which items must be available; None: now. Raises `UserError` (2) for values out of range.
+        `filters`: column -> values; an item must have one of them, of every column. `diversify`: from 0 (relevance only) to 1 (diversity
+        only), see `diverse`. `new_items`: log-odds added to cold items (without training events); None: the published `sbr.new_items`.
+        `at`: Unix seconds at which items must be available; None: now. Raises `UserError` (2) for values out of range.
         """
         return self.recommend_batch([session], k, exclude_seen, filters, diversify, new_items, at)[0]
 
@@ -139,16 +146,17 @@ class Recommender:
         new_items: float | None = None,
         at: int | None = None,
     ) -> list[Recommendation]:
-        """`recommend` of several sessions."""
+        """Ranks the k best next items of several sessions; parameters as in `recommend`."""
         known = [[self.row[i] for i in session if i in self.row] for session in sessions]
-        found = []
+        recommendations = []
         ranked = self._ranked(known, k, exclude_seen, filters, diversify, new_items, at)
         for session, rows, (scores, best, read) in zip(sessions, known, ranked, strict=True):
             names = [(self.item_ids[row], self.titles[row], score) for row, score in zip(best.tolist(), scores.tolist(), strict=True)]
-            items = [Item(n, *named, *why) for n, (named, why) in enumerate(zip(names, self._reasons(rows, best, read), strict=True), 1)]
+            reasons = self._reasons(rows, best, read)
+            items = [Item(n, *named, *reason) for n, (named, reason) in enumerate(zip(names, reasons, strict=True), 1)]
             unknown = list(dict.fromkeys(i for i in session if i not in self.row))
-            found.append(Recommendation(items, unknown, None if rows else "popular"))
-        return found
+            recommendations.append(Recommendation(items, unknown, None if rows else "popular"))
+        return recommendations
 
     def rank(
         self,
@@ -160,8 +168,9 @@ class Recommender:
         new_items: float | None = None,
         at: int | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rows and scores of the k best items of each session of rows, best first; an empty session gets those of most
-        training events, with the log of their share of them. Fewer than k only where no more are allowed."""
+        """Returns rows and scores of the k best items of each session of rows, best first; fewer only if fewer are allowed.
+
+        An empty session gets the items with most training events; their scores are the log of their share of all events."""
         return [(rows, scores) for scores, rows, _ in self._ranked(sessions, k, exclude_seen, filters, diversify, new_items, at)]
 
     def _ranked(
@@ -173,9 +182,9 @@ class Recommender:
         diversify: float,
         new_items: float | None,
         at: int | None,
-    ) -> list[Found]:
+    ) -> list[ScoredItems]:
         if k < 1:
-            raise UserError(f"-k {k} is no number of items; give 1 or more", USAGE)
+            raise UserError(f"-k {k} is less than 1; give 1 or more", USAGE)
         if not 0 <= diversify <= 1:
             raise UserError(f"--diversify {diversify} is not from 0 to 1; 0 is the plain ranking", USAGE)
         shift = self.new_items if new_items is None else new_items
@@ -185,18 +194,18 @@ class Recommender:
         count = len(self.item_ids) if allowed is None else int(allowed.sum())
         pool = min(POOL * k if diversify else k, count)
         wanted = {n: min(pool + len(set(s)) if exclude_seen else pool, count) for n, s in enumerate(sessions) if s}
-        found, ranked = self._best(sessions, wanted, allowed, shift), []
+        best, ranked = self._best(sessions, wanted, allowed, shift), []
         for n, session in enumerate(sessions):
-            scores, rows, read = found[n] if session else self._popular(pool, allowed, shift)
+            scores, rows, read = best[n] if session else self._popular(pool, allowed, shift)
             if exclude_seen:
-                kept = ~np.isin(rows, session)
-                scores, rows = scores[kept], rows[kept]
+                unseen = ~np.isin(rows, session)
+                scores, rows = scores[unseen], rows[unseen]
             scores, rows = scores[:pool], rows[:pool]
             chosen = diverse(self._knowledge()[rows], scores, k, diversify) if diversify and len(rows) else slice(k)
             ranked.append((scores[chosen], rows[chosen], read))
         return ranked
 
-    def _popular(self, count: int, allowed: np.ndarray | None, new_items: float) -> Found:
+    def _popular(self, count: int, allowed: np.ndarray | None, new_items: float) -> ScoredItems:
         scores, by_score = self.log_share, self.by_count
         if new_items:
             scores = scores + np.float32(new_items) * ~self.ranker.known
@@ -204,44 +213,46 @@ class Recommender:
         rows = (by_score if allowed is None else by_score[allowed[by_score]])[:count]
         return scores[rows], rows, None
 
-    def _best(self, sessions: list[list[int]], wanted: dict[int, int], allowed: np.ndarray | None, new_items: float) -> dict[int, Found]:
-        """At least the `wanted` best of the allowed items, by number of the session."""
+    def _best(
+        self, sessions: list[list[int]], wanted: dict[int, int], allowed: np.ndarray | None, new_items: float
+    ) -> dict[int, ScoredItems]:
+        """Returns n -> the best of the allowed items for the n-th session, at least `wanted[n]` of them."""
         items = None if allowed is None else np.flatnonzero(allowed)
         count = len(self.item_ids) if items is None else len(items)
-        whole = count <= DENSE_ITEMS and (self.index.exact or items is not None)
-        if whole and len(wanted) >= TOGETHER:
-            return {n: (*best, None) for n, best in self.dense.best(sessions, wanted, items, new_items)}
-        some = np.arange(count) if items is None else items
-        found: dict[int, Found] = {}
+        score_all = count <= FULL_SCORING_ITEMS and (self.index.exact or items is not None)
+        if score_all and len(wanted) >= BATCH_SESSIONS:
+            return {n: (*best, None) for n, best in self.batch_scorer.best(sessions, wanted, items, new_items)}
+        candidates = np.arange(count) if items is None else items
+        ranked: dict[int, ScoredItems] = {}
         for n, most in wanted.items():
             read = self.ranker.encode(sessions[n], new_items)
-            found[n] = *(self._all(read, most, some) if whole else self.index.top(read, most, allowed)), read
-        return found
+            ranked[n] = *(self._score_all(read, most, candidates) if score_all else self.index.top(read, most, allowed)), read
+        return ranked
 
-    def _all(self, read: SessionState, k: int, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the k best of `items` (C,), ascending, all of them scored."""
+    def _score_all(self, read: SessionState, k: int, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns scores and rows of the k best of `items` (C,), ascending, by scoring all of them."""
         scores = self.ranker.scores(read, items)
         best = first(scores, k)
         return scores[best], items[best]
 
     def _available(self, at: int | None) -> np.ndarray | None:
-        """(N,) bool: which items are available at a time, Unix seconds, None: now. None: all of them."""
+        """Returns (N,) bool: which items are available at the time `at` (Unix seconds; None: now). None: all of them."""
         if self.availability is None:
             return None
         moment = int(time.time()) if at is None else at
-        since, until, available = self.kept_availability
-        if not since <= moment < until:  # between two changes of the catalogue the answer is the same
+        since, until, available = self.cached_availability
+        if not since <= moment < until:  # between two changes of availability the answer is the same
             available = self.availability.at(moment)
             changes = np.concatenate(self.availability)
             since, until = changes[changes <= moment].max(initial=ALWAYS), changes[changes > moment].min(initial=NEVER)
-            self.kept_availability = since, until, available
+            self.cached_availability = since, until, available
         if not available.any():
             when = datetime.fromtimestamp(moment, UTC).isoformat() if YEAR_1 <= moment < YEAR_5138 else moment
             raise UserError(f"no item is available at {when} ({self.version.path}); give another --at", USAGE)
         return None if available.all() else available
 
     def _allowed(self, filters: Filters, available: np.ndarray | None) -> np.ndarray | None:
-        """(N,) bool; None: all items."""
+        """Returns (N,) bool: which items the filters and their availability allow. None: all items. Raises `UserError` (2)."""
         if not filters:
             return available
         allowed = np.ones(len(self.item_ids), bool) if available is None else available.copy()
@@ -249,72 +260,75 @@ class Recommender:
             if column not in self.attributes.column_names:
                 known = ", ".join(self.attributes.column_names) or "none"
                 raise UserError(f"no attribute `{column}` to filter by (the catalogue has: {known}); name one of these", USAGE)
-            allowed &= having(self.attributes[column].combine_chunks(), values)
+            allowed &= has_value(self.attributes[column].combine_chunks(), values)
         if not allowed.any():
             wanted = " and ".join(f"{column} {' or '.join(map(repr, values))}" for column, values in filters.items())
-            raise UserError(f"no item has {wanted} (filter); ask for values of the catalogue", USAGE)
+            raise UserError(f"no item has {wanted} (filter); use values of the catalogue", USAGE)
         return allowed
 
     def _knowledge(self) -> np.ndarray:
         if "knowledge" not in self.halves:
-            raise UserError(f"the model reads no knowledge vectors to diversify by ({self.version.path}); leave --diversify out", USAGE)
+            raise UserError(f"the model has no knowledge vectors to diversify by ({self.version.path}); omit --diversify", USAGE)
         return self.halves["knowledge"]
 
     def sample_rows(self) -> list[list[int]]:
+        """Returns the test sessions that are stored with the model, as rows."""
         return [[self.row[item] for item in session] for session in self.samples]
 
     def _reasons(self, session: list[int], best: np.ndarray, read: SessionState | None) -> list[tuple[str | None, str | None]]:
-        """`similar_to` and `after` of each item of a ranking, among the other items of the session."""
+        """Returns `similar_to` and `after` of each item of a ranking, chosen among the other items of the session."""
         if not session:
             return [(None, None)] * len(best)
         read = self.ranker.encode(session) if read is None else read
-        own = read.rows[:, None] == best
+        itself = read.rows[:, None] == best
         shares = self.ranker.shares(read, best)
         origins = self.ranker.origins(read, best, shares)
-        origins[:-1][own] = 0
+        origins[:-1][itself] = 0
         source = origins.argmax(0)
-        if "next_item_counts" in shares:
-            totals = self.ranker.pairs["next_item_counts"].discounted_totals(read.rows)[:, None]
-            times = shares["next_item_counts"] * totals  # less the discount, the same for all
-            followed = np.where(own, 0, times)
+        if (name := "next_item_counts") in shares:  # minus the discount, which is the same for all
+            times = shares[name] * self.ranker.pairs[name].discounted_totals(read.rows)[:, None]
+            followed = np.where(itself, 0, times)
             source = np.where(followed.max(0) > 0, followed.argmax(0), source)
-        alike = np.zeros(own.shape, np.float32)
+        cosines = np.zeros(itself.shape, np.float32)
         if (vectors := self.halves.get("knowledge")) is not None:
-            alike = unit(vectors[read.rows]) @ unit(vectors[best]).T
-        alike[own] = -1
+            cosines = unit(vectors[read.rows]) @ unit(vectors[best]).T
+        cosines[itself] = -1
         seen = [self.item_ids[row] for row in read.rows]
-        after = [*seen, None]  # there for being popular: that is no item's doing
-        near = zip(alike.max(0).tolist(), alike.argmax(0).tolist(), source.tolist(), strict=True)
-        return [(seen[which] if cosine > 0 else None, after[origin]) for cosine, which, origin in near]
+        after = [*seen, None]  # None: its score comes from the popularity prior, not from an item
+        nearest = zip(cosines.max(0).tolist(), cosines.argmax(0).tolist(), source.tolist(), strict=True)
+        return [(seen[place] if cosine > 0 else None, after[origin]) for cosine, place, origin in nearest]
 
 
-def having(column: pa.Array, values: Sequence[str]) -> np.ndarray:
-    """(N,) bool: whose text, or one of whose texts, is one of the values."""
+def has_value(column: pa.Array, values: Sequence[str]) -> np.ndarray:
+    """Returns (N,) bool: whether the text of an item, or one of its texts, is one of the values."""
     wanted = pa.array(values, pa.string())
     if not pa.types.is_list(column.type):
-        found: np.ndarray = pc.is_in(column, wanted).to_numpy(zero_copy_only=False)
-        return found
-    found = np.zeros(len(column), bool)
-    found[pc.list_parent_indices(column).filter(pc.is_in(pc.list_flatten(column), wanted)).to_numpy()] = True
-    return found
+        matches: np.ndarray = pc.is_in(column, wanted).to_numpy(zero_copy_only=False)
+        return matches
+    matches = np.zeros(len(column), bool)
+    matches[pc.list_parent_indices(column).filter(pc.is_in(pc.list_flatten(column), wanted)).to_numpy()] = True
+    return matches
 
 
 def diverse(vectors: np.ndarray, scores: np.ndarray, k: int, strength: float) -> np.ndarray:
-    """The order of k of the items, vectors (P, D) and scores (P,), by maximal marginal relevance (Carbonell and Goldstein,
-    SIGIR 1998): each next one is the best by its score, from 0 to 1 in the pool, less its cosine to the nearest above it."""
+    """Returns the places of k items in the order of maximal marginal relevance (MMR; Carbonell and Goldstein, SIGIR 1998).
+
+    vectors (P, D), scores (P,). The next item maximises (1 - strength) * score - strength * (its cosine to the nearest chosen item);
+    scores are scaled to 0..1 over the P items."""
     vectors = unit(vectors)
-    worth = (1 - strength) * (scores - scores.min()) / max(float(scores.max() - scores.min()), 1e-9)
+    relevance = (1 - strength) * (scores - scores.min()) / max(float(scores.max() - scores.min()), 1e-9)
     nearest, chosen = np.zeros(len(scores), np.float32), []
     for _ in range(min(k, len(scores))):
-        chosen.append(int((worth - strength * nearest).argmax()))
-        worth[chosen[-1]] = -np.inf
+        chosen.append(int((relevance - strength * nearest).argmax()))
+        relevance[chosen[-1]] = -np.inf
         nearest = np.maximum(nearest, vectors @ vectors[chosen[-1]])
     return np.array(chosen, int)
 
 
 def check_embeddings(run: Path, version: Version) -> None:
-    """Refuses a session model beside other embeddings than it was trained on. A run without embeddings serves as it is, and so does
-    a model that reads none."""
+    """Checks that the embeddings of the run are those the session model was trained on. Raises `UserError` (4).
+
+    A run without embeddings passes, and so does a model that reads none."""
     if version.manifest["embeddings_manifest_sha256"] is None:
         return
     pointer = run / version.manifest.get("embeddings_run", ".") / "embeddings" / "current"

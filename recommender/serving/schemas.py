@@ -1,4 +1,4 @@
-"""What `tpad serve` is asked and answers, and the limits of both."""
+"""Defines the request and response bodies of `tpad serve`, and their limits."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,61 +9,65 @@ from recommender.serving.live_version import Refused
 from recommender.serving.recommender import MAX_SHIFT
 
 MAX_SESSION, MAX_BATCH, MAX_K, MAX_PAGE = 1000, 64, 500, 100
-MAX_FILTERS, MAX_TEXT = 20, 1000  # columns, letters of a value
+MAX_FILTERS, MAX_TEXT = 20, 1000  # columns; characters of a value
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES)]
-Text = Annotated[str, Field(max_length=MAX_TEXT)]  # a limit has it looked at: without one, what is no Unicode would pass
+Text = Annotated[str, Field(max_length=MAX_TEXT)]  # without a limit, text that is not valid Unicode would pass
 Session = Annotated[list[ItemId], Field(max_length=MAX_SESSION, description="item_ids, oldest first")]
-Whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number.is_integer() else number)  # 5.0 is, in JSON
+Whole = BeforeValidator(
+    lambda number: int(number) if isinstance(number, float) and number.is_integer() else number
+)  # in JSON 5.0 is an integer
 K = Annotated[int, Field(ge=1, le=MAX_K, description="how many items"), Whole]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Wishes(BaseModel):
+class RankingOptions(BaseModel):
+    """The options of a ranking, the same for one session and for several."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
     k: K = 10
     exclude_seen: Annotated[bool, Field(description="leave out the items of the session")] = False
     filters: Annotated[
         dict[Text, Annotated[list[Text], Field(min_length=1)]],
-        Field(max_length=MAX_FILTERS, description="attribute -> values, of which an item has one"),
+        Field(max_length=MAX_FILTERS, description="attribute -> values; an item must have one of them, of every attribute"),
     ] = {}
     diversify: Annotated[Share, Field(description="0: relevance only, 1: diversity only (MMR)")] = 0.0
     new_items: Annotated[
         float | None,
-        Field(ge=-MAX_SHIFT, le=MAX_SHIFT, description="log-odds added to items without training events; null: sbr.new_items"),
+        Field(ge=-MAX_SHIFT, le=MAX_SHIFT, description="log-odds added to cold items (without training events); null: sbr.new_items"),
     ] = None
 
 
-class Ask(Wishes):
+class RecommendRequest(RankingOptions):
     session: Session
 
 
-class AskMany(Wishes):
+class RecommendBatchRequest(RankingOptions):
     sessions: Annotated[list[Session], Field(min_length=1, max_length=MAX_BATCH)]
 
 
-class Near(BaseModel):
+class SimilarItem(BaseModel):
     rank: int
     item_id: str
     title: str
     score: float
 
 
-class Ranked(Near):
-    similar_to: Annotated[str | None, Field(description="item of the session that it is most like (knowledge half)")] = None
+class RankedItem(SimilarItem):
+    similar_to: Annotated[str | None, Field(description="item of the session with the most similar knowledge vector")] = None
     after: Annotated[
         str | None,
-        Field(description="item of the session that it most often came after in training; else the one its score comes from most"),
+        Field(description="item of the session that it most often followed in training; else the one that adds most to its score"),
     ] = None
 
 
 class Ranking(BaseModel):
-    items: list[Ranked]
-    unknown: Annotated[list[str], Field(description="item_ids of the session that the catalogue does not have")]
-    fallback: Annotated[Literal["popular"] | None, Field(description="nothing of the session was known")]
+    items: list[RankedItem]
+    unknown: Annotated[list[str], Field(description="item_ids of the session that are not in the catalogue")]
+    fallback: Annotated[Literal["popular"] | None, Field(description="popular: no item of the session is in the catalogue")]
 
 
 class FromVersion(BaseModel):
-    version: Annotated[str, Field(description="of the session model that answered")]
+    version: Annotated[str, Field(description="version of the session model that answered")]
     took_ms: float
 
 
@@ -82,29 +86,29 @@ class ItemName(BaseModel):
 
 class Page(FromVersion):
     items: list[ItemName]
-    total: Annotated[int, Field(description="of all pages")]
+    total: Annotated[int, Field(description="items on all pages")]
 
 
 class ItemFacts(FromVersion):
     item_id: str
     title: str
-    attributes: Annotated[dict[str, str], Field(description="its columns in the data folder")]
+    attributes: Annotated[dict[str, str], Field(description="its text columns in the data folder")]
 
 
 class Similar(FromVersion):
     item_id: str
     half: str
-    items: list[Near]
+    items: list[SimilarItem]
 
 
 class Info(FromVersion):
     manifest_sha256: str
-    embeddings_version: Annotated[str | None, Field(description="null: the model knows items by their ids alone")]
+    embeddings_version: Annotated[str | None, Field(description="null: the model reads no embeddings, only ids")]
     items: int
     model: dict[str, Any]
-    figures_of: Annotated[str, Field(description="whose figures `tpad train-sbr` printed")]
+    figures_of: Annotated[str, Field(description="the model whose metrics `tpad train-sbr` printed")]
     loaded_at: float
-    refused: Annotated[Refused | None, Field(description="why the newest version does not answer")]
+    refused: Annotated[Refused | None, Field(description="why the newest version was not activated")]
     limits: dict[str, int]
 
 

@@ -1,4 +1,4 @@
-"""`tpad serve`: the socket, uvicorn, and signals."""
+"""Runs `tpad serve`: the socket, uvicorn, and signals."""
 
 import os
 import signal
@@ -17,15 +17,15 @@ from recommender.serving.live_version import Service
 from recommender.serving.middleware import log_to_stderr
 from recommender.serving.workers import ENDS, share
 
-BACKLOG = 2048  # connections that wait to be taken
-DRAIN_SECONDS = 30  # for requests in hand after SIGTERM
+BACKLOG = 2048  # connections that wait to be accepted
+DRAIN_SECONDS = 30  # for open requests after SIGTERM
 
 
 def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, workers: int, say: Callable[[str], None]) -> None:
-    """Answers until a signal; then finishes what is in hand and ends with 130 or 143. `workers`: processes."""
+    """Answers requests until a signal; then finishes the open ones and exits with 130 or 143. `workers`: processes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
-    threadpool_limits(1, "blas")  # a request is too small to be shared among cores; requests are
+    threadpool_limits(1, "blas")  # cores are shared by requests: one is too small to be split
     listener = bind(host, port)
     host, port = listener.getsockname()[:2]
 
@@ -44,10 +44,10 @@ def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, w
         )
         try:
             listener.listen(BACKLOG)
-        except OSError as error:  # another one bound it too, while neither listened
+        except OSError as error:  # another process bound the same address before either listened
             raise cannot_listen(error, host, port) from None
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # until the server heeds them (`watching`): one in between may be lost
-        say(f"serving {service.now.version}: http://{f'[{host}]' if ':' in host else host}:{port}")
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # until the server handles them (`watching`): a signal before that may be lost
+        say(f"serving {service.current.version}: http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run([listener])
 
     if workers == 1:
@@ -61,12 +61,13 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def bind(host: str, port: int) -> socket.socket:
+    """Binds a socket to the address, which does not listen yet. Raises `UserError` (5)."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host name is not valid
         raise cannot_listen(error, host, port) from None
     return listener
 

@@ -1,8 +1,8 @@
-"""The catalogue beside the recommendations: attributes of items, and their pictures small enough for a page.
+"""Serves attributes and thumbnails of items from the data folder.
 
-Pictures are decoded by the guarded decoder of `pipeline.data.images` and always encoded again, so no byte of an uploaded file
-reaches a browser. The last ones stay in memory, up to `CACHE_BYTES`. Everything runs in one thread of its own: reading
-a large catalogue, or a hostile picture, delays other pictures and no recommendation.
+Images are decoded by the guarded decoder of `pipeline.data.images` and always encoded again, so no byte of an uploaded file
+reaches a browser. The latest thumbnails stay in memory, up to `CACHE_BYTES`. All work runs in one thread: a large catalogue, or a
+hostile image, delays other images but no recommendation.
 """
 
 import asyncio
@@ -22,17 +22,19 @@ SIDE, QUALITY = 240, 82  # pixels; of JPEG
 CACHE_BYTES = 64 * 1024 * 1024
 
 
-class Pictures:
+class Thumbnails:
+    """Reads the catalogue of a data folder in a background thread, and answers from it. Without a folder every answer is empty."""
+
     def __init__(self, data: Path | None) -> None:
         self.data = data
-        self.thread = ThreadPoolExecutor(1, "pictures")
+        self.thread = ThreadPoolExecutor(1, "thumbnails")
         self.catalog: Catalog | None = None
-        self.kept: dict[str, bytes | None] = {}  # JPEG files in order of use; None: there is no picture
-        self.size = 0
+        self.cache: dict[str, bytes | None] = {}  # item_id -> JPEG file, in order of use; None: no image
+        self.size = 0  # bytes of the cache
 
-    def begin(self) -> None:
-        """Reads the catalogue, or reads it again: with a new version come new items. Nobody waits for it."""
-        self.kept, self.size = {}, 0
+    def reload(self) -> None:
+        """Starts to read the catalogue, again for each new version, which may have new items; returns at once."""
+        self.cache, self.size = {}, 0
         self.thread.submit(self._load)
 
     def _load(self) -> None:
@@ -41,10 +43,10 @@ class Pictures:
             try:
                 self.catalog = load_catalog(self.data)
             except UserError as error:
-                log.warning("no pictures: %s", error)
+                log.warning("no images: %s", error)
 
     async def attributes(self, item_id: str) -> dict[str, str]:
-        """The texts of an item, by column, but for its title; nothing where there is no data folder."""
+        """Returns the texts of an item by column, without its title; empty without a data folder."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, self._attributes, item_id)
 
     def _attributes(self, item_id: str) -> dict[str, str]:
@@ -54,19 +56,19 @@ class Pictures:
         return {name: text for name in self.catalog.columns if name != "title" and (text := self.catalog.text(row, name))}
 
     async def thumbnail(self, item_id: str) -> bytes | None:
-        """A JPEG; None for an item without a picture that could be shown."""
-        kept = self.kept
-        if item_id in kept:
-            found = kept.pop(item_id)
+        """Returns a thumbnail of the item's image as a JPEG file; None for an item without a readable image."""
+        cache = self.cache
+        if item_id in cache:
+            jpeg = cache.pop(item_id)
         else:
-            found = await asyncio.get_running_loop().run_in_executor(self.thread, self._thumbnail, item_id)
-            if kept is not self.kept:  # meanwhile the catalogue was read again: this picture may be another now
-                return found
-            self.size += len(found or b"") - len(self.kept.pop(item_id, None) or b"")
-        self.kept[item_id] = found
+            jpeg = await asyncio.get_running_loop().run_in_executor(self.thread, self._thumbnail, item_id)
+            if cache is not self.cache:  # meanwhile the catalogue was reloaded: the image may have changed
+                return jpeg
+            self.size += len(jpeg or b"") - len(self.cache.pop(item_id, None) or b"")
+        self.cache[item_id] = jpeg
         while self.size > CACHE_BYTES:
-            self.size -= len(self.kept.pop(next(iter(self.kept))) or b"")
-        return found
+            self.size -= len(self.cache.pop(next(iter(self.cache))) or b"")
+        return jpeg
 
     def _thumbnail(self, item_id: str) -> bytes | None:
         if self.catalog is None or item_id not in self.catalog.row:
@@ -74,13 +76,13 @@ class Pictures:
         try:
             image = self.catalog.image(self.catalog.row[item_id])
         except UserError as error:
-            log.warning("no picture: %s", error)
+            log.warning("no image: %s", error)
             return None
         return None if image is None else small(image, SIDE, QUALITY)
 
 
 def small(image: Image.Image, side: int, quality: int) -> bytes:
-    """A JPEG of at most `side` pixels a side."""
+    """Encodes an image as a JPEG file of at most `side` pixels a side."""
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)

@@ -1,7 +1,7 @@
-"""Several processes that answer at one port: `tpad serve --workers`.
+"""Runs several server processes at one port: `tpad serve --workers`.
 
-Python runs one thread of a process at a time, so one process makes use of little more than one core, however many threads score.
-Each of these holds a model of its own, and takes connections from the socket they share.
+Python runs one thread of a process at a time, so one process uses little more than one core, whatever its number of scoring threads.
+Each worker process holds its own copy of the model, and accepts connections from the shared socket.
 """
 
 import multiprocessing
@@ -21,48 +21,49 @@ Say = Callable[[str], None]
 
 
 def share(listener: socket.socket, workers: int, work: Callable[[Say], None], say: Say) -> None:
-    """`work(say)` in so many processes, forks of this one, until a signal or until one of them ends, which ends all: whatever
-    watches over the service sees it, and starts it anew. When all have said their line, it is said once."""
+    """Runs `work(say)` in `workers` forked processes until a signal, or until one of them ends.
+
+    The end of one ends all, so that a service manager notices and restarts the service. The line that each worker says when it is
+    ready is said once, after the last one. Raises `UserError` (5) if a worker ends."""
     context = multiprocessing.get_context("fork")
-    heard, told = context.Pipe(duplex=False)
-    started = [context.Process(target=_work, args=(work, told, os.getpid())) for _ in range(workers)]
+    receiver, sender = context.Pipe(duplex=False)
+    processes = [context.Process(target=_work, args=(work, sender, os.getpid())) for _ in range(workers)]
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # what a signal raises would be lost in the middle of a fork
-        for each in started:
-            each.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # an exception from a signal handler would be lost during a fork
+        for process in processes:
+            process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
-        listener.close()  # theirs alone, so that nothing waits in it when they no longer listen
-        silent = workers
+        listener.close()  # only the workers hold it, so no connection waits in it when they no longer listen
+        starting = workers
         while True:
-            wait([heard, *(each.sentinel for each in started)])
-            if heard.poll():
-                said = heard.recv()
-                if isinstance(said, Exception):
-                    raise said
-                silent -= 1
-                if not silent:
-                    say(said)
-            elif ended := [each for each in started if each.exitcode is not None]:
+            wait([receiver, *(process.sentinel for process in processes)])
+            if receiver.poll():
+                message = receiver.recv()
+                if isinstance(message, Exception):
+                    raise message
+                starting -= 1
+                if not starting:
+                    say(message)
+            elif ended := [process for process in processes if process.exitcode is not None]:
                 code = ended[0].exitcode
-                guess = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-                what = f"a process that answers has ended{guess} (exit code {code}; --workers)"
-                raise UserError(f"{what}; start all of them again", ENVIRONMENT)
+                guess = ", perhaps out of memory" if code == -signal.SIGKILL else ""
+                raise UserError(f"a server process has ended{guess} (exit code {code}; --workers); restart the service", ENVIRONMENT)
     finally:
-        for each in started:
-            if each.is_alive():
-                each.terminate()
-        for each in started:
-            if each.pid is not None:
-                each.join()  # after the requests in hand
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+        for process in processes:
+            if process.pid is not None:
+                process.join()  # it first answers its open requests
 
 
-def _work(work: Callable[[Say], None], told: Connection, parent: int) -> None:
+def _work(work: Callable[[Say], None], sender: Connection, parent: int) -> None:
     end_with(parent)
     for number in ENDS:
-        signal.signal(number, signal.SIG_DFL)  # what a handler raises may be lost, and this process would stay, and the first one wait
+        signal.signal(number, signal.SIG_DFL)  # an exception from a handler may be lost; then this process, and its parent, would not end
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     try:
-        work(told.send)
-    except Exception as error:  # for the first process to say, once
+        work(sender.send)
+    except Exception as error:  # the parent process reports it, once
         error.add_note(traceback.format_exc())
-        told.send(error)
+        sender.send(error)

@@ -1,3 +1,3 @@
-"""`tpad train-sbr`: trains the session models on embeddings and sessions, and publishes one. It serves nothing, and runs no
-experiment over many models.
+"""Trains session models on embeddings and sessions and publishes one: `tpad train-sbr`, `tpad index`. It does not serve, and runs no
+experiments over many models.
 """

@@ -35,15 +35,15 @@ class Calibration(NamedTuple):
     cold_targets: int = 0  # cases of validation with a cold target
     cold_targets_after_cold: int = 0  # of them, those whose prefix has a cold item
 
-    def told(self) -> str:
-        """One line for the user."""
-        told = f"cold targets in validation: {self.cold_targets}"
+    def summary(self) -> str:
+        """Says in one line what was done about cold items, and why."""
+        summary = f"cold targets in validation: {self.cold_targets}"
         if self.cold_targets < LEAST_CASES:
-            return f"{told}, fewer than {LEAST_CASES}; cold items keep the weights that ID dropout taught"
-        told += f"; weight of cold items after warm ones {self.cold_after_warm:+.1f}"
+            return f"{summary}, fewer than {LEAST_CASES}; cold items keep the weights that ID dropout taught"
+        summary += f"; weight of cold items after warm ones {self.cold_after_warm:+.1f}"
         if self.cold_targets_after_cold < LEAST_CASES:
-            return f"{told}, after cold ones as ID dropout taught ({self.cold_targets_after_cold} such targets)"
-        return f"{told}, after cold ones {self.cold_after_cold:+.1f} (log-odds, beside what ID dropout taught)"
+            return f"{summary}, after cold ones as ID dropout taught ({self.cold_targets_after_cold} such targets)"
+        return f"{summary}, after cold ones {self.cold_after_cold:+.1f} (log-odds, beside what ID dropout taught)"
 
 
 def calibrate(model: SessionModel, windows: Windows, ranks: Ranks) -> Calibration:
@@ -60,13 +60,14 @@ def calibrate(model: SessionModel, windows: Windows, ranks: Ranks) -> Calibratio
     shifts = {}
     with torch.no_grad():
         now = ranks() if weights else np.empty(0)
-        least = KEPT * hit_rate(now[cold]) if cold.any() else 0.0
+        least = KEPT * hit_rate(now[cold]) if weights and cold.any() else 0.0
         for name, weight, step in weights:
             shifts[name], now = line_search(weight, step, now, ranks, lambda moved: not cold.any() or hit_rate(moved[cold]) >= least)
     return Calibration(**shifts, cold_targets=counts[0], cold_targets_after_cold=counts[1])
 
 
 def hit_rate(ranks: np.ndarray) -> float:
+    """HR@20 of the ranks (cases,)."""
     return float(case_values(ranks, "HR@20").mean())
 
 

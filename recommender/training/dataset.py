@@ -1,4 +1,4 @@
-"""What the session models of a run are trained on: catalogue, split sessions and embeddings, read and held against each other."""
+"""Loads the training data of session models: catalogue, split sessions and embeddings, checked against each other."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -20,30 +20,36 @@ from recommender.session_model.config import FORM
 from recommender.session_model.whitening import Whitening, fit_whitening
 from recommender.session_model.windows import Windows, cases_of, pack
 
-PUBLICATION = {"index", "models", "seeds", "refit", "new_items"}  # settings that no trained model depends on
-SAME_VECTORS = ("mllm_sha256", "prompts_version", "max_pixels", "layers", "neighbours")  # of two manifests: equal content, equal vectors
+PUBLICATION = {"index", "models", "seeds", "refit", "new_items"}  # settings without effect on a trained model
+SAME_VECTORS = (
+    "mllm_sha256",
+    "prompts_version",
+    "max_pixels",
+    "layers",
+    "neighbours",
+)  # manifest keys: if equal, equal content gives equal vectors
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What all models of a run share."""
+class TrainingData:
+    """The data that all models of a run are trained and tested on."""
 
     catalog: Catalog
     split: Split
-    content: np.ndarray | None  # (N, 2K) whitened, or (N, K) where the embeddings have one half
-    whitening: dict[str, Whitening]  # of each half
+    content: np.ndarray | None  # (N, 2K) whitened, or (N, K) of embeddings with one half
+    whitening: dict[str, Whitening]  # half -> its whitening
     counts: np.ndarray  # (N,) events in the training sessions
-    embeddings: Version | None  # None, as `content`, where no model reads them
-    fingerprint: str  # of the catalogue and the sessions, as they are split and cut
+    embeddings: Version | None  # None, like `content`, if no model reads them
+    fingerprint: str  # of the catalogue and of the split and shortened sessions
 
     @property
     def available(self) -> Availability | None:
-        """When each item may be recommended; None: always."""
+        """The times at which items may be recommended; None: always."""
         return self.catalog.availability
 
     @property
     def available_in_validation(self) -> Availability | None:
-        """What validation ranks: a cold item that never occurs there may have been launched later, so it is no candidate."""
+        """The availability for validation: excludes cold items that never occur there, as they may have been launched later."""
         absent = self.counts == 0
         absent[self.split.valid.rows] = False
         limits = self.available
@@ -52,21 +58,21 @@ class Inputs:
         return (Availability.unlimited(len(self.counts)) if limits is None else limits).without(absent)
 
     def windows(self, max_prefix: int) -> tuple[Windows, Windows, Windows]:
-        """Training, validation and test."""
+        """Returns the windows of training, validation and test."""
         train, timed = self.split.train, self.available is not None
         stride = max(max_prefix // 2, 1)
         training = pack(train.rows, train.offsets, max_prefix, stride, train.times if timed else None)
         return training, cases_of(self.split.valid, max_prefix, timed), cases_of(self.split.test, max_prefix, timed)
 
 
-def load_inputs(config: Config, run: Path, data: Path, everything: bool = False, window: tuple[int, int] | None = None) -> Inputs:
-    """Everything read and held against each other: embeddings of another catalogue, or ones that have seen the test, are refused.
-    A run whose `sbr.models` know items by their ids alone needs none.
+def load_training_data(
+    config: Config, run: Path, data: Path, everything: bool = False, window: tuple[int, int] | None = None
+) -> TrainingData:
+    """Loads the training data of a run. Raises `UserError` for embeddings of another catalogue, or that have seen the test sessions.
 
-    With `everything` all sessions are for training, as for the model that is published: figures of it would be worthless. Its vectors
-    are those of the held-out MLLM, or, with `distill.refit`, of the one that has seen all sessions too. `window` (number, count) cuts
-    the log as `split_window` does.
-    """
+    Embeddings are read only if a model of `sbr.models` reads them. With `everything`, all sessions are for training, as for the published
+    model; the vectors are then those of the held-out MLLM or, with `distill.refit`, of the one trained on all sessions. `window` (number,
+    count) splits the log by `split_window`."""
     run = run / published_in(config) if everything else run
     embeddings = read_embeddings(run / "embeddings") if any(MODELS[name].content for name in chosen(config.sbr.models)) else None
     catalog = load_catalog(data)
@@ -74,71 +80,73 @@ def load_inputs(config: Config, run: Path, data: Path, everything: bool = False,
         check_catalogue(embeddings, catalog, run)
     log = load_sessions(data, catalog)
     split = split_sessions(log, config.data)
-    seen = log if everything and config.distill.refit else split.train  # the sessions that the embeddings may have seen
-    made_of = embeddings.version.manifest if embeddings is not None else {}
+    allowed = log if everything and config.distill.refit else split.train  # the sessions that the MLLM may have been trained on
+    manifest = embeddings.version.manifest if embeddings is not None else {}
     if everything:
         split = replace(split, train=log)
     if window is not None:
         split = split_window(log, config.data, *window)
-    if embeddings is not None and made_of["sessions_sha256"] != seen.ids_sha256():
+    if embeddings is not None and manifest["sessions_sha256"] != allowed.ids_sha256():
         raise UserError(
             f"embeddings were distilled from other training sessions ({run / 'embeddings'}, {data}); "
             "run `tpad distill` and `tpad export-embeddings` with the same data, data.protocol, data.valid and data.test",
             ARTIFACT,
         )
-    if made_of.get("skipped"):
-        catalog, split = without_skipped(catalog, split, set(made_of["skipped"]))
+    if manifest.get("skipped"):
+        catalog, split = without_skipped(catalog, split, set(manifest["skipped"]))
     counts = np.bincount(split.train.rows, minlength=len(catalog))
     vectors = embeddings.vectors if embeddings is not None else {}
     settings = config.sbr
     whitening = {half: fit_whitening(vectors[half], counts > 0, settings.components, settings.parts.whitening) for half in vectors}
     content = whitened(embeddings, whitening) if embeddings is not None else None
     version = embeddings.version if embeddings is not None else None
-    return Inputs(catalog, split, content, whitening, counts, version, data_fingerprint(catalog, split, config.data.max_prefix))
+    return TrainingData(catalog, split, content, whitening, counts, version, data_fingerprint(catalog, split, config.data.max_prefix))
 
 
 def newest_session(log: SessionLog) -> list[int | str]:
-    """Start (Unix seconds) and session_id of the last session of a log: what a nightly update goes on from."""
+    """Returns start (Unix seconds) and session_id of the last session of a log, after which a nightly update continues."""
     return [int(log.start[-1]), log.session_ids[-1]]
 
 
 def check_catalogue(embeddings: Embeddings, catalog: Catalog, run: Path) -> None:
-    made_of, skipped = embeddings.version.manifest, set(embeddings.version.manifest.get("skipped", []))
-    if made_of["catalogue_sha256"] != catalog.sha256 or embeddings.item_ids != [i for i in catalog.item_ids if i not in skipped]:
+    """Checks that the embeddings are of this catalogue. Raises `UserError` (4)."""
+    manifest, skipped = embeddings.version.manifest, set(embeddings.version.manifest.get("skipped", []))
+    if manifest["catalogue_sha256"] != catalog.sha256 or embeddings.item_ids != [i for i in catalog.item_ids if i not in skipped]:
         where = f"{run / 'embeddings'}, {catalog.path}"
         raise UserError(f"embeddings are of another catalogue ({where}); run `tpad export-embeddings`", ARTIFACT)
 
 
 def whitened(embeddings: Embeddings, whitening: dict[str, Whitening]) -> np.ndarray:
-    """(N, 2K), or (N, K) of embeddings with one half"""
+    """Returns the whitened vectors (N, 2K), or (N, K) of embeddings with one half."""
     return np.concatenate([whitening[half](vectors) for half, vectors in embeddings.vectors.items()], axis=1)
 
 
 def without_skipped(catalog: Catalog, split: Split, skipped: set[str]) -> tuple[Catalog, Split]:
-    """Items that were left out of the embeddings leave the catalogue and the sessions too: they cannot be recommended."""
+    """Removes the items without embeddings from the catalogue and the sessions, as they cannot be recommended."""
     place = np.cumsum([item not in skipped for item in catalog.item_ids]) - 1
     place[[catalog.row[item] for item in skipped]] = -1
     rest = catalog.only([item for item in catalog.item_ids if item not in skipped])
     try:
         return rest, Split(split.train.moved(place, training=True), split.valid.moved(place), split.test.moved(place))
     except ValueError:
-        raise UserError(f"no session is left without the items skipped for their images ({catalog.path}); mend them", DATA) from None
+        raise UserError(f"no session is left without the items skipped for their images ({catalog.path}); fix the images", DATA) from None
 
 
 def data_fingerprint(catalog: Catalog, split: Split, max_prefix: int) -> str:
+    """Returns a hash of the catalogue and the split sessions."""
     digest = hashlib.sha256(canonical_json([catalog.sha256, catalog.item_ids, max_prefix]))
     for log in (split.train, split.valid, split.test):
         digest.update(canonical_json(log.session_ids) + log.offsets.tobytes() + log.rows.tobytes())
-        if catalog.availability is not None:  # else no time plays a part
+        if catalog.availability is not None:  # else times have no effect
             digest.update(log.times.tobytes())
     return digest.hexdigest()
 
 
-def model_fingerprint(name: str, seed: int, config: Config, inputs: Inputs) -> str:
-    """All that a trained model depends on, and so what is kept of it: not which others there are, nor how many seeds, nor, of a
-    model that knows items by their ids alone, the embeddings."""
+def model_fingerprint(name: str, seed: int, config: Config, inputs: TrainingData) -> str:
+    """Returns a hash of everything that a trained model depends on: not the other models of the run, nor the number of seeds, nor, for a
+    model of ids alone, the embeddings."""
     content = MODELS[name].content
     settings = config.sbr.model_dump(exclude={*PUBLICATION, *(() if content else ("components",))})
     embeddings = inputs.embeddings if content else None
-    made_of = [FORM, name, seed, settings, inputs.fingerprint, embeddings and embeddings.manifest_sha256]
-    return hashlib.sha256(canonical_json(made_of)).hexdigest()
+    parts = [FORM, name, seed, settings, inputs.fingerprint, embeddings and embeddings.manifest_sha256]
+    return hashlib.sha256(canonical_json(parts)).hexdigest()

@@ -1,8 +1,7 @@
-"""The trained session model over the items as they are now: what `tpad index` does. Nothing is trained.
+"""Publishes the trained session model over the current items, without training: `tpad index`.
 
-An item that came after the training is known by its content alone, as any item without training events is. Its vector is
-whitened as those of the training run were; the others keep their ids, counts and followers. The FAISS index is built anew,
-which is also how another kind of index comes to a trained model.
+An item added after the training is a cold item, scored by its content alone. Its vector is whitened like those of the training run;
+the other items keep their ids, counts and next-item counts. The FAISS index is rebuilt, so this also changes the kind of index.
 """
 
 import hashlib
@@ -29,19 +28,19 @@ from recommender.training.dataset import SAME_VECTORS, check_catalogue, whitened
 
 @dataclass(frozen=True)
 class Current:
-    """The published session model, and the items as they are now."""
+    """The published session model and the current items."""
 
     before: Version  # of the session model
-    catalog: Catalog  # of the data folder, with the items that can be recommended alone
-    embeddings: Embeddings | None  # None: the model knows items by their ids alone
-    rows: np.ndarray  # (N,) which item of the published model each is; -1: a new one
-    removed: int  # items of the published model that are gone
-    source: str  # sha256 of what tells whether items have changed
+    catalog: Catalog  # of the data folder, only the items that can be recommended
+    embeddings: Embeddings | None  # None: the model reads only ids
+    rows: np.ndarray  # (N,) row of each item in the published model; -1: a new item
+    removed: int  # items of the published model that are no longer in the catalogue
+    source: str  # sha256 of the embeddings or the catalogue: another one means that items have changed
     unchanged: bool
 
     @property
     def whitening(self) -> dict[str, Whitening]:
-        """That of the training run, of each half."""
+        """half -> the whitening of the training run."""
         arrays = load_file(self.before.path / "whitening.safetensors") if self.embeddings else {}
         halves = self.embeddings.vectors if self.embeddings else {}
         return {half: Whitening(*(arrays[f"{half}.{name}"] for name in Whitening._fields)) for half in halves}
@@ -54,7 +53,7 @@ class Current:
         return counts
 
     def model(self) -> SessionModel:
-        """The published model over these items."""
+        """Returns the published model over the current items. Raises `UserError` (4)."""
         content = torch.as_tensor(whitened(self.embeddings, self.whitening)) if self.embeddings else None
         model = load_model(self.before.path).over(torch.as_tensor(self.rows), content)
         if not model.known.any():
@@ -64,14 +63,14 @@ class Current:
         return model
 
     def samples(self) -> list[list[str]]:
-        """The test sessions kept with the model, as far as their items are left."""
+        """Returns the test sessions that are stored with the model, without items that are no longer in the catalogue."""
         samples = [
             [i for i in session if i in self.catalog.row] for session in json.loads((self.before.path / "samples.json").read_bytes())
         ]
         return [session for session in samples if session] or [self.catalog.item_ids[:1]]
 
     def publish(self, run: Path, model: SessionModel, counts: np.ndarray, setting: str, facts: dict[str, Any]) -> Version:
-        """A version with another model, or with another index; figures stay those that they were. `facts` go into the manifest."""
+        """Publishes a version with `model` and an index of `setting`; its metrics are copied. `facts` go into the manifest."""
         version = self.embeddings.version if self.embeddings else None
         manifest = {key: value for key, value in self.before.manifest.items() if key not in OWN_KEYS} | {
             "embeddings_manifest_sha256": version and version.manifest_sha256,
@@ -89,26 +88,28 @@ class Current:
 
 @dataclass(frozen=True)
 class Refreshed:
+    """The result of `refresh`."""
+
     version: Version
     added: int
     removed: int
-    made: bool  # False: the session model already is over these embeddings, with this index
+    made: bool  # False: the published version already has these items and this index
 
 
 def open_current(run: Path, data: Path) -> Current:
-    """The published session model of a run and the items of a data folder. Raises `UserError` (4) where they do not go together."""
+    """Opens the published session model of a run and the items of a data folder. Raises `UserError` (4) if they do not match."""
     before = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
     reads = before.manifest["embeddings_manifest_sha256"] is not None
     embeddings = read_embeddings(run / before.manifest.get("embeddings_run", ".") / "embeddings") if reads else None
     catalog = load_catalog(data)
     source = embeddings.version.manifest_sha256 if embeddings else catalog.sha256
     if embeddings is not None:
-        trained_on, made_of = before.manifest.get("vectors") or {}, embeddings.version.manifest
-        if any(trained_on.get(key) != made_of.get(key) for key in SAME_VECTORS):
-            what = "the session model was trained on vectors of another MLLM or image budget"
-            raise UserError(f"{what} ({run}); run `tpad train-sbr`", ARTIFACT)
+        trained_on, manifest = before.manifest.get("vectors") or {}, embeddings.version.manifest
+        if any(trained_on.get(key) != manifest.get(key) for key in SAME_VECTORS):
+            fault = "the session model was trained on vectors of another MLLM or image budget"
+            raise UserError(f"{fault} ({run}); run `tpad train-sbr`", ARTIFACT)
         check_catalogue(embeddings, catalog, run)
-    skipped = set(before.manifest.get("skipped", []))  # items the model was not trained on for their images, whether it reads these or not
+    skipped = set(before.manifest.get("skipped", []))  # items that were excluded from the training for their images
     item_ids = embeddings.item_ids if embeddings else [item for item in catalog.item_ids if item not in skipped]
     items = pq.read_table(before.path / "items.parquet", columns=["item_id"], page_checksum_verification=True)
     old = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
@@ -118,14 +119,14 @@ def open_current(run: Path, data: Path) -> Current:
 
 
 def refresh(run: Path, data: Path, setting: str = "auto", new_items: float = 0.0, rebuild: bool = False) -> Refreshed:
-    """Publishes `run/sbr` again, over the current embeddings of the items in `data`, with the index of `setting` and the default of
-    `new_items`."""
+    """Publishes `run/sbr` again over the current embeddings of the items in `data`, with an index of `setting` and the default
+    `new_items`; does nothing if the published version has all that, unless `rebuild`. Raises `UserError`."""
     current = open_current(run, data)
     before, settings = current.before, current.before.manifest["settings"]
     same = current.unchanged and before.manifest.get("index", {}).get("setting") == setting and settings.get("new_items") == new_items
     if same and not rebuild:
         return Refreshed(before, 0, 0, made=False)
-    trained = before.manifest["fingerprint"]  # `tpad train-sbr` looks at it
+    trained = before.manifest["fingerprint"]  # read by `tpad train-sbr`
     facts = {
         "fingerprint": trained if current.unchanged else hashlib.sha256(canonical_json([trained, current.source])).hexdigest(),
         "settings": settings | {"new_items": new_items},

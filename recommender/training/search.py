@@ -1,10 +1,10 @@
-"""`tpad train-sbr --search N`: the settings of every model by optuna, judged on validation alone; the test is never looked at.
+"""Searches the settings of every model with optuna, on validation alone: `tpad train-sbr --search N`.
 
-Each model of `sbr.models` has a study of its own with the same number of trials, so that no baseline is held back. The first
-trial has the settings of the config; the later ones are drawn by TPE (Bergstra et al., NeurIPS 2011) from a seed and the
-trials before, and stopped after an epoch that is below the median of theirs. Studies are kept in `sbr-train/search.db`: a
-search that was killed goes on with the trial in hand, at its last checkpoint, and a greater N adds to the trials there are.
-They hold for one set of inputs and of settings that are searched from. What was found best stands in `sbr-train/search.json`.
+Each model of `sbr.models` has its own study with the same number of trials, so that no baseline is at a disadvantage. The first trial
+has the settings of the config; later ones are drawn by TPE (Bergstra et al., NeurIPS 2011) from a seed and the earlier trials, and
+stopped after an epoch below the median of theirs. Studies are stored in `sbr-train/search.db`: a killed search resumes its current
+trial at the last checkpoint, and a greater N adds trials. A study is valid for one set of data and of initial settings. The best
+settings are written to `sbr-train/search.json`.
 """
 
 import json
@@ -22,8 +22,8 @@ from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
 from pipeline.core.files import remove, write_json
 from recommender.baselines.registry import MODELS, chosen
 from recommender.session_model.windows import Windows
-from recommender.training.dataset import Inputs, model_fingerprint
-from recommender.training.step_log import Diverged
+from recommender.training.dataset import TrainingData, model_fingerprint
+from recommender.training.loss_log import Diverged
 from recommender.training.trainer import train_model
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def space(name: str, settings: SbrConfig) -> "dict[str, BaseDistribution]":
-    """What is searched for a model: around the `settings` it starts from, which lie inside."""
+    """Returns the search space of a model, around its initial `settings`, which lie inside."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     recipe = MODELS[name]
@@ -55,36 +55,40 @@ def _around(size: int) -> list[int]:
     return sorted({max(1, size // 2), size, 2 * size})
 
 
-def settings_for(names: list[str], config: Config, inputs: Inputs, run: Path) -> dict[str, Config]:
-    """The config of each of these models, with the settings that a search in this run has found, from the same inputs and config."""
-    found = read_found(run / "sbr-train")
+def settings_for(names: list[str], config: Config, inputs: TrainingData, run: Path) -> dict[str, Config]:
+    """Returns the config of each of these models, with the settings of a search in this run on the same data and config, if any."""
+    best = read_best(run / "sbr-train")
     settings = {}
     for name in names:
-        holds = name in found and found[name]["holds_for"] == model_fingerprint(name, config.seed, config, inputs)
-        settings[name] = with_settings(config, found[name]["settings"] if holds else {})
+        valid = name in best and best[name]["holds_for"] == model_fingerprint(name, config.seed, config, inputs)
+        settings[name] = with_settings(config, best[name]["settings"] if valid else {})
     return settings
 
 
 def with_settings(config: Config, drawn: Mapping[str, Any]) -> Config:
+    """Returns a copy of the config with other `sbr` settings."""
     return config.model_copy(update={"sbr": config.sbr.model_copy(update=drawn)})
 
 
-def read_found(folder: Path) -> dict[str, dict[str, Any]]:
+def read_best(folder: Path) -> dict[str, dict[str, Any]]:
+    """Reads search.json; empty without it. Raises `UserError` (4)."""
     try:
-        found = json.loads((folder / FOUND).read_bytes())
-        return {name: {"settings": dict(entry["settings"]), "holds_for": entry["holds_for"]} | entry for name, entry in found.items()}
+        best = json.loads((folder / FOUND).read_bytes())
+        return {name: {"settings": dict(entry["settings"]), "holds_for": entry["holds_for"]} | entry for name, entry in best.items()}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"not what a search has found ({folder / FOUND}); delete it, or search again with --fresh", ARTIFACT) from None
+        raise UserError(f"not the result of a search ({folder / FOUND}); delete it, or search again with --fresh", ARTIFACT) from None
 
 
 def forget(run: Path) -> None:
+    """Deletes the studies and the best settings of a run."""
     for name in (FOUND, STUDIES, "trials"):
         remove(run / "sbr-train" / name)
 
 
 def need_optuna() -> None:
+    """Checks that optuna is installed. Raises `UserError` (5)."""
     try:
         import optuna
     except ModuleNotFoundError:
@@ -92,8 +96,10 @@ def need_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def search(config: Config, inputs: Inputs, windows: tuple[Windows, Windows], accelerator: Accelerator, run: Path, trials: int) -> None:
-    """So many trials of each model, less those that are done, and their best in `search.json`."""
+def search(
+    config: Config, inputs: TrainingData, windows: tuple[Windows, Windows], accelerator: Accelerator, run: Path, trials: int
+) -> None:
+    """Runs `trials` trials of each model, minus those that are finished, and writes the best settings to `search.json`."""
     folder = run / "sbr-train"
     for name in chosen(config.sbr.models):
         holds_for = model_fingerprint(name, config.seed, config, inputs)
@@ -105,16 +111,17 @@ def search(config: Config, inputs: Inputs, windows: tuple[Windows, Windows], acc
             pruned = sum(trial.state.name == "PRUNED" for trial in done)
             entry = {"trials": len(done), "stopped_early": pruned, config.sbr.select: best.value}
             entry |= {"settings": best.params, "holds_for": holds_for}
-            write_json(folder / FOUND, read_found(folder) | {name: entry})
+            write_json(folder / FOUND, read_best(folder) | {name: entry})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in best.params.items())
-            told = f"validation {config.sbr.select} {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early"
-            print(f"{name}: {told}: {shown}")
+            summary = f"validation {config.sbr.select} {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early"
+            print(f"{name}: {summary}: {shown}")
     if accelerator.is_main_process:
-        remove(folder / "trials")  # those of a study that was given up
+        remove(folder / "trials")  # checkpoints of abandoned studies
     accelerator.wait_for_everyone()
 
 
 def open_study(name: str, holds_for: str, folder: Path) -> "Study":
+    """Opens or creates a study; the trial that a kill cut short is discarded, and drawn again."""
     import optuna
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,11 +129,12 @@ def open_study(name: str, holds_for: str, folder: Path) -> "Study":
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0)
     study = optuna.create_study(study_name=f"{name} {holds_for}", storage=storage, pruner=pruner, direction="maximize", load_if_exists=True)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a kill cut it short: it is drawn again
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # cut short by a kill
     return study
 
 
 def finished(study: "Study") -> list[Any]:
+    """Returns the trials of a study that ended, early or not."""
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
@@ -134,54 +142,54 @@ def one_trial(
     study: "Study | None",
     name: str,
     config: Config,
-    inputs: Inputs,
+    inputs: TrainingData,
     windows: tuple[Windows, Windows],
     accelerator: Accelerator,
     folder: Path,
 ) -> None:
-    """The next trial of the study, which the main process has. A training that diverges has a score of 0."""
+    """Runs the next trial of the study, which only the main process holds. A training that diverges scores 0."""
     import optuna
 
     drawn: dict[str, Any] = {}
     if study is not None:
         around, number = space(name, config.sbr), len(finished(study))
-        study.sampler = optuna.samplers.TPESampler(seed=config.seed + number)  # the draw depends on the trials before alone
+        study.sampler = optuna.samplers.TPESampler(seed=config.seed + number)  # the draw depends only on the earlier trials
         if number == 0:
             study.enqueue_trial({key: getattr(config.sbr, key) for key in around})
         trial = study.ask(around)
         drawn = trial.params
         print(f"{name}: trial {number + 1}, {', '.join(f'{key} {value:.4g}' for key, value in drawn.items())}", file=sys.stderr)
     drawn = _agree(drawn)
-    told: list[float] = []
+    reported: list[float] = []
 
     def watch(scores: list[float]) -> None:
         stop = False
         if study is not None:
-            for step in range(len(told), len(scores)):
+            for step in range(len(reported), len(scores)):
                 trial.report(scores[step], step)
             stop = trial.should_prune()
-        told[:] = scores
+        reported[:] = scores
         if _agree(stop):
             raise optuna.TrialPruned
 
     changed = with_settings(config, drawn)
-    own = folder / f"{name}-{model_fingerprint(name, config.seed, changed, inputs)[:16]}"
+    trial_folder = folder / f"{name}-{model_fingerprint(name, config.seed, changed, inputs)[:16]}"
     state, value = optuna.trial.TrialState.COMPLETE, 0.0
     try:
-        train_model(name, config.seed, changed, inputs, windows, accelerator, own, False, watch)
-        value = max(told)
+        train_model(name, config.seed, changed, inputs, windows, accelerator, trial_folder, False, watch)
+        value = max(reported)
     except optuna.TrialPruned:
         state = optuna.trial.TrialState.PRUNED
     except Diverged as reason:
         if accelerator.is_main_process:
             print(f"{name}: {reason}; the trial counts as 0", file=sys.stderr)
-    accelerator.free_memory()  # it holds on to every model it has prepared
+    accelerator.free_memory()  # it keeps a reference to every prepared model
     accelerator.wait_for_everyone()
     if study is not None:
         study.tell(trial, value if state.name == "COMPLETE" else None, state=state)
-        remove(own)
+        remove(trial_folder)
 
 
 def _agree(value: Any) -> Any:
-    """What the main process has, in every process."""
+    """Returns the value of the main process in every process."""
     return broadcast_object_list([value])[0]

@@ -1,7 +1,7 @@
-"""A trained session model as the teacher of an MLLM: how it scores the next item (soft targets, P2Rec, arXiv 2406.00333).
+"""Provides a trained session model as the teacher of an MLLM: its scores are soft targets (P2Rec, arXiv 2406.00333).
 
-It is asked about the sessions it was trained on, and its counts of pairs hold what followed in them: they are left out of its
-mixture, or each session would be its own evidence.
+It scores the sessions it was trained on, and its pair counts contain their next items. So the pair counts are left out of its mixture;
+otherwise each session would be evidence for itself.
 """
 
 from pathlib import Path
@@ -18,7 +18,8 @@ from recommender.session_model.windows import pad_prefixes
 
 
 class Teacher:
-    """The session model of a run, over the items `item_ids`. One that has seen other sessions than `train` is refused."""
+    """Scores items by the session model of a run, in the rows of `item_ids`. Raises `UserError` (4) for a model of other sessions than
+    `train`."""
 
     def __init__(self, run: Path, item_ids: list[str], train: SessionLog) -> None:
         version = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` there first")
@@ -30,8 +31,8 @@ class Teacher:
             )
         self.sha256 = version.manifest_sha256
         items = pq.read_table(version.path / "items.parquet", columns=["item_id"], page_checksum_verification=True)["item_id"].to_pylist()
-        own = {item_id: row for row, item_id in enumerate(items)}
-        self.rows = torch.tensor([own.get(item_id, -1) for item_id in item_ids])  # (N,) which of its items each is; -1: none
+        row_of = {item_id: row for row, item_id in enumerate(items)}
+        self.rows = torch.tensor([row_of.get(item_id, -1) for item_id in item_ids])  # (N,) row of each item in the model; -1: none
         unknown = train.rows[self.rows[train.rows].numpy() < 0]
         if len(unknown):
             raise UserError(
@@ -45,9 +46,9 @@ class Teacher:
             self.tables = self.model.tables()
 
     def __call__(self, prefixes: list[Tensor], candidates: Tensor) -> Tensor:
-        """Log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
-        items, order = self.rows[candidates.cpu()].sort()  # its catalogue may have them in another order
-        own = pad_prefixes([self.rows[prefix.cpu()].tolist() for prefix in prefixes], self.model.config.max_prefix)
+        """Returns the log-scores (n, C) of the rows `candidates` (C,) after each of n prefixes of rows."""
+        items, order = self.rows[candidates.cpu()].sort()  # the catalogue of the model may have another order
+        padded = pad_prefixes([self.rows[prefix.cpu()].tolist() for prefix in prefixes], self.model.config.max_prefix)
         with torch.no_grad():
-            scores = self.model.scores(torch.as_tensor(own).long(), self.tables, items=items)
+            scores = self.model.scores(torch.as_tensor(padded).long(), self.tables, items=items)
         return scores[:, order.argsort()].to(candidates.device)

@@ -1,8 +1,8 @@
-"""Trains session models on published embeddings, or on ids alone, beside the baselines, and publishes one of them.
+"""Trains session models on published embeddings, or on ids alone, compares them with the baselines, and publishes one.
 
-All have the same settings; the epoch of each is chosen on validation, the test sessions are ranked once. The figures are those of
-models that have seen training sessions only. What is published is trained again on all sessions (`sbr.refit`), with the epochs and
-the calibration that were chosen there.
+All models have the same settings; the epoch of each is chosen on validation, and the test sessions are ranked once. The figures are those
+of models trained on the training sessions alone. The published model is trained again on all sessions (`sbr.refit`), with the number of
+epochs and the calibration of its held-out twin.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate import Accelerator
 
 from pipeline.core.artifact import Version, published, stage
 from pipeline.core.config import Config, SbrConfig
@@ -23,36 +24,40 @@ from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json, remove
 from pipeline.data.embeddings import published_in
 from recommender.baselines.registry import MODELS, chosen
-from recommender.metrics.evaluator import Metrics, buckets_of, cases_table, collect_results, read_ceiling
+from recommender.metrics.evaluator import BucketMetrics, buckets_of, cases_table, collect_results, read_ceiling
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import print_results
 from recommender.retrieval.index import empty_index
 from recommender.retrieval.saved_model import write_model
 from recommender.session_model.model import SessionModel
 from recommender.training.calibration import Calibration, apply
-from recommender.training.dataset import SAME_VECTORS, Inputs, load_inputs, model_fingerprint, newest_session
+from recommender.training.dataset import SAME_VECTORS, TrainingData, load_training_data, model_fingerprint, newest_session
 from recommender.training.search import forget, need_optuna, search, settings_for
 from recommender.training.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model
 
-SAMPLES = 200  # test sessions kept with the model: to try it, to show it, to measure its index
+SAMPLES = 200  # test sessions stored with the model: for trials, for the report, to measure the index
 
 
 @dataclass(frozen=True)
 class SbrSummary:
+    """The result of `train_sbr`."""
+
     version: Version
-    made: bool  # False: it was there already, from the same inputs and settings
-    metrics: dict[str, Any]  # as in metrics.json
+    made: bool  # False: the published version already has these inputs and settings
+    metrics: dict[str, Any]  # content of metrics.json
 
 
 def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials: int = 0) -> SbrSummary:
-    """From `run/embeddings`, where a model reads them, and the sessions of `data` to `run/sbr`; prints the table of results.
-    With `trials`, so many settings of each model are tried first; those that a search has found stay, until `fresh`."""
+    """Trains the models of a run, publishes one as `run/sbr`, and prints the table of results. Raises `UserError`.
+
+    Reads `run/embeddings`, if a model does, and the sessions of `data`. `trials`: first searches that many settings of each model; the best
+    settings of a search are used until `fresh`, which trains and searches anew."""
     if trials:
         need_optuna()
-    inputs = load_inputs(config, run, data)
+    inputs = load_training_data(config, run, data)
     names, items = chosen(config.sbr.models), len(inputs.catalog)
     to_publish = "full" if "full" in names else "ID-only"
-    check_index(to_publish, config.sbr, items)  # now, and not after the training
+    check_index(to_publish, config.sbr, items)  # raises its error before the training
     accelerator = make_accelerator()
     folder = run / "sbr-train"
     with alone(folder, accelerator):
@@ -71,38 +76,30 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
             if accelerator.is_main_process:
                 print_results(metrics)
-                if (built := current.manifest["index"]["setting"]) != config.sbr.index:
-                    print(f"note: its index is still {built}; run `tpad index` for sbr.index {config.sbr.index}", file=sys.stderr)
-                if (shift := current.manifest["settings"]["new_items"]) != config.sbr.new_items:
-                    print(
-                        f"note: its new_items is still {shift}; run `tpad index` for sbr.new_items {config.sbr.new_items}", file=sys.stderr
-                    )
+                print_notes(current, config.sbr)
             return SbrSummary(current, False, metrics)
         buckets = buckets_of(windows[2], inputs.counts)
-        runs: dict[str, list[Metrics]] = {}
-        ranks: dict[str, np.ndarray] = {}  # of the first seed
+        runs: dict[str, list[BucketMetrics]] = {}
+        ranks: dict[str, np.ndarray] = {}  # name -> (cases,), with the first seed
         best: Trained | None = None
         check_index(to_publish, settings[to_publish].sbr, items)
         for name, seed in itertools.product(names, seeds):
             trained = train_model(name, seed, settings[name], inputs, windows[:2], accelerator, folder, fresh)
-            of_test = gather_ranks(trained.model, windows[2], accelerator, inputs.available)
-            ranks.setdefault(name, of_test)
-            runs.setdefault(name, []).append(summarise_buckets(of_test, buckets))
+            test_ranks = gather_ranks(trained.model, windows[2], accelerator, inputs.available)
+            ranks.setdefault(name, test_ranks)
+            runs.setdefault(name, []).append(summarise_buckets(test_ranks, buckets))
             if name == to_publish and best is None:
                 best = trained
         assert best is not None and isinstance(best.model, SessionModel) and best.calibration is not None
         model, source = best.model, inputs
         if config.sbr.refit:
-            source = load_inputs(config, run, data, everything=True)
-            refit = refit_model(to_publish, config.seed, settings[to_publish], source, accelerator, folder, fresh, best.epochs)
-            assert isinstance(refit, SessionModel)
-            model = refit
-            apply(model, best.calibration)
+            source = load_training_data(config, run, data, everything=True)
+            model = calibrated_refit(to_publish, settings[to_publish], source, accelerator, folder, fresh, best)
         if accelerator.is_main_process:
             ceiling = read_ceiling(data, config.data)
             metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling, inputs.available)
-            told = best.calibration.told() if MODELS[to_publish].content else ""
-            metrics["facts"] |= {"refit": config.sbr.refit, "calibration": best.calibration._asdict() | {"told": told}}
+            summary = best.calibration.summary() if MODELS[to_publish].content else ""
+            metrics["facts"] |= {"refit": config.sbr.refit, "calibration": best.calibration._asdict() | {"told": summary}}
             cases = cases_table(windows[2], inputs.split.test, inputs.catalog.item_ids, ranks)
             version = publish(run, settings[to_publish], source, model, metrics, cases, fingerprint, best)
             remove(folder / "checkpoints")
@@ -114,13 +111,31 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         return SbrSummary(version, True, metrics)
 
 
+def calibrated_refit(
+    name: str, config: Config, inputs: TrainingData, accelerator: Accelerator, folder: Path, fresh: bool, held_out: Trained
+) -> SessionModel:
+    """Trains the model to publish on all sessions (`inputs`), with the epochs and the calibration of its held-out twin."""
+    model = refit_model(name, config.seed, config, inputs, accelerator, folder, fresh, held_out.epochs)
+    assert isinstance(model, SessionModel) and held_out.calibration is not None
+    apply(model, held_out.calibration)
+    return model
+
+
+def print_notes(version: Version, settings: SbrConfig) -> None:
+    """Prints which settings of an up-to-date version only `tpad index` can change."""
+    if (built := version.manifest["index"]["setting"]) != settings.index:
+        print(f"note: its index is still {built}; run `tpad index` for sbr.index {settings.index}", file=sys.stderr)
+    if (shift := version.manifest["settings"]["new_items"]) != settings.new_items:
+        print(f"note: its new_items is still {shift}; run `tpad index` for sbr.new_items {settings.new_items}", file=sys.stderr)
+
+
 def refit_of(config: Config) -> list[bool]:
-    """The settings that decide what is published of the same figures."""
+    """Returns the settings that change the published model, but not the figures."""
     return [config.sbr.refit, config.distill.refit]
 
 
 def check_index(name: str, settings: SbrConfig, items: int) -> None:
-    """Refuses an index that cannot be built over the vectors of a model's channels: see `build_indexes`."""
+    """Checks that the index can be built over the vectors of a model's channels (see `build_indexes`). Raises `UserError`."""
     for more in (1, 2) if MODELS[name].content else (1,):
         empty_index(settings.index, items, settings.dim + more)
 
@@ -132,16 +147,18 @@ def _missing(run: Path) -> Version:
 def publish(
     run: Path,
     config: Config,
-    inputs: Inputs,
+    inputs: TrainingData,
     model: SessionModel,
     metrics: dict[str, Any],
     ranks: pa.Table,
     fingerprint: str,
     held_out: Trained,
 ) -> Version:
-    """Publishes a model as a version of `run/sbr`. `config` and `inputs` are what it was trained with and on, `fingerprint` that of all
-    models of the run, `metrics` and `ranks` those of its twin `held_out`, which has not seen the test."""
-    reads = model.config.content_dim > 0  # else embeddings that another model of the run has read are nothing to this one
+    """Publishes a model as a version of `run/sbr`.
+
+    `config` and `inputs`: its settings and training data. `fingerprint`: of all models of the run. `metrics` and `ranks`: those of its twin
+    `held_out`, which was not trained on the test sessions."""
+    reads = model.config.content_dim > 0  # False: only other models of the run read the embeddings
     embeddings, whitening = (inputs.embeddings, inputs.whitening) if reads else (None, {})
     calibration = held_out.calibration or Calibration()
     manifest = {

@@ -1,9 +1,9 @@
-"""Trains one session model, or a model of the literature: the loop, its optimiser, its checkpoints.
+"""Trains one session model, or a baseline model of the literature: loop, optimiser, checkpoints.
 
-Every random draw is a function of (seed, epoch, step), so a run that was killed goes on to the same weights, and several processes
-(accelerate) take the same steps as one (but for dropout inside the models of the literature, which each process draws for
-its own share of the batch). With `sbr.precision: bf16` matrix products are in bfloat16 under autocast; weights, their
-optimiser, logsumexp and losses stay in float32.
+Every random draw is a function of (seed, epoch, step), so a killed run resumes to the same weights, and several processes (accelerate)
+take the same steps as one, except for dropout inside the models of the literature, which each process draws for its share of the
+batch. With `sbr.precision: bf16` matrix products are in bfloat16 under autocast; weights, optimiser state, logsumexp and losses stay in
+float32.
 """
 
 import math
@@ -41,29 +41,31 @@ from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, draw_probabilities, drawn_evenly, everything, sampled
 from recommender.session_model.windows import DeviceWindows, Windows, batches
 from recommender.training.calibration import Calibration, calibrate
-from recommender.training.dataset import Inputs, model_fingerprint
-from recommender.training.step_log import Diverged, StepLog
+from recommender.training.dataset import TrainingData, model_fingerprint
+from recommender.training.loss_log import Diverged, LossLog
 
-SCALAR_RATE = 3.0  # learning rate of our model's biases and weights of components, over that of the matrices
-MANY_ITEMS = 5_000  # above, a softmax over all of them costs more than it gives
-SAVE_SECONDS = 120.0  # between checkpoints, where an epoch takes longer
-Watch = Callable[[list[float]], None]  # told the validation scores of the epochs so far, each time there is one more
-Limits = tuple[Tensor, Tensor]  # from when and until when each item may be recommended, (N,) both, Unix seconds
+SCALAR_RATE = 3.0  # learning rate of the biases and component weights of our model, relative to that of the matrices
+MANY_ITEMS = 5_000  # larger catalogues use sampled candidates: a softmax over all items costs more than it gains
+SAVE_SECONDS = 120.0  # between checkpoints inside an epoch
+Watch = Callable[[list[float]], None]  # called after each epoch with the validation scores of all epochs so far
+Limits = tuple[Tensor, Tensor]  # begin and end of the availability of each item, (N,) both, Unix seconds
 
 
 class Trained(NamedTuple):
+    """The result of `train_model`."""
+
     model: Model  # with the weights of its best epoch
-    epochs: int  # up to that one
-    calibration: Calibration | None  # None: of a model of the literature
+    epochs: int  # up to the best one
+    calibration: Calibration | None  # None for a model of the literature
 
 
 @dataclass
 class Progress:
-    """What a checkpoint holds beside the weights now and the optimiser's state."""
+    """The content of a checkpoint beside the current weights and the optimiser state."""
 
     best: dict[str, Tensor]  # weights of the best epoch so far
     step: int = 0
-    scores: list[float] = field(default_factory=list)  # of each epoch, the higher the better
+    scores: list[float] = field(default_factory=list)  # of each epoch; higher is better
     over: bool = False
 
     @property
@@ -72,15 +74,16 @@ class Progress:
 
 
 def make_accelerator() -> Accelerator:
+    """Returns the accelerator of a training. Raises `UserError` (2) for another precision than float32 or bfloat16."""
     keep_freed_memory()
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise UserError(f"no training in {accelerator.mixed_precision} (accelerate launch --mixed_precision); take no or bf16", USAGE)
+        raise UserError(f"cannot train in {accelerator.mixed_precision} (accelerate launch --mixed_precision); use no or bf16", USAGE)
     return accelerator
 
 
 def alone(folder: Path, accelerator: Accelerator) -> AbstractContextManager[None]:
-    """Refuses a second command that would train in the same folder."""
+    """Locks the folder. Raises `UserError` if another command is training in it."""
     return locked(folder) if accelerator.is_main_process else nullcontext()
 
 
@@ -88,7 +91,7 @@ def train_model(
     name: str,
     seed: int,
     config: Config,
-    inputs: Inputs,
+    inputs: TrainingData,
     windows: tuple[Windows, Windows],
     accelerator: Accelerator,
     folder: Path,
@@ -96,10 +99,10 @@ def train_model(
     watch: Watch | None = None,
     each_epoch: Callable[[int, Model], None] | None = None,
 ) -> Trained:
-    """Trains a model on the first of the `windows`; the second, validation, chooses its epoch and calibrates it.
+    """Trains a model on the first of `windows`; the second, validation, chooses its epoch and calibrates it.
 
-    `watch` may stop the training by raising, and leaves out the calibration; `each_epoch` is shown every epoch's weights.
-    """
+    `watch` may stop the training by an exception; with it there is no calibration. `each_epoch` is called with the model after every epoch.
+    Raises `UserError`, `Diverged` if the loss or the scores are not finite."""
     settings, valid = config.sbr, windows[1]
     model = build_model(name, seed, config, inputs)
     checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}", model_fingerprint(name, seed, config, inputs))
@@ -134,10 +137,10 @@ def train_model(
 
 
 def refit_model(
-    name: str, seed: int, config: Config, inputs: Inputs, accelerator: Accelerator, folder: Path, fresh: bool, epochs: int
+    name: str, seed: int, config: Config, inputs: TrainingData, accelerator: Accelerator, folder: Path, fresh: bool, epochs: int
 ) -> Model:
-    """Trains a model on all sessions, which the training part of `inputs` holds, for the `epochs` that validation chose for its held-out
-    twin, on the same schedule."""
+    """Trains a model on all sessions (the training part of `inputs`) for as many `epochs` as validation chose for its held-out twin, on
+    the same schedule."""
     model = build_model(name, seed, config, inputs)
     fingerprint = f"{model_fingerprint(name, seed, config, inputs)} {epochs}"
     checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}-refit", fingerprint)
@@ -163,15 +166,12 @@ def fit(
     validate: Callable[[int], float] | None = None,
     watch: Watch | None = None,
 ) -> Progress:
-    """Trains the model for at most so many `epochs` of the schedule, and leaves it with the weights of that which `validate` scores best;
-    without validation with those of the last. `counts` (N,): the items' events in all training sessions."""
+    """Trains the model for at most `epochs` epochs of the schedule, and leaves it with the weights of the best epoch by `validate`, or of
+    the last without it. `counts` (N,): training events of the items. Raises `Diverged`."""
     if accelerator.is_main_process:
-        if fresh:
-            checkpoints.clear()
-        elif checkpoints.drop_others():  # a training takes minutes, so that is no question for the user
-            print(f"note: {name} (seed {seed}) is trained anew: its checkpoint is of other settings or data, and dropped", file=sys.stderr)
+        drop_stale(checkpoints, name, seed, fresh)
     accelerator.wait_for_everyone()
-    with warnings.catch_warnings():  # torch 2.13 has a new name for it, which accelerate cannot pass on yet
+    with warnings.catch_warnings():  # torch 2.13 renamed the argument, which accelerate does not know yet
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         wrapped = accelerator.prepare(model)
     optimizer, names = build_optimizer(model, settings)
@@ -183,7 +183,7 @@ def fit(
     train, limits = DeviceWindows(windows, accelerator.device), limits_of(available, accelerator.device)
     share = share_sampled(settings, counts)
     steps = math.ceil(len(train) / settings.batch)  # of an epoch
-    log = StepLog(folder / "metrics.jsonl", name, seed, progress.step, steps, accelerator)
+    log = LossLog(folder / "metrics.jsonl", name, seed, progress.step, steps, accelerator)
     saved = time.monotonic()
     with (
         Interrupt() as interrupt,
@@ -198,9 +198,7 @@ def fit(
                 set_rate(optimizer, settings.lr * schedule(progress.step, steps * settings.epochs))
                 log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings, share, limits))
                 progress.step += 1
-                facts = [] if math.isnan(log.last) else [f"loss {log.last:.3f}"]  # it comes a few steps at a time
-                facts += [f"validation {settings.select} {max(progress.scores):.4f}"] if progress.scores and validate is not None else []
-                shown.advance(", ".join(facts))
+                shown.advance(status(log.last, settings.select, progress.scores if validate is not None else []))
                 if log.due and number + 1 < steps:
                     log.write()
                     stopped = interrupt.agreed(accelerator)
@@ -227,14 +225,29 @@ def fit(
     return progress
 
 
+def drop_stale(checkpoints: Checkpoints, name: str, seed: int, fresh: bool) -> None:
+    """Deletes checkpoints of other settings or data, and with `fresh` all."""
+    if fresh:
+        checkpoints.clear()
+    elif checkpoints.drop_others():  # without a question to the user, as a training takes minutes
+        print(f"note: {name} (seed {seed}) is trained anew: its checkpoint is of other settings or data, and dropped", file=sys.stderr)
+
+
+def status(loss: float, metric: str, scores: list[float]) -> str:
+    """Returns the text of the progress bar: the last loss (NaN: none yet, as losses arrive some steps at a time) and the best score."""
+    facts = [] if math.isnan(loss) else [f"loss {loss:.3f}"]
+    return ", ".join([*facts, f"validation {metric} {max(scores):.4f}"] if scores else facts)
+
+
 def limits_of(available: Availability | None, device: torch.device) -> Limits | None:
+    """Returns the availability as tensors; None: all items are always available."""
     if available is None:
         return None
     return torch.as_tensor(available.begin, device=device), torch.as_tensor(available.end, device=device)
 
 
 def share_sampled(settings: SbrConfig, counts: np.ndarray) -> Tensor | None:
-    """(N,) how likely an item is drawn as a candidate; None: all are candidates."""
+    """Returns (N,) the probability that an item is drawn as a candidate; None: all items are candidates."""
     sampling = settings.loss == "sampled" or (settings.loss != "softmax" and len(counts) > MANY_ITEMS)
     return draw_probabilities(counts) if sampling else None
 
@@ -242,14 +255,16 @@ def share_sampled(settings: SbrConfig, counts: np.ndarray) -> Tensor | None:
 def draw_candidates(
     model: Model, shown: Tensor, targets: Tensor, settings: SbrConfig, share: Tensor | None, generator: torch.Generator
 ) -> Candidates:
-    """The items that a step compares with. gBCE is for SASRec, where its paper has it; the other models take their softmax. `shown`: the
-    items of the batch, targets too; `share` as `share_sampled` gives it."""
+    """Returns the candidates of a step. gBCE is used for SASRec alone, as in its paper; the other models use a softmax.
+
+    `shown`: the items of the batch, targets too. `share` (N,): result of `share_sampled`."""
     if settings.loss == "gbce" and isinstance(model, SequenceModel) and isinstance(model.encoder, SASRec):
         return drawn_evenly(model.known, targets, settings.negatives, settings.calibration, generator)
     return everything(model.known) if share is None else sampled(share, shown, settings.negatives, generator)
 
 
-def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
+def build_model(name: str, seed: int, config: Config, inputs: TrainingData) -> Model:
+    """Builds an untrained model by its name, with weights drawn from the seed."""
     recipe, settings = MODELS[name], config.sbr
     content = inputs.content if recipe.content else None
     assert content is not None or not recipe.content
@@ -270,9 +285,10 @@ def build_model(name: str, seed: int, config: Config, inputs: Inputs) -> Model:
 
 
 def build_optimizer(model: Model, settings: SbrConfig) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW in up to three groups, and the parameters' names: matrices; the one that reads the vectors, whose decay is what keeps the
-    many numbers that tell nothing of sessions from being learned by heart; scalars and vectors, without decay and, of our model, at a
-    higher rate."""
+    """Returns AdamW in up to three groups, and the names of its parameters.
+
+    Groups: matrices; the content projection, whose decay keeps it from memorising uninformative dimensions of the vectors; scalars and
+    vectors, without decay and, in our model, with a higher learning rate."""
     groups: dict[str, dict[str, Any]] = {
         "matrices": {"weight_decay": settings.weight_decay, "rate": 1.0},
         "content": {"weight_decay": settings.content_decay, "rate": 1.0},
@@ -284,17 +300,18 @@ def build_optimizer(model: Model, settings: SbrConfig) -> tuple[torch.optim.Adam
             continue
         group = "vectors" if parameter.ndim < 2 else "content" if name == "project.weight" else "matrices"
         members[group][name] = parameter
-    grouped = [{"params": list(of.values()), **groups[group]} for group, of in members.items() if of]
-    return torch.optim.AdamW(grouped, lr=settings.lr, fused=True), [name for of in members.values() for name in of]
+    grouped = [{"params": list(named.values()), **groups[group]} for group, named in members.items() if named]
+    return torch.optim.AdamW(grouped, lr=settings.lr, fused=True), [name for named in members.values() for name in named]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate; each group has its own factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate"]
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: a warm-up over 5 % of the steps, then a cosine to zero."""
+    """Returns the factor of the learning rate at a step: a linear warm-up over 5 % of the steps, times a cosine to zero."""
     return min(1.0, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -310,8 +327,10 @@ def train_step(
     share: Tensor | None,
     limits: Limits | None = None,
 ) -> Tensor:
-    """One step on the windows `which`, of which each process takes its share; returns that share's part of the mean loss, ().
-    `share` as `share_sampled` gives it; `limits`: an item is a negative only in between."""
+    """Trains one step on the windows `which`, split among the processes; returns the share of this process in the mean loss, ().
+
+    `draw`: (seed, epoch, step), the seed of all draws. `share` (N,): result of `share_sampled`. `limits`: an item is a negative only while
+    it is available."""
     rows, targets, times = train.take(which)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
@@ -327,7 +346,7 @@ def train_step(
 
 
 def gather_ranks(model: Model, windows: Windows, accelerator: Accelerator, available: Availability | None) -> np.ndarray:
-    """`model_ranks` of all windows, each process ranking a stretch of them."""
+    """Returns `model_ranks` of all windows, which are split among the processes."""
     bounds = np.linspace(0, len(windows), accelerator.num_processes + 1).astype(int)
     index = accelerator.process_index
     ranks = model_ranks(model, windows.take(np.arange(bounds[index], bounds[index + 1])), available=available)
@@ -335,10 +354,12 @@ def gather_ranks(model: Model, windows: Windows, accelerator: Accelerator, avail
 
 
 def weights_of(model: Model) -> dict[str, Tensor]:
+    """Returns a copy of the parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def save(checkpoints: Checkpoints, model: Model, optimizer: torch.optim.Optimizer, names: list[str], progress: Progress) -> None:
+    """Saves a checkpoint."""
     moments, packed = pack_optimizer(optimizer, names)
     tensors = {f"now/{n}": w for n, w in weights_of(model).items()} | {f"best/{n}": w for n, w in progress.best.items()} | moments
     checkpoints.save(progress.step, tensors, progress.state | {"optimizer": packed})
@@ -352,7 +373,7 @@ def restore(
     state: dict[str, Any],
     progress: Progress,
 ) -> None:
-    """Puts a checkpoint back into the model, its optimiser and the `progress`."""
+    """Restores the model, its optimiser and `progress` from a checkpoint."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"now/{name}"])

@@ -1,9 +1,9 @@
-"""`tpad train-sbr --update`: the nightly run. The published session model learns the sessions that are new since its training.
+"""Updates the published session model with the sessions that are new since its training, for nightly runs: `tpad train-sbr --update`.
 
-It is put over the items as they are now (as by `tpad index`), the new sessions are counted, and its weights are trained for a short
-while on the new sessions and on the newest old ones, which keeps it from forgetting (experience replay). Its calibration stays. The
-newest tenth of the new sessions is held back: the result is published only if it ranks them no worse than the model that serves, and
-the next update trains on them.
+The model is extended to the current items (as by `tpad index`), the new sessions are added to its counts, and its weights are trained
+for a short time on the new sessions and on the newest old ones, which prevents forgetting (experience replay). Its calibration stays.
+The newest tenth of the new sessions is held back: the result is published only if it ranks them no worse than the published model. The
+next update trains on them.
 """
 
 import hashlib
@@ -26,20 +26,22 @@ from recommender.training.dataset import newest_session
 from recommender.training.rebuild_index import open_current
 from recommender.training.trainer import alone, fit, make_accelerator
 
-LEAST_SESSIONS = 10  # new ones: with fewer there is no tenth to check on
-REPLAY = 4  # old sessions trained on beside each new one
-EPOCHS, RATE = 2, 0.3  # of the short training; share of the learning rate
+LEAST_SESSIONS = 10  # new sessions: of fewer, a tenth is less than one session
+REPLAY = 4  # old sessions in the training for each new one
+EPOCHS, RATE = 2, 0.3  # of the short training; factor of the learning rate
 
 
 @dataclass(frozen=True)
 class Updated:
-    version: Version  # that serves from now on
-    sessions: int  # new ones that it has learned
+    """The result of `update_sbr`."""
+
+    version: Version  # the published version
+    sessions: int  # new sessions that were trained on
     told: str  # one line for the user
 
 
 def update_sbr(config: Config, run: Path, data: Path) -> Updated:
-    """Publishes the updated model of `run/sbr`, or leaves it as it is. Resumable. Raises `UserError`."""
+    """Publishes the updated model as `run/sbr`, unless it is worse or there is too little to learn. Resumable. Raises `UserError`."""
     accelerator = make_accelerator()
     if accelerator.num_processes > 1:
         raise UserError("--update runs in one process (accelerate launch); start it alone", USAGE)
@@ -48,7 +50,9 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
         current = open_current(run, data)
         before = current.before
         if before.manifest.get("refit") is None:
-            raise UserError(f"the published model has not seen all sessions ({run}); train it with sbr.refit=true to update it", ARTIFACT)
+            raise UserError(
+                f"the published model was not trained on all sessions ({run}); train it with sbr.refit=true to update it", ARTIFACT
+            )
         log = sessions_of(current.catalog.item_ids, data)
         new = sessions_after(log, *before.manifest["newest_session"])
         if len(new) < LEAST_SESSIONS:
@@ -56,23 +60,23 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
         held_back = len(new) // 10
         learned, checked = log.select(new[:-held_back]), log.select(new[-held_back:])
         replayed = np.arange(max(0, int(new[0]) - REPLAY * len(learned)), new[0])  # sessions are in order of time
-        served, counts = current.model(), current.counts + np.bincount(learned.rows, minlength=len(current.rows))
-        model = served.learning(learned.rows, learned.offsets, counts, config.seed)
+        published, counts = current.model(), current.counts + np.bincount(learned.rows, minlength=len(current.rows))
+        model = published.learning(learned.rows, learned.offsets, counts, config.seed)
         settings = config.sbr.model_copy(update={"epochs": EPOCHS, "lr": RATE * config.sbr.lr, "patience": EPOCHS})
         train, limits = log.select(np.concatenate([replayed, new[:-held_back]])), current.catalog.availability
-        made_of = [before.manifest["fingerprint"], current.source, train.ids_sha256(), settings.model_dump(), config.seed]
-        fingerprint = hashlib.sha256(canonical_json(made_of)).hexdigest()
+        parts = [before.manifest["fingerprint"], current.source, train.ids_sha256(), settings.model_dump(), config.seed]
+        fingerprint = hashlib.sha256(canonical_json(parts)).hexdigest()
         prefix = model.config.max_prefix
         windows = pack(train.rows, train.offsets, prefix, max(prefix // 2, 1), None if limits is None else train.times)
         checkpoints = Checkpoints(folder / "checkpoints" / "update", fingerprint)
         fit("update", config.seed, model, settings, limits, counts, windows, accelerator, checkpoints, folder, False, EPOCHS)
         cases = cases_of(checked, prefix, limits is not None)
-        now, then = (case_values(model_ranks(each, cases, available=limits), config.sbr.select) for each in (model, served))
-        gain, error = float((now - then).mean()), float((now - then).std()) / len(now) ** 0.5
-        told = f"{config.sbr.select} on the newest {len(checked)} sessions: {now.mean():.4f}, of the model that serves {then.mean():.4f}"
+        after, earlier = (case_values(model_ranks(ranker, cases, available=limits), config.sbr.select) for ranker in (model, published))
+        gain, error = float((after - earlier).mean()), float((after - earlier).std()) / len(after) ** 0.5
+        summary = f"{config.sbr.select} on the newest {len(checked)} sessions: {after.mean():.4f}, published model {earlier.mean():.4f}"
         if gain < -error:
             remove(checkpoints.folder)
-            return Updated(before, 0, f"not published, it would be worse: {told}; run `tpad train-sbr` to train anew")
+            return Updated(before, 0, f"not published, as the update is worse: {summary}; run `tpad train-sbr` to train anew")
         facts = {
             "fingerprint": fingerprint,
             "sessions_sha256": hashlib.sha256((before.manifest["sessions_sha256"] + learned.ids_sha256()).encode()).hexdigest(),
@@ -81,17 +85,17 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
         }
         version = current.publish(run, model, counts, config.sbr.index, facts)
         remove(checkpoints.folder)
-        return Updated(version, len(learned), told)
+        return Updated(version, len(learned), summary)
 
 
 def sessions_after(log: SessionLog, start: int, session_id: str) -> np.ndarray:
-    """Positions of the sessions after the one that began at `start` (Unix seconds); the log is in the order of (start, session_id)."""
+    """Returns the numbers of the sessions after (`start`, `session_id`); start is in Unix seconds. The log is in that order."""
     same = np.flatnonzero(log.start == start)
     return np.concatenate([[n for n in same if log.session_ids[n] > session_id], np.flatnonzero(log.start > start)]).astype(np.int64)
 
 
 def sessions_of(item_ids: list[str], data: Path) -> SessionLog:
-    """The sessions of a data folder, in rows of `item_ids`, which are all its items or some."""
+    """Reads the sessions of a data folder, in rows of `item_ids`, which are all of its items or some."""
     catalog = load_catalog(data)
     log = load_sessions(data, catalog)
     place = np.full(len(catalog), -1)

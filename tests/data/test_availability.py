@@ -32,7 +32,7 @@ from recommender.session_model.losses import log_partition
 from recommender.session_model.model import SessionModel
 from recommender.session_model.negative_sampling import Candidates, everything
 from recommender.session_model.windows import PAD, prefixes_of
-from recommender.training.dataset import Inputs, load_inputs
+from recommender.training.dataset import TrainingData, load_training_data
 from recommender.training.train import train_sbr
 from recommender.training.trainer import build_model
 
@@ -80,8 +80,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def inputs(run: Path) -> Inputs:
-    return load_inputs(SETTINGS, run, run / "data")
+def inputs(run: Path) -> TrainingData:
+    return load_training_data(SETTINGS, run, run / "data")
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_the_loss_is_the_softmax_over_what_is_available() -> None:
         assert torch.allclose(model.losses(rows, targets, tables, candidates, times), torch.tensor(wanted), atol=1e-4)
 
 
-def test_an_item_is_no_negative_before_it_is_available(run: Path, inputs: Inputs) -> None:
+def test_an_item_is_no_negative_before_it_is_available(run: Path, inputs: TrainingData) -> None:
     """The id of an item that is a target of no case of a step, and not available in any of them, gets no gradient from the sum over the
     candidates."""
     windows = inputs.windows(20)[0]
@@ -271,7 +271,7 @@ def test_an_item_is_no_negative_before_it_is_available(run: Path, inputs: Inputs
 # --- evaluation
 
 
-def brute_ranks(scores: np.ndarray, inputs: Inputs, max_prefix: int = 20) -> list[float]:
+def brute_ranks(scores: np.ndarray, inputs: TrainingData, max_prefix: int = 20) -> list[float]:
     """Ranks of the test's targets in scores (cases, N), by plain loops over the items that could be clicked then."""
     windows, limits = inputs.windows(max_prefix)[2], inputs.available
     assert windows.times is not None and limits is not None
@@ -284,7 +284,7 @@ def brute_ranks(scores: np.ndarray, inputs: Inputs, max_prefix: int = 20) -> lis
     return found
 
 
-def test_what_is_not_available_is_not_ranked_above_a_target(run: Path, inputs: Inputs) -> None:
+def test_what_is_not_available_is_not_ranked_above_a_target(run: Path, inputs: TrainingData) -> None:
     version = json.loads((run / "sbr" / "current").read_bytes())["version"]
     model, windows = load_model(run / "sbr" / version).eval(), inputs.windows(20)[2]
     prefixes, targets = prefixes_of(windows)
@@ -304,7 +304,7 @@ def test_what_is_not_available_is_not_ranked_above_a_target(run: Path, inputs: I
     assert table.num_rows == len(targets)
 
 
-def test_what_is_not_available_is_not_counted_as_recommended(inputs: Inputs) -> None:
+def test_what_is_not_available_is_not_counted_as_recommended(inputs: TrainingData) -> None:
     """Also where fewer items are left than a ranking has places."""
     begin = np.full(60, NEVER)
     begin[:5] = ALWAYS
@@ -354,7 +354,7 @@ def test_only_what_is_available_is_recommended(
     assert all(
         {item.item_id for item in found.items} == names(rows) for found in recommender.recommend_batch([["item-000"]] * 9, 60, at=at)
     )
-    monkeypatch.setattr("recommender.serving.recommender.DENSE_ITEMS", 0)
+    monkeypatch.setattr("recommender.serving.recommender.FULL_SCORING_ITEMS", 0)
     assert items_of(recommender, at) == names(rows)
     red = {row for row in rows if row % 4 == 0}
     assert {item.item_id for item in recommender.recommend(["item-001"], 60, filters={"colour": ["red"]}, at=at).items} == names(red)

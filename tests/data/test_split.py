@@ -20,7 +20,7 @@ from pipeline.data.session_log import SessionLog, load_sessions
 from pipeline.data.split import split_by_time, split_sessions
 from recommender.metrics.evaluator import positions_of
 from recommender.session_model.windows import PAD, cases_of, prefixes_of
-from recommender.training.dataset import load_inputs
+from recommender.training.dataset import load_training_data
 from recommender.training.train import train_sbr
 
 
@@ -141,4 +141,4 @@ def test_sessions_of_a_user_column_stay_together(tmp_path: Path) -> None:
     whose = [{f"u{int(name[1:]) % 90}" for name in part.session_ids} for part in (split.train, split.valid, split.test)]
     assert sum(map(len, whose)) == 90
     with pytest.raises(UserError, match="other training sessions"):  # they were distilled from a split by session
-        load_inputs(settings("user-hash"), tmp_path, data)
+        load_training_data(settings("user-hash"), tmp_path, data)

@@ -1,4 +1,4 @@
-"""`tpad ablate`: cells that are runs like any other, made once, together or one by one, whatever kills them."""
+"""Tests `tpad ablate`: cells are ordinary runs, made once, in parallel or one by one, and resumed after a kill."""
 
 import csv
 import json
@@ -79,20 +79,20 @@ def test_a_finished_one_does_nothing_again(killed: Path, tiny_data: Path) -> Non
 
 
 def test_the_table_has_what_the_cells_published(killed: Path, tiny_data: Path) -> None:
-    found = {(line["variant"], line["metric"]): line for line in csv.DictReader((killed / "ablation.csv").read_text().splitlines())}
-    assert {variant for variant, _ in found} == {"full", "merge", "ID-only", "content-only"}
+    csv_lines = {(line["variant"], line["metric"]): line for line in csv.DictReader((killed / "ablation.csv").read_text().splitlines())}
+    assert {variant for variant, _ in csv_lines} == {"full", "merge", "ID-only", "content-only"}
     for cell, model in (("full-0", "full"), ("merge-0", "full"), ("full-0", "ID-only")):
         mean = json.loads((published_folder(killed / cell, "sbr") / "metrics.json").read_text())["results"][model]["mean"]
         name = model if model == "ID-only" else cell.removesuffix("-0")
         for metric, bucket in (("HR@10", "all"), ("MRR@20", "all"), ("HR@20", "warm"), ("HR@20", "cold")):
-            line = found[name, metric if bucket == "all" else f"{bucket} {metric}"]
+            line = csv_lines[name, metric if bucket == "all" else f"{bucket} {metric}"]
             assert float(line["mean"]) == pytest.approx(mean[bucket][metric])
-    line = found["merge", "HR@10"]
-    assert float(line["difference"]) == pytest.approx(float(line["mean"]) - float(found["full", "HR@10"]["mean"]))
+    line = csv_lines["merge", "HR@10"]
+    assert float(line["difference"]) == pytest.approx(float(line["mean"]) - float(csv_lines["full", "HR@10"]["mean"]))
     assert float(line["low"]) <= float(line["difference"]) <= float(line["high"]) and 0 < float(line["p"]) <= 1
     for metric in ("retrieval HR@20 of knowledge", "accuracy of motif from transition", "CKA", "CLUB", "export seconds per 1000 items"):
-        assert ("full", metric) in found and ("merge", metric) in found
-    seconds = {variant: float(found[variant, "training seconds"]["mean"]) for variant in ("full", "merge")}
+        assert ("full", metric) in csv_lines and ("merge", metric) in csv_lines
+    seconds = {variant: float(csv_lines[variant, "training seconds"]["mean"]) for variant in ("full", "merge")}
     assert seconds["full"] > seconds["merge"] > 0  # which stops before the alignment
     assert (killed / "ablation.png").read_bytes().startswith(b"\x89PNG")
     text = (killed / "ablation.md").read_text()

@@ -1,4 +1,4 @@
-"""Probes find what was planted in the vectors, and nothing where nothing is."""
+"""Tests that the probes find planted structure in vectors, and none in noise."""
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from recommender.session_model.windows import pack
 RNG = np.random.default_rng(0)
 
 
-def test_a_linear_probe_reads_what_is_there() -> None:
+def test_a_linear_probe_reads_a_planted_attribute() -> None:
     colour = RNG.integers(4, size=400)
     words = [("red", "green", "blue", "")[c] for c in colour]  # the last: no value
     vectors = np.eye(4)[colour] @ RNG.normal(size=(4, 16)) + 0.2 * RNG.normal(size=(400, 16))
@@ -29,7 +29,7 @@ def test_cka_sees_rotations_as_equal_and_noise_as_other() -> None:
     assert linear_cka(x, RNG.normal(size=(500, 8))) < 0.1
 
 
-def test_the_club_bound_rises_with_what_is_shared_and_is_the_same_again() -> None:
+def test_the_club_bound_rises_with_shared_information_and_is_reproducible() -> None:
     x, noise = RNG.normal(size=(600, 8)), RNG.normal(size=(600, 8))
     apart, near, same = (club_a_dimension(x, share * x + (1 - share) * noise) for share in (0.0, 0.5, 0.8))
     assert abs(apart) < 0.1

@@ -1,4 +1,4 @@
-"""`tpad evaluate`: its figures against plain loops over whole lists and against ranx, what it counts, and that it goes on."""
+"""Tests `tpad evaluate`: its figures against plain loops and against ranx, its counts, and that it resumes."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from recommender.experiments.evaluate import evaluate, open_inputs, shuffled_pre
 from recommender.metrics.evaluator import baseline_ranks
 from recommender.metrics.ranks import gini, summarise, target_ranks
 from recommender.session_model.windows import PAD, pack, prefixes_of
-from recommender.training.dataset import load_inputs
+from recommender.training.dataset import load_training_data
 from recommender.training.trainer import train_model
 
 NAMES = ["popularity", "last-item repeat", "SKNN", "ID-only", "full"]
@@ -115,11 +115,11 @@ def test_ranks_and_metrics_are_those_of_plain_loops(run: Path, evaluated: tuple[
         "distinct": [session not in train and session is first(test, session) for session, _ in place],
     }
     for name, which in by_hand.items():
-        of = [rank for rank, there in zip(expected, which, strict=True) if there]
-        assert kinds[name]["cases"] == len(of) > 0, name
-        assert kinds[name]["HR@20"] == pytest.approx(sum(r <= 20 for r in of) / len(of))
-        assert kinds[name]["MRR@20"] == pytest.approx(sum(1 / r for r in of if r <= 20) / len(of))
-        assert kinds[name]["NDCG@20"] == pytest.approx(sum(1 / math.log2(1 + r) for r in of if r <= 20) / len(of))
+        bucket_ranks = [rank for rank, in_bucket in zip(expected, which, strict=True) if in_bucket]
+        assert kinds[name]["cases"] == len(bucket_ranks) > 0, name
+        assert kinds[name]["HR@20"] == pytest.approx(sum(r <= 20 for r in bucket_ranks) / len(bucket_ranks))
+        assert kinds[name]["MRR@20"] == pytest.approx(sum(1 / r for r in bucket_ranks if r <= 20) / len(bucket_ranks))
+        assert kinds[name]["NDCG@20"] == pytest.approx(sum(1 / math.log2(1 + r) for r in bucket_ranks if r <= 20) / len(bucket_ranks))
     thirds = [kinds[name]["cases"] for name in ("head", "middle", "tail")]
     assert sum(thirds) == kinds["warm"]["cases"] and min(thirds) > 0
 
@@ -144,14 +144,14 @@ def test_each_model_and_seed_has_its_ranks_and_they_make_its_figures(evaluated: 
         "## Differences to full",
         "## Distinct test sessions",
         "## Does order matter?",
-        "## What is recommended",
+        "## Recommended items",
     ):
         assert heading in text
     spread = metrics["spread"]["last-item repeat"]
     assert 0 < spread["coverage@20"] <= 1 and 0 < spread["Gini@20"] < 1
 
 
-def test_what_was_planted_is_counted(run: Path, evaluated: tuple[dict[str, Any], dict[str, np.ndarray], str]) -> None:
+def test_planted_duplicates_are_counted(run: Path, evaluated: tuple[dict[str, Any], dict[str, np.ndarray], str]) -> None:
     metrics, _, text = evaluated
     train, test = sessions_of(run)
     known = {item for session in train for item in session}
@@ -164,7 +164,7 @@ def test_what_was_planted_is_counted(run: Path, evaluated: tuple[dict[str, Any],
 
 
 def test_ranx_agrees(tmp_path: Path) -> None:
-    """On lists without ties, of which each package makes ranks in its own way."""
+    """On lists without ties, which each package ranks in its own way."""
     rng = np.random.default_rng(0)
     scores, targets = rng.permuted(np.tile(np.linspace(0, 1, 50), (40, 1)), axis=1), rng.integers(0, 50, 40)
     (tmp_path / "lists.json").write_text(json.dumps({"scores": scores.tolist(), "targets": targets.tolist()}))
@@ -185,14 +185,14 @@ def test_ranx_agrees(tmp_path: Path) -> None:
             assert ours[f"{metric}@{cutoff}"] == pytest.approx(theirs[f"{name}@{cutoff}"]), (metric, cutoff)
 
 
-def test_shuffled_prefixes_keep_their_items_and_what_shall_stay() -> None:
+def test_shuffled_prefixes_keep_their_items_and_the_fixed_ones() -> None:
     rng = np.random.default_rng(1)
     lengths = [2, 4, 9, 30]
     windows = pack(rng.permutation(1000)[: sum(lengths)].astype(np.int32), np.cumsum([0, *lengths]), max_prefix=6)
     control, (whole, but_last) = shuffled_prefixes(windows)
     prefixes, targets = prefixes_of(windows)
     assert sorted(control) == np.flatnonzero((prefixes != PAD).sum(1) >= 3).tolist()
-    for order, kept in ((whole, 0), (but_last, 1)):
+    for order, fixed in ((whole, 0), (but_last, 1)):
         shown, wanted = prefixes_of(order)
         assert wanted.tolist() == targets[control].tolist()
         changed = 0
@@ -200,14 +200,14 @@ def test_shuffled_prefixes_keep_their_items_and_what_shall_stay() -> None:
             before = was[was != PAD]
             assert ours[len(before) :].tolist() == [PAD] * (len(ours) - len(before))
             assert sorted(ours[: len(before)]) == sorted(before)
-            assert ours[len(before) - 1] == before[-1] or not kept
+            assert ours[len(before) - 1] == before[-1] or not fixed
             changed += ours[: len(before)].tolist() != before.tolist()
         assert changed > len(control) / 3
 
 
 def test_order_is_nothing_to_popularity_and_all_to_the_last_item(run: Path) -> None:
-    inputs = load_inputs(settings("sbr.models=[ID-only]"), run, run / "data")
-    test = evaluation.Test(inputs, 20)
+    inputs = load_training_data(settings("sbr.models=[ID-only]"), run, run / "data")
+    test = evaluation.EvaluationCases(inputs, 20)
     train = inputs.split.train
     for name in ("popularity", "co-occurrence"):
         score = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
@@ -224,21 +224,21 @@ def test_gini_by_hand() -> None:
     assert gini(counts) == pytest.approx(np.abs(counts[:, None] - counts).sum() / (2 * 40 * counts.sum()))
 
 
-def test_what_is_finished_is_not_done_again(run: Path, evaluated: tuple[dict[str, Any], dict[str, np.ndarray], str]) -> None:
+def test_a_finished_evaluation_is_not_repeated(run: Path, evaluated: tuple[dict[str, Any], dict[str, np.ndarray], str]) -> None:
     log = run / "evaluation-train" / "time" / "metrics.jsonl"
     before, steps = evaluated[1], log.read_text().count("\n")
-    kept = log.parent / "found" / "SKNN" / "step-000001"
-    made = kept.stat().st_mtime_ns
+    stored = log.parent / "found" / "SKNN" / "step-000001"
+    written = stored.stat().st_mtime_ns
     version, _, _ = evaluate(settings("sbr.seeds=2"), run, run / "data", "time", [*NAMES, "content-only"])
     _, ranks = read(version)
     assert all(np.array_equal(ranks[name], before[name]) for name in before)
     assert log.read_text().count("\n") == steps * 3 // 2  # two models had been trained, one was added
-    assert kept.stat().st_mtime_ns == made
+    assert stored.stat().st_mtime_ns == written
     again, _, _ = evaluate(settings("sbr.seeds=2"), run, run / "data", "time", [*NAMES, "content-only"])
     assert again.name == version.name
 
 
-def test_another_split_leaves_out_what_reads_the_vectors(run: Path) -> None:
+def test_another_split_leaves_out_the_models_that_read_vectors(run: Path) -> None:
     names = [name for name in evaluation.MODELS if not evaluation.MODELS[name].content]
     config = settings("data.protocol=user-hash")
     _, neural, left_out = open_inputs(config, run, run / "data", None)
@@ -256,23 +256,23 @@ def test_another_split_leaves_out_what_reads_the_vectors(run: Path) -> None:
 
 def test_paper_max_is_the_maximum_over_the_epochs_and_says_so_everywhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     version, text, _ = evaluate(settings("sbr.patience=1"), run, run / "data", "paper-max", ["popularity", "ID-only"])
-    found = json.loads((version.path / "metrics.json").read_bytes())["results"]["ID-only"]["mean"]["all"]
+    figures = json.loads((version.path / "metrics.json").read_bytes())["results"]["ID-only"]["mean"]["all"]
     epochs = json.loads((run / "evaluation-train" / "paper-max" / "found" / "ID-only-0.json").read_bytes())["epochs"].values()
     assert len(epochs) == 2
-    for metric, value in found.items():
+    for metric, value in figures.items():
         assert value == max(epoch["all"][metric] for epoch in epochs)
     tables = [line for line in text.splitlines() if line.startswith("## ")]
     assert tables and all("paper-max: maximum over the epochs on the test" in line for line in tables)
     assert not (version.path / "ranks.parquet").exists()
     assert "ID-only (seed 0)" in capsys.readouterr().err
     again, _, _ = evaluate(settings("sbr.patience=1"), run, run / "data", "paper-max", ["popularity", "S-POP", "ID-only"])
-    assert json.loads((again.path / "metrics.json").read_bytes())["results"]["ID-only"]["mean"]["all"] == found
+    assert json.loads((again.path / "metrics.json").read_bytes())["results"]["ID-only"]["mean"]["all"] == figures
     assert "ID-only (seed 0)" not in capsys.readouterr().err  # trained once
 
 
-def test_scores_that_are_no_numbers_are_one_clear_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_that_are_nan_are_one_clear_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings("sbr.epochs=1", "sbr.models=[ID-only]", "seed=7")
-    inputs = load_inputs(config, run, run / "data")
+    inputs = load_training_data(config, run, run / "data")
     work = run / "evaluation-train" / "time"
     train_model("ID-only", 7, config, inputs, inputs.windows(20)[:2], Accelerator(), work, False)
     folder = work / "checkpoints" / "ID-only-7"
@@ -288,14 +288,14 @@ def test_scores_that_are_no_numbers_are_one_clear_line(run: Path, capsys: pytest
     assert "ID-only (seed 7) is trained anew" in capsys.readouterr().err
 
 
-def test_the_command_prints_the_main_table_and_refuses_what_it_does_not_know(run: Path) -> None:
+def test_the_command_prints_the_main_table_and_refuses_unknown_names(run: Path) -> None:
     done = tpad("evaluate", "--run", run, "--data", run / "data", "--models", "popularity,ID-only", "--set", "sbr.epochs=1")
     assert done.returncode == 0, done.stderr
     assert "| ID-only | " in done.stdout and "duplicates: " in done.stdout and "report.md" in done.stderr
     for words, said in (
         (["--models", "full,best"], "no model `best` (--models); known: "),
         (["--models", ","], "no model (--models ','); known: "),
-        (["--protocol", "paper-max", "--against", "full"], "nothing is held against another under paper-max"),
+        (["--protocol", "paper-max", "--against", "full"], "paper-max compares no models"),
     ):
         done = CliRunner().invoke(cli.app, ["evaluate", "--run", str(run), *words])
         assert done.exit_code == USAGE and done.stderr.startswith(f"error: {said}")

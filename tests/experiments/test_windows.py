@@ -1,4 +1,4 @@
-"""`tpad evaluate --windows N`: cut-off times inside the log, and means and spread over them."""
+"""Tests `tpad evaluate --windows N`: cut-off times inside the log, means and spread over them."""
 
 import json
 import re
@@ -104,36 +104,36 @@ def test_means_and_spread_are_those_of_the_windows(evaluated: tuple[Path, str]) 
     of = metrics["by_window"]
     gap = [p["all"]["MRR@20"] - i["all"]["MRR@20"] for p, i in zip(of["popularity"], of["ID-only"], strict=True)]
     error = np.std(gap, ddof=1) / 3**0.5
-    told = cells(report, "Differences to ID-only")["popularity"]
-    assert f"{np.mean(gap):+.4f} ± {error:.4f} ({sum(g > 0 for g in gap)} of 3)" in told
+    row = cells(report, "Differences to ID-only")["popularity"]
+    assert f"{np.mean(gap):+.4f} ± {error:.4f} ({sum(g > 0 for g in gap)} of 3)" in row
 
 
 def test_the_figures_of_a_window_are_those_of_a_log_that_ends_with_it(run: Path, evaluated: tuple[Path, str], tmp_path: Path) -> None:
-    """The last window of three: 360 sessions to train on, 20 to choose the epoch by, 20 to test on, as an ordinary split of 400 makes."""
-    found = json.loads((evaluated[0] / "metrics.json").read_bytes())["by_window"]
+    """The last window of three has the sizes of an ordinary split of 400 sessions: 360 training, 20 validation, 20 test."""
+    figures = json.loads((evaluated[0] / "metrics.json").read_bytes())["by_window"]
     config = settings("data.valid=0.05", "data.test=0.05")
     version, _, _ = evaluate(config, tmp_path, run / "data", "time", ["popularity", "ID-only"])
     ordinary = json.loads((version.path / "metrics.json").read_bytes())["results"]
-    for name, windows in found.items():
+    for name, windows in figures.items():
         assert windows[2]["all"] == ordinary[name]["mean"]["all"], name
 
 
-def test_what_is_finished_is_not_done_again(run: Path, evaluated: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_evaluation_is_not_repeated(run: Path, evaluated: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     before = (evaluated[0] / "metrics.json").read_bytes()
     version, report, _ = evaluate_windows(settings(), run, run / "data", 3, ["popularity", "ID-only"], None)
     assert version.name == "v0001" and report == (evaluated[0] / "report.md").read_text()
-    kept = [run / "evaluation-train" / "windows-3" / str(n) / "ID-only-0.json" for n in range(3)]
-    made = [path.stat().st_mtime_ns for path in kept]
-    kept[1].unlink()  # as if it had been stopped there
+    stored = [run / "evaluation-train" / "windows-3" / str(n) / "ID-only-0.json" for n in range(3)]
+    written = [path.stat().st_mtime_ns for path in stored]
+    stored[1].unlink()  # as if it had been stopped there
     version, _, _ = evaluate_windows(settings(), run, run / "data", 3, ["popularity", "S-POP", "ID-only"], None)
     assert capsys.readouterr().err.count("ID-only (seed 0)") == 1
-    assert [path.stat().st_mtime_ns == at for path, at in zip(kept, made, strict=True)] == [True, False, True]
+    assert [path.stat().st_mtime_ns == time for path, time in zip(stored, written, strict=True)] == [True, False, True]
     again = json.loads((version.path / "metrics.json").read_bytes())
     assert again["by_window"]["ID-only"] == json.loads(before)["by_window"]["ID-only"]
 
 
-def test_a_kind_of_case_that_a_window_lacks_is_averaged_over_the_others(tmp_path: Path) -> None:
-    """Cold targets in the second window alone; none in the first and in the third."""
+def test_a_bucket_that_a_window_lacks_is_averaged_over_the_others(tmp_path: Path) -> None:
+    """There are cold targets in the second window only."""
     write_data(tmp_path / "data", cold=0)
     log = pq.read_table(tmp_path / "data" / "sessions.parquet").to_pylist()
     for event in log:
@@ -145,7 +145,7 @@ def test_a_kind_of_case_that_a_window_lacks_is_averaged_over_the_others(tmp_path
     metrics = json.loads((version.path / "metrics.json").read_bytes())
     cases = [window["cold"]["cases"] for window in metrics["by_window"]["ID-only"]]
     assert cases == [0, 2, 0]
-    mean, deviation = (metrics["results"]["ID-only"][of]["cold"] for of in ("mean", "std"))
+    mean, deviation = (metrics["results"]["ID-only"][statistic]["cold"] for statistic in ("mean", "std"))
     assert mean["HR@20"] == metrics["by_window"]["ID-only"][1]["cold"]["HR@20"] and deviation["HR@20"] == 0
     assert mean["cases"] == pytest.approx(2 / 3)
     assert re.search(r"\| ID-only \| 0\.\d{4} ± ", report)

@@ -1,4 +1,4 @@
-"""`tpad serve` as a user has it: a process of its own on a free port, over a small shop with pictures."""
+"""Starts `tpad serve` in a process on a free port, over a small shop with images."""
 
 import json
 import re
@@ -27,12 +27,12 @@ SETTINGS = load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.batch=64"])
 
 
 def write_shop(run: Path, data: Path) -> Path:
-    """A run of `data`, with a title that must stay text and a picture that is none."""
+    """Trains a run on `data`, with a hostile title and one image that cannot be decoded."""
     shutil.copytree(data, run / "data")
     items = pq.read_table(run / "data" / "items.parquet")
     titles, images = items["title"].to_pylist(), items["image"].to_pylist()
     titles[7] = HOSTILE
-    images[8]["bytes"] = b"no picture at all"
+    images[8]["bytes"] = b"not an image"
     for name, values in (("title", titles), ("image", images)):
         place = items.column_names.index(name)
         items = items.set_column(place, items.schema.field(name), pa.array(values, items.schema.field(name).type))
@@ -44,7 +44,7 @@ def write_shop(run: Path, data: Path) -> Path:
 
 
 def publish_again(run: Path, **changed: bytes) -> Version:
-    """The session model once more, as the next version; `changed` (file name without its dot -> content) is what differs."""
+    """Publishes the session model again as the next version; `changed`: file name, its dot as `_` -> new content."""
     before = open_verified(run / "sbr", "sbr", "")
     with stage(run / "sbr", "sbr") as staging:
         shutil.copytree(before.path, staging.path, dirs_exist_ok=True)
@@ -76,15 +76,15 @@ class Server:
         self.lines += self.process.stderr
 
     def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Answer:
-        """`body`: bytes as they are, anything else as JSON."""
+        """Sends a request; a `body` of bytes as it is, any other as JSON."""
         if body is not None:
             headers = {"content-type": "application/json"} | headers
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as found:
-                return Answer(found.status, dict(found.headers), found.read())
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return Answer(response.status, dict(response.headers), response.read())
         except urllib.error.HTTPError as error:
             return Answer(error.code, dict(error.headers), error.read())
 
@@ -96,9 +96,9 @@ def serving(run: Path, *options: object, **environment: str) -> Iterator[Server]
     assert process.stderr is not None
     try:
         first = process.stderr.readline()
-        found = re.search(r"http://\S+", first)
-        assert found, first + process.stderr.read()
-        server = Server(process, found[0])
+        url = re.search(r"http://\S+", first)
+        assert url, first + process.stderr.read()
+        server = Server(process, url[0])
         yield server
     finally:
         process.kill()

@@ -1,4 +1,4 @@
-"""Ranks against brute force, ties at chance, NaN refused; windows give every case exactly once."""
+"""Tests ranks against brute force, ties, NaN, windows and the bootstrap."""
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ def test_ranks_are_those_of_sorting() -> None:
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 12, size=(40, 30)).astype(np.float32)  # many ties
     targets = rng.integers(0, 30, size=40)
-    for found, line, target in zip(target_ranks(torch.tensor(scores), torch.tensor(targets)), scores, targets, strict=True):
+    for rank, line, target in zip(target_ranks(torch.tensor(scores), torch.tensor(targets)), scores, targets, strict=True):
         places = [1 + n for n, value in enumerate(sorted(line, reverse=True)) if value == line[target]]
-        assert float(found) == pytest.approx(np.mean(places))
+        assert float(rank) == pytest.approx(np.mean(places))
 
 
 def test_metrics_are_those_of_the_definitions() -> None:
@@ -48,15 +48,15 @@ def test_windows_hold_every_case_once_with_its_prefix(stride: int) -> None:
     sessions = [rng.integers(0, 1000, size=n) for n in lengths]
     windows = pack(np.concatenate(sessions), np.cumsum([0, *lengths]), max_prefix=6, stride=stride)
     prefixes, targets = prefixes_of(windows)
-    found = sorted((tuple(p[p != PAD]), t) for p, t in zip(prefixes.tolist(), targets.tolist(), strict=False) for p in [np.array(p)])
-    assert len(found) == sum(lengths) - len(lengths) == windows.cases
+    cases = sorted((tuple(p[p != PAD]), t) for p, t in zip(prefixes.tolist(), targets.tolist(), strict=False) for p in [np.array(p)])
+    assert len(cases) == sum(lengths) - len(lengths) == windows.cases
     if stride == 1:  # whole prefixes
         wanted = sorted((tuple(s[max(0, n - 6) : n]), s[n]) for s in sessions for n in range(1, len(s)))
-        assert found == wanted
+        assert cases == wanted
     else:  # suffixes of them, of half the length at least
-        assert sorted(t for _, t in found) == sorted(x for s in sessions for x in s[1:])
-        whole = {tuple(s[:n]) for s in sessions for n in range(1, len(s))}
-        assert all(any(w[-len(p) :] == p for w in whole) for p, _ in found)
+        assert sorted(t for _, t in cases) == sorted(x for s in sessions for x in s[1:])
+        complete = {tuple(s[:n]) for s in sessions for n in range(1, len(s))}
+        assert all(any(w[-len(p) :] == p for w in complete) for p, _ in cases)
 
 
 def test_batches_depend_on_seed_and_epoch_alone() -> None:
@@ -70,27 +70,27 @@ def test_a_prefix_is_cut_to_its_last_events() -> None:
     assert pad_prefixes([[1, 2, 3, 4], [5], []], 3).tolist() == [[2, 3, 4], [5, PAD, PAD], [PAD, PAD, PAD]]
 
 
-def test_the_bootstrap_draws_whole_sessions() -> None:
-    """Against the same draws one by one, in plain Python."""
+def test_the_bootstrap_draws_complete_sessions() -> None:
+    """Compared with the same draws in plain Python, one by one."""
     rng = np.random.default_rng(3)
     session = np.repeat(np.arange(7), rng.integers(1, 5, 7))
     ours, theirs = rng.random(len(session)), rng.random(len(session))
-    found = paired_bootstrap(ours, theirs, session + 100, draws=700, seed=5)
+    difference = paired_bootstrap(ours, theirs, session + 100, draws=700, seed=5)
     draws, means = np.random.default_rng(5), []
     for picked in [line for size in (500, 200) for line in draws.integers(7, size=(size, 7))]:
         values = [ours[case] - theirs[case] for number in picked for case in np.flatnonzero(session == number)]
         means.append(np.mean(values))
-    assert found.mean == pytest.approx(np.mean(ours - theirs))
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
-    assert found.p == pytest.approx(2 * (1 + min(np.sum(np.array(means) <= 0), np.sum(np.array(means) >= 0))) / 701)
+    assert difference.mean == pytest.approx(np.mean(ours - theirs))
+    assert (difference.low, difference.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
+    assert difference.p == pytest.approx(2 * (1 + min(np.sum(np.array(means) <= 0), np.sum(np.array(means) >= 0))) / 701)
 
 
-def test_the_bootstrap_tells_a_difference_from_none() -> None:
+def test_the_bootstrap_distinguishes_a_difference_from_none() -> None:
     rng = np.random.default_rng(0)
     session, base = np.repeat(np.arange(300), 3), rng.random(900)
     better = paired_bootstrap(base + 0.1 + 0.1 * rng.normal(size=900), base, session)
     assert better.low < 0.1 < better.high and better.low > 0.08 and better.p < 0.001
     assert paired_bootstrap(base, base, session).p == 1
     per_session = np.repeat(rng.normal(size=300), 3)  # what a session shares is one observation, not three
-    together, apart = (paired_bootstrap(per_session, np.zeros(900), of) for of in (session, np.arange(900)))
+    together, apart = (paired_bootstrap(per_session, np.zeros(900), number) for number in (session, np.arange(900)))
     assert together.high - together.low > 1.5 * (apart.high - apart.low)

@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, shows what it should, and lets no title become markup. And what doctor says."""
+"""Tests the report (self-contained, complete, titles escaped) and the output of `tpad doctor`."""
 
 import io
 import json
@@ -26,7 +26,7 @@ HOSTILE = "<script>document.title='taken'</script>\"'&"
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run whose first titles are hostile; a third of the items have a picture, one of them a damaged one."""
+    """The report of a run with hostile titles; a third of the items have an image, one of which is damaged."""
     run = tmp_path_factory.mktemp("run")
     group, settings = write_data(run / "data"), load_config(None, ["sbr.dim=16", "sbr.epochs=1", "sbr.models=[full]"])
     file = io.BytesIO()
@@ -55,7 +55,7 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-def test_it_is_one_file_with_everything_in_it(report: Path) -> None:
+def test_the_report_is_one_file_with_all_sections(report: Path) -> None:
     html = report.read_text(encoding="utf-8")
     tags = Tags()
     tags.feed(html)
@@ -75,7 +75,7 @@ def test_it_is_one_file_with_everything_in_it(report: Path) -> None:
     assert f"{metrics['full']['mean']['all']['MRR@20']:.4f}" in html
 
 
-def test_intervals_hold_the_value_they_are_of(report: Path) -> None:
+def test_intervals_contain_their_values(report: Path) -> None:
     row = re.search(r"<tr class=ours>(.*?)</tr>", report.read_text(encoding="utf-8"))
     assert row is not None
     cells = re.findall(r"<td>([\d.]+)<small>([\d.]+) – ([\d.]+)</small>", row[1])
@@ -93,17 +93,17 @@ def test_a_browser_shows_hostile_titles_as_text(report: Path, tmp_path: Path) ->
     assert "&lt;script&gt;document.title='taken'&lt;/script&gt;" in done.stdout
 
 
-def test_doctor_says_what_is_there_in_one_screen() -> None:
+def test_doctor_reports_packages_and_machine_in_one_screen() -> None:
     done = tpad_from_nothing("doctor")
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert len(said) <= 24
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 24
     for word in ("torch 2", "faiss-", "memory", "disk", "training, export", "GPU"):
         assert word in done.stdout
-    assert max(map(len, said)) <= 140
+    assert max(map(len, lines)) <= 140
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed, serve = (
-        [re.match(r"[\w.-]+", line)[0] for line in of] for of in (project["dependencies"], project["optional-dependencies"]["serve"])
+        [re.match(r"[\w.-]+", line)[0] for line in lines] for lines in (project["dependencies"], project["optional-dependencies"]["serve"])
     )
     assert all(f"{name} {version(name)}" in " ".join(done.stdout.split()) for name in needed)
     assert {*SERVE} == {*serve}

@@ -52,7 +52,7 @@ def test_a_wrong_key_is_said_where_it_was_given(browser: Browser, server: Server
     opened.goto(server.url)
     key = opened.get_by_label("Key", exact=True).last
     expect(key).to_be_focused()
-    expect(opened.locator("#no-entry")).to_be_hidden()
+    expect(opened.locator("#wrong-key")).to_be_hidden()
     key.fill("quite another key")
     opened.keyboard.press("Enter")
     expect(opened.get_by_role("alert").filter(has_text="does not know this key")).to_be_visible()
@@ -60,14 +60,14 @@ def test_a_wrong_key_is_said_where_it_was_given(browser: Browser, server: Server
     opened.keyboard.type(KEY)  # the wrong one is selected
     opened.keyboard.press("Enter")
     expect(opened.locator("#grid .item")).to_have_count(40)
-    expect(opened.locator("#door")).to_be_hidden()
+    expect(opened.locator("#login")).to_be_hidden()
     opened.close()
 
 
-def test_what_a_proxy_says_in_its_own_way_is_told_by_its_status(page: Page) -> None:
+def test_an_error_of_a_proxy_is_shown_by_its_status(page: Page) -> None:
     page.route("**/recommend", lambda route: route.fulfill(status=502, content_type="text/html", body="<h1>Bad Gateway</h1>"))
     page.locator("#grid .item").first.click()
-    expect(page.locator("#trouble")).to_have_text("no answer of the service: 502 Bad Gateway")
+    expect(page.locator("#trouble")).to_have_text("no answer from the service: 502 Bad Gateway")
     page.unroute("**/recommend")
     page.locator("#grid .item").first.click()
     expect(page.locator("#trouble")).to_be_hidden()
@@ -135,19 +135,19 @@ def test_a_session_is_built_by_clicks_and_the_ranking_changes(page: Page) -> Non
 
 
 def test_new_items_are_raised_and_lowered_by_a_dial(page: Page) -> None:
-    wishes: list[dict[str, object]] = []
-    page.on("request", lambda request: wishes.append(request.post_data_json) if request.url.endswith("/recommend") else None)
+    requests: list[dict[str, object]] = []
+    page.on("request", lambda request: requests.append(request.post_data_json) if request.url.endswith("/recommend") else None)
     page.locator("#grid .item").first.click()
     expect(page.locator("#kind")).to_have_text("What next?")
-    assert "new_items" not in wishes[-1]  # the service's own setting holds
-    dial, told = page.get_by_label("new items"), page.locator("#shift")
-    expect(told).to_have_text("as trained")
+    assert "new_items" not in requests[-1]  # the setting of the service holds
+    dial, output = page.get_by_label("new items"), page.locator("#shift")
+    expect(output).to_have_text("as trained")
     dial.focus()
     for key, shown, shift in (("ArrowRight", "+0.5", 0.5), ("ArrowLeft", "as trained", 0), ("End", "+4", 4), ("Home", "\u22124", -4)):
         with page.expect_response("**/recommend"):
             page.keyboard.press(key)
-        expect(told).to_have_text(shown)
-        assert wishes[-1]["new_items"] == shift
+        expect(output).to_have_text(shown)
+        assert requests[-1]["new_items"] == shift
     page.keyboard.press("Backspace")  # takes back the last item of the session, as anywhere but in a text
     expect(page.locator("#session button")).to_have_count(0)
 
@@ -166,8 +166,8 @@ def test_the_keyboard_does_it_too(page: Page) -> None:
     expect(page.locator("#similar")).to_be_visible()
     expect(page.locator("#near .item")).to_have_count(12)
     by_knowledge = page.locator("#near").inner_text()
-    page.get_by_role("button", name="move on to", pressed=False).press("Enter")
-    expect(page.get_by_role("button", name="move on to", pressed=True)).to_be_focused()
+    page.get_by_role("button", name="next items", pressed=False).press("Enter")
+    expect(page.get_by_role("button", name="next items", pressed=True)).to_be_focused()
     expect(page.locator("#near")).not_to_have_text(by_knowledge, use_inner_text=True)
     page.keyboard.press("Escape")
     expect(page.locator("#similar")).to_be_hidden()
@@ -175,12 +175,12 @@ def test_the_keyboard_does_it_too(page: Page) -> None:
     expect(page.locator("#session button")).to_have_count(0)
 
 
-def test_pictures_are_shown_and_a_letter_where_there_is_none(page: Page) -> None:
+def test_images_are_shown_and_a_letter_for_an_item_without_one(page: Page) -> None:
     for number in (0, 4, 9):
         expect(page.locator("#grid img").nth(number)).not_to_have_js_property("naturalWidth", 0)
     page.get_by_label("Search the catalogue").fill("p0008")
     expect(page.locator("#grid .item")).to_have_count(1)
-    expect(page.locator("#grid .picture")).to_have_text(page.locator("#grid .name").inner_text()[0])
+    expect(page.locator("#grid .image")).to_have_text(page.locator("#grid .name").inner_text()[0])
 
 
 def test_a_title_with_a_script_is_text(page: Page) -> None:

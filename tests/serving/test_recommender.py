@@ -1,4 +1,4 @@
-"""Recommendations from a published session model: exact, one by one or in a file, and refused when they would be wrong."""
+"""Tests recommendations from a published session model: single sessions, files, filters, reasons, refusals."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from recommender.retrieval.index_tuning import WANTED, check
 from recommender.serving import batch_scorer
 from recommender.serving import recommend_file as batch
 from recommender.serving import recommender as recommend
-from recommender.serving.live_version import Served
+from recommender.serving.live_version import LoadedVersion
 from recommender.serving.recommend_file import recommend_file
 from recommender.serving.recommender import Recommender
 from recommender.training.rebuild_index import refresh
@@ -46,43 +46,44 @@ def recommender(run: Path) -> Recommender:
     return Recommender.load(run)
 
 
-def ids(found: recommend.Recommendation) -> list[str]:
-    return [item.item_id for item in found.items]
+def ids(answer: recommend.Recommendation) -> list[str]:
+    return [item.item_id for item in answer.items]
 
 
 def companion(recommender: Recommender, item_id: str) -> str:
-    """What followed it most often."""
-    followers = dict(recommender.dense.model.pair_counts())["next_item_counts"]
+    """The item that followed it most often in training."""
+    followers = dict(recommender.batch_scorer.model.pair_counts())["next_item_counts"]
     _, entry = followers.entries(torch.tensor([recommender.row[item_id]]))
     return recommender.item_ids[int(followers.keys[entry[followers.counts[entry].argmax()]]) % 60]
 
 
 def test_a_session_gets_the_best_items_with_titles(recommender: Recommender) -> None:
     session = recommender.samples[0]
-    found = recommender.recommend(session, k=5)
+    answer = recommender.recommend(session, k=5)
     with torch.no_grad():
-        scores = recommender.dense.model.scores(torch.tensor([[recommender.row[i] for i in session]]), recommender.dense.tables)[0]
-    assert [recommender.row[i] for i in ids(found)] == scores.topk(5).indices.tolist()
-    assert [item.rank for item in found.items] == [1, 2, 3, 4, 5]
-    assert all(item.title == f"Title {int(item.item_id[-3:])}" for item in found.items)
-    assert found.unknown == []
-    assert found.fallback is None
+        rows = torch.tensor([[recommender.row[i] for i in session]])
+        scores = recommender.batch_scorer.model.scores(rows, recommender.batch_scorer.tables)[0]
+    assert [recommender.row[i] for i in ids(answer)] == scores.topk(5).indices.tolist()
+    assert [item.rank for item in answer.items] == [1, 2, 3, 4, 5]
+    assert all(item.title == f"Title {int(item.item_id[-3:])}" for item in answer.items)
+    assert answer.unknown == []
+    assert answer.fallback is None
 
 
-def test_each_item_says_why(recommender: Recommender) -> None:
+def test_each_item_has_its_reasons(recommender: Recommender) -> None:
     """Items of one group look alike; what mostly followed an item in training comes after it."""
     group = {item_id: row % GROUPS for row, item_id in enumerate(recommender.item_ids)}
     session = ["item-000", "item-002", "item-000", "nonsense"]  # of the groups 0 and 2
-    found = {item.item_id: item for item in recommender.recommend(session, 60).items}
-    alike = {item_id: item.similar_to for item_id, item in found.items() if group[item_id] in (0, 2) and item_id not in session}
+    by_id = {item.item_id: item for item in recommender.recommend(session, 60).items}
+    alike = {item_id: item.similar_to for item_id, item in by_id.items() if group[item_id] in (0, 2) and item_id not in session}
     assert alike == {item_id: session[group[item_id] // 2] for item_id in alike}
-    assert [found[companion(recommender, item_id)].after for item_id in session[:2]] == session[:2]
+    assert [by_id[companion(recommender, item_id)].after for item_id in session[:2]] == session[:2]
     for item_id in session[:2]:
-        assert item_id not in (found[item_id].similar_to, found[item_id].after)
+        assert item_id not in (by_id[item_id].similar_to, by_id[item_id].after)
     assert all(item.similar_to is item.after is None for item in recommender.recommend([], 5).items)
 
 
-def test_many_sessions_get_what_each_gets_alone(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_sessions_gets_the_rankings_of_single_sessions(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_scorer, "SCORES_AT_ONCE", 20_000)  # some ten sessions
     rng = np.random.default_rng(0)
     sessions = [[f"item-{n:03d}" for n in rng.integers(0, 60, size=rng.integers(0, 30))] for _ in range(50)]
@@ -94,33 +95,37 @@ def test_many_sessions_get_what_each_gets_alone(recommender: Recommender, monkey
 
 
 def test_equal_scores_come_in_the_order_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many are asked for, and of however many sessions: ids alone say nothing of the eight items that came last."""
+    """For any k and number of sessions. A model of ids alone gives the eight cold items equal scores."""
     write_data(tmp_path / "data")
     train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[ID-only]", "sbr.refit=false"]), tmp_path, tmp_path / "data")
     ids_only = Recommender.load(tmp_path)
     sessions = [[0, 3], [7], [21, 4, 21], [30]]
-    whole = [rows.tolist() for rows, _ in ids_only.rank(sessions, 60)]
-    assert all(rows[-8:] == list(range(52, 60)) for rows in whole)
-    for items, together in ((recommend.DENSE_ITEMS, 1), (recommend.DENSE_ITEMS, 16), (0, 16)):  # in PyTorch, in numpy, through the index
-        monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
-        monkeypatch.setattr(recommend, "TOGETHER", together)
+    complete = [rows.tolist() for rows, _ in ids_only.rank(sessions, 60)]
+    assert all(rows[-8:] == list(range(52, 60)) for rows in complete)
+    for items, together in (
+        (recommend.FULL_SCORING_ITEMS, 1),
+        (recommend.FULL_SCORING_ITEMS, 16),
+        (0, 16),
+    ):  # in PyTorch, in numpy, through the index
+        monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", items)
+        monkeypatch.setattr(recommend, "BATCH_SESSIONS", together)
         for k in (1, 51, 53, 57, 60):
-            assert [rows.tolist() for rows, _ in ids_only.rank(sessions, k)] == [rows[:k] for rows in whole]
-            assert ids_only.rank(sessions[:1], k)[0][0].tolist() == whole[0][:k]
+            assert [rows.tolist() for rows, _ in ids_only.rank(sessions, k)] == [rows[:k] for rows in complete]
+            assert ids_only.rank(sessions[:1], k)[0][0].tolist() == complete[0][:k]
 
 
 def test_a_large_catalogue_goes_through_the_index_to_the_same_items(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = [*recommender.samples, ["item-059"], ["item-003"] * 25]
-    whole = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
-    monkeypatch.setattr(recommend, "DENSE_ITEMS", 0)
+    complete = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
+    monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", 0)
     indexed = [recommender.recommend_batch(sessions, 8, exclude) for exclude in (False, True)]
-    for one, other in zip([*whole[0], *whole[1]], [*indexed[0], *indexed[1]], strict=True):
+    for one, other in zip([*complete[0], *complete[1]], [*indexed[0], *indexed[1]], strict=True):
         assert np.allclose([i.score for i in one.items], [i.score for i in other.items], atol=1e-4)
 
 
 @pytest.mark.parametrize("index", ["hnsw", "ivf", "IVF2,SQ8"])
-def test_another_index_comes_to_the_trained_model(run: Path, recommender: Recommender, tmp_path: Path, index: str) -> None:
-    """And with it the share of the exact answer that it finds, which on sixty items is nearly all of it."""
+def test_another_index_can_be_built_for_a_trained_model(run: Path, recommender: Recommender, tmp_path: Path, index: str) -> None:
+    """Its recall is recorded; on sixty items it is nearly 1."""
     later = Path(shutil.copytree(run, tmp_path / "run"))
     done = refresh(later, later / "data", index)
     assert (done.added, done.removed, done.made) == (0, 0, True)
@@ -134,7 +139,7 @@ def test_another_index_comes_to_the_trained_model(run: Path, recommender: Recomm
     assert not other.index.exact
     assert other.index.effort == facts["effort"]
     same = [set(ids(other.recommend(s, 8))) & set(ids(recommender.recommend(s, 8))) for s in recommender.samples]
-    assert np.mean([len(found) for found in same]) > 7
+    assert np.mean([len(common) for common in same]) > 7
     assert len(ids(other.recommend(recommender.samples[0], 60))) == 60
     said = list(check(other.index, other.sample_rows(), facts))
     assert f"(when it was built: {facts['recall@20']:.4f})" in said[1]
@@ -166,10 +171,10 @@ def test_an_index_that_cannot_be_built_is_refused_before_the_training(run: Path)
         assert error.value.code == USAGE
 
 
-def test_filters_keep_what_has_the_values_and_lose_no_place(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_keep_the_matching_items_and_still_return_k(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     session = recommender.samples[0]
-    for items in (recommend.DENSE_ITEMS, 0):  # scored whole, and through the index
-        monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
+    for items in (recommend.FULL_SCORING_ITEMS, 0):  # scored whole, and through the index
+        monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", items)
         red = recommender.recommend(session, 60, filters={"colour": ["red"]}).items
         assert {item.item_id for item in red} == {i for row, i in enumerate(recommender.item_ids) if row % 4 == 0}
         score = {item.item_id: item.score for item in recommender.recommend(session, 60).items}
@@ -186,13 +191,13 @@ def test_filters_keep_what_has_the_values_and_lose_no_place(recommender: Recomme
 @pytest.mark.parametrize(
     ("filters", "said"), [({"size": ["1"]}, "no attribute `size`.*colour, tags"), ({"tags": ["t"]}, "no item has tags 't'")]
 )
-def test_a_filter_that_fits_nothing_is_an_error(recommender: Recommender, filters: dict[str, list[str]], said: str) -> None:
+def test_a_filter_without_a_matching_item_is_an_error(recommender: Recommender, filters: dict[str, list[str]], said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         recommender.recommend(["item-001"], 5, filters=filters)
     assert error.value.code == USAGE
 
 
-def test_diversity_spreads_the_ranking_over_what_items_are(recommender: Recommender) -> None:
+def test_diversity_spreads_the_ranking_over_the_groups_of_content(recommender: Recommender) -> None:
     """Items of one group look alike; with as much diversity as there is, the groups take turns."""
     session = recommender.samples[0]
     plain, spread = (recommender.recommend(session, 6, diversify=by).items for by in (0.0, 0.9))
@@ -203,28 +208,28 @@ def test_diversity_spreads_the_ranking_over_what_items_are(recommender: Recommen
     (colour,) = {recommender.attributes["colour"][0].as_py()}
     wanted = {"colour": [colour]}
     every = ids(recommender.recommend(session, 60, filters=wanted))
-    assert recommender.recommend(every, 6, exclude_seen=True, filters=wanted, diversify=0.5).items == []  # nothing is left to spread
+    assert recommender.recommend(every, 6, exclude_seen=True, filters=wanted, diversify=0.5).items == []  # no item is left
     with pytest.raises(UserError, match="from 0 to 1"):
         recommender.recommend(session, 6, diversify=2)
 
 
-def test_seen_items_are_left_out_on_request_and_no_place_is_lost(recommender: Recommender) -> None:
+def test_seen_items_are_excluded_on_request_and_k_items_returned(recommender: Recommender) -> None:
     session = ids(recommender.recommend(recommender.samples[1], 6))
     assert set(session) & set(ids(recommender.recommend(session, 10)))
-    found = ids(recommender.recommend(session, 10, exclude_seen=True))
-    assert len(found) == 10
-    assert not set(session) & set(found)
+    unseen = ids(recommender.recommend(session, 10, exclude_seen=True))
+    assert len(unseen) == 10
+    assert not set(session) & set(unseen)
 
 
 def test_new_items_are_recommended_without_training(run: Path, recommender: Recommender, tmp_path: Path) -> None:
     """Items come, go and move; those that stay score as before, and a new one like the cold item whose vectors it has."""
     later = Path(shutil.copytree(run, tmp_path / "run"))
     items = pq.read_table(later / "data" / "items.parquet").to_pylist()
-    found = read_embeddings(run / "embeddings")
+    exported = read_embeddings(run / "embeddings")
     order = [*range(59, 20, -1), 55, 55, *range(20)]  # without item-020, and 55, which is cold, twice more
     named = [f"new-{n}" if 39 <= n <= 40 else items[row]["item_id"] for n, row in enumerate(order)]
     pq.write_table(pa.table({"item_id": named, "title": named}), later / "data" / "items.parquet")
-    halves = np.stack([found.knowledge[order], found.transition[order]])
+    halves = np.stack([exported.knowledge[order], exported.transition[order]])
     publish_embeddings(later, later / "data", np.zeros(len(order), int), SETTINGS, halves=halves, sessions_sha256="as before")
     with pytest.raises(UserError, match="tpad index"):
         Recommender.load(later)
@@ -263,10 +268,10 @@ def test_items_skipped_for_their_images_are_not_recommended(run: Path, tmp_path:
     publish_embeddings(later, later / "data", group, SETTINGS, skipped=[3, 57])
     train_sbr(SETTINGS, later, later / "data")
     trained = Recommender.load(later)
-    found = trained.recommend(["item-003", "item-004"], 60)
-    assert len(found.items) == 58
-    assert found.unknown == ["item-003"]
-    assert not {"item-003", "item-057"} & set(ids(found))
+    answer = trained.recommend(["item-003", "item-004"], 60)
+    assert len(answer.items) == 58
+    assert answer.unknown == ["item-003"]
+    assert not {"item-003", "item-057"} & set(ids(answer))
     blue = ids(trained.recommend(["item-004"], 60, filters={"colour": ["blue"]}))
     assert set(blue) == {f"item-{n:03d}" for n in range(1, 60, 4)} - {"item-057"}
 
@@ -277,31 +282,31 @@ def test_another_index_brings_no_skipped_items_to_a_model_of_ids_beside_vectors(
     settings = SETTINGS.sbr.model_copy(update={"models": ["ID-only", "content-only"], "epochs": 1})
     train_sbr(SETTINGS.model_copy(update={"sbr": settings}), later, later / "data")
     before = Recommender.load(later)
-    found = refresh(later, later / "data", "hnsw")
-    assert (found.made, found.added, found.removed) == (True, 0, 0)
+    refreshed = refresh(later, later / "data", "hnsw")
+    assert (refreshed.made, refreshed.added, refreshed.removed) == (True, 0, 0)
     now = Recommender.load(later)
     assert now.item_ids == before.item_ids and len(now.item_ids) == 58
     assert now.recommend(["item-003", "item-004"]).unknown == ["item-003"]
 
 
 def test_an_unknown_id_is_named_and_ignored(recommender: Recommender) -> None:
-    found = recommender.recommend(["nonsense", "item-004", "nonsense", "other"], 5)
-    assert found.unknown == ["nonsense", "other"]
-    assert ids(found) == ids(recommender.recommend(["item-004"], 5))
+    answer = recommender.recommend(["nonsense", "item-004", "nonsense", "other"], 5)
+    assert answer.unknown == ["nonsense", "other"]
+    assert ids(answer) == ids(recommender.recommend(["item-004"], 5))
 
 
 @pytest.mark.parametrize("session", [[], ["nonsense"]])
-def test_nothing_known_gives_popular_items_and_says_so(recommender: Recommender, run: Path, session: list[str]) -> None:
-    found = recommender.recommend(session, 4)
-    assert found.fallback == "popular"
+def test_a_session_without_known_items_gets_the_popular_ones(recommender: Recommender, run: Path, session: list[str]) -> None:
+    answer = recommender.recommend(session, 4)
+    assert answer.fallback == "popular"
     log = pq.read_table(run / "data" / "sessions.parquet").to_pydict()
     train = [i for s, i in zip(log["session_id"], log["item_id"], strict=True) if s < "s0320"]
     top = sorted((train.count(i) for i in set(train)), reverse=True)[:4]
-    assert [train.count(i) for i in ids(found)] == top
-    assert [item.score for item in found.items] == pytest.approx([math.log((n + 1) / (len(train) + 60)) for n in top], abs=1e-4)
+    assert [train.count(i) for i in ids(answer)] == top
+    assert [item.score for item in answer.items] == pytest.approx([math.log((n + 1) / (len(train) + 60)) for n in top], abs=1e-4)
 
 
-def test_popular_is_what_was_seen_most_whatever_the_model_has_learned(run: Path, tmp_path: Path) -> None:
+def test_popular_items_are_those_with_most_events_whatever_the_prior_of_the_model(run: Path, tmp_path: Path) -> None:
     """Without popularity in its scores too; of items seen as often, and of those never seen, the earlier ones come first."""
     later = Path(shutil.copytree(run, tmp_path / "run"))
     settings = ["sbr.dim=16", "sbr.epochs=1", "sbr.models=[full]", "sbr.parts.popularity=false", "sbr.refit=false"]
@@ -310,77 +315,79 @@ def test_popular_is_what_was_seen_most_whatever_the_model_has_learned(run: Path,
     wanted = sorted(range(60), key=lambda row: -count[row])
     assert count[wanted[-8]] == 0 and wanted != list(range(60))
     assert [int(item[-3:]) for item in ids(Recommender.load(later).recommend([], 60))] == wanted
-    assert Served.load(later).search("title").tolist() == wanted
+    assert LoadedVersion.load(later).search("title").tolist() == wanted
 
 
-def test_more_items_than_there_are_gives_all_of_them(recommender: Recommender) -> None:
+def test_a_k_above_the_number_of_items_gives_all_items(recommender: Recommender) -> None:
     assert len(ids(recommender.recommend(["item-001"], 1000))) == 60
     assert len(ids(recommender.recommend(["item-001"], 1000, exclude_seen=True))) == 59
 
 
-def test_no_items_asked_for_is_an_error(recommender: Recommender) -> None:
+def test_k_of_zero_is_an_error(recommender: Recommender) -> None:
     with pytest.raises(UserError) as error:
         recommender.recommend(["item-001"], 0)
     assert error.value.code == USAGE
 
 
-# --- the dial for new items
+# --- the weight of new items
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 2.0, 0.5])
-def test_cold_items_shift_by_what_was_asked_for(recommender: Recommender, monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
-    """And no other item does, whether sessions are ranked alone (numpy), together (PyTorch), or through the index, which finds the exact
-    first k of the shifted scores."""
+def test_new_items_shifts_the_scores_of_cold_items(recommender: Recommender, monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
+    """Scores of other items stay, for single sessions (numpy), batches (PyTorch), and the index, whose results stay exact."""
     cold = ~recommender.arrays["known"]
     assert cold.sum() == 8
     sessions = [[1], [3, 57, 3], [58], list(range(12)), [20, 21, 22], [40], [51, 52], [7, 7, 7], [59, 0]]
     with torch.no_grad():
-        plain = np.stack([recommender.dense.model.scores(torch.tensor([s]), recommender.dense.tables)[0].numpy() for s in sessions])
+        scorer = recommender.batch_scorer
+        plain = np.stack([scorer.model.scores(torch.tensor([s]), scorer.tables)[0].numpy() for s in sessions])
     wanted = plain + shift * cold
-    for items, together in ((recommend.DENSE_ITEMS, 16), (recommend.DENSE_ITEMS, 1), (0, 16)):
-        monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
-        monkeypatch.setattr(recommend, "TOGETHER", together)
+    for items, together in ((recommend.FULL_SCORING_ITEMS, 16), (recommend.FULL_SCORING_ITEMS, 1), (0, 16)):
+        monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", items)
+        monkeypatch.setattr(recommend, "BATCH_SESSIONS", together)
         for k in (1, 5, 20, 60):
-            for scores, (rows, found) in zip(wanted, recommender.rank(sessions, k, new_items=shift), strict=True):
-                np.testing.assert_allclose(found, scores[rows], atol=2e-4)
-                np.testing.assert_allclose(found, -np.sort(-scores)[:k], atol=2e-4)
-        for scores, (rows, found) in zip(wanted, recommender.rank(sessions, 6, True, {"colour": ["red"]}, new_items=shift), strict=True):
+            for scores, (rows, values) in zip(wanted, recommender.rank(sessions, k, new_items=shift), strict=True):
+                np.testing.assert_allclose(values, scores[rows], atol=2e-4)
+                np.testing.assert_allclose(values, -np.sort(-scores)[:k], atol=2e-4)
+        for scores, (rows, values) in zip(wanted, recommender.rank(sessions, 6, True, {"colour": ["red"]}, new_items=shift), strict=True):
             assert (rows % 4 == 0).all()
-            np.testing.assert_allclose(found, scores[rows], atol=2e-4)
+            np.testing.assert_allclose(values, scores[rows], atol=2e-4)
     popular = recommender.rank([[]], 60, new_items=shift)[0]
     before = dict(zip(*(part.tolist() for part in recommender.rank([[]], 60, new_items=0.0)[0]), strict=True))
     np.testing.assert_allclose(popular[1], [before[row] + shift * cold[row] for row in popular[0]], atol=1e-5)
     assert (np.diff(popular[1]) <= 0).all()
 
 
-def test_an_index_in_which_few_items_are_looked_at_is_exact_all_the_same(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shift lifts cold items out of all lists that were found without it."""
-    monkeypatch.setattr(recommend, "DENSE_ITEMS", 0)
+def test_an_index_with_a_short_first_search_is_exact(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shift lifts cold items out of all lists that were computed without it."""
+    monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", 0)
     monkeypatch.setattr(recommender.index, "first", 2)
     with torch.no_grad():
         for session in ([1], [3, 57], [58], [20, 21, 22]):
-            scores = recommender.dense.model.scores(torch.tensor([session]), recommender.dense.tables)[0].numpy()
+            scores = recommender.batch_scorer.model.scores(torch.tensor([session]), recommender.batch_scorer.tables)[0].numpy()
             for shift in (-3.0, 0.0, 2.0, 8.0):
                 shifted = scores + shift * ~recommender.arrays["known"]
-                (_, found), *_ = recommender.rank([session], 3, new_items=shift)
-                np.testing.assert_allclose(found, -np.sort(-shifted)[:3], atol=2e-4)
+                (_, values), *_ = recommender.rank([session], 3, new_items=shift)
+                np.testing.assert_allclose(values, -np.sort(-shifted)[:3], atol=2e-4)
 
 
-def test_a_model_of_ids_alone_takes_the_dial_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_items_works_for_a_model_of_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says nothing of cold items: they come last, and first only of those it says nothing of."""
     write_data(tmp_path / "data")
     train_sbr(load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.models=[ID-only]", "sbr.refit=false"]), tmp_path, tmp_path / "data")
     ids_only = Recommender.load(tmp_path)
-    for items, together in ((recommend.DENSE_ITEMS, 1), (recommend.DENSE_ITEMS, 0), (0, 16)):
-        monkeypatch.setattr(recommend, "DENSE_ITEMS", items)
-        monkeypatch.setattr(recommend, "TOGETHER", together)
+    for items, together in ((recommend.FULL_SCORING_ITEMS, 1), (recommend.FULL_SCORING_ITEMS, 0), (0, 16)):
+        monkeypatch.setattr(recommend, "FULL_SCORING_ITEMS", items)
+        monkeypatch.setattr(recommend, "BATCH_SESSIONS", together)
         (plain, scores), *_ = ids_only.rank([[0, 3]], 60)
         (shifted, raised), *_ = ids_only.rank([[0, 3]], 60, new_items=2.0)
         assert plain.tolist() == shifted.tolist() and plain[-8:].tolist() == list(range(52, 60))
         np.testing.assert_allclose(raised - scores, 2.0 * (plain >= 52), atol=1e-4)
 
 
-def test_the_dial_has_a_default_of_the_run(run: Path, recommender: Recommender, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_new_items_has_a_default_of_the_run(
+    run: Path, recommender: Recommender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     later = Path(shutil.copytree(run, tmp_path / "run"))
     words = ["--run", str(later), "--data", str(later / "data"), *("--set", "sbr.new_items=2")]
     done = CliRunner().invoke(cli.app, ["index", *words])
@@ -406,15 +413,15 @@ def test_the_dial_has_a_default_of_the_run(run: Path, recommender: Recommender, 
     assert "note: its new_items is still 2.0; run `tpad index` for sbr.new_items 0.0" in capsys.readouterr().err
 
 
-def test_a_file_is_ranked_with_the_dial(recommender: Recommender, tmp_path: Path) -> None:
+def test_a_file_is_ranked_with_new_items(recommender: Recommender, tmp_path: Path) -> None:
     recommend_file(recommender, write_events(tmp_path / "s.csv"), tmp_path / "out.parquet", k=3, new_items=4.0)
-    found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"]
+    item_ids = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"]
     sessions = (["item-011", "item-012", "item-010"], ["item-020", "item-021"], [])
-    assert found == [i for session in sessions for i in ids(recommender.recommend(session, 3, new_items=4.0))]
+    assert item_ids == [i for session in sessions for i in ids(recommender.recommend(session, 3, new_items=4.0))]
 
 
 @pytest.mark.parametrize("shift", ["21", "-20.5", "nan", "inf"])
-def test_a_shift_out_of_range_is_one_clear_line(run: Path, shift: str) -> None:
+def test_new_items_out_of_range_is_one_clear_line(run: Path, shift: str) -> None:
     done = CliRunner().invoke(cli.app, ["recommend", "--run", str(run), "--session", "item-001", f"--new-items={shift}"])
     assert done.exit_code == USAGE
     assert done.stderr == f"error: --new-items {float(shift)} is not from -20 to 20; 0 leaves new items as they are\n"
@@ -449,19 +456,19 @@ def write_events(path: Path, clock: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("name", ["s.parquet", "s.csv", "s.tsv", "s.jsonl"])
-def test_a_file_gives_what_single_sessions_give(recommender: Recommender, tmp_path: Path, name: str) -> None:
+def test_a_file_gets_the_rankings_of_single_sessions(recommender: Recommender, tmp_path: Path, name: str) -> None:
     summary = recommend_file(recommender, write_events(tmp_path / name), tmp_path / "out.parquet", k=3)
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.column_names == ["session_id", "item_id", "rank", "score"]
     assert (summary.sessions, summary.popular, summary.unknown_events, summary.rows) == (3, 1, 1, 9)
-    found = table.to_pydict()
+    columns = table.to_pydict()
     wanted = {"7": ["item-011", "item-012", "item-010"], "a": ["item-020", "item-021"], "x": []}
-    assert found["session_id"] == [s for s in wanted for _ in range(3)]
-    assert found["rank"] == [1, 2, 3] * 3
-    assert found["item_id"] == [i for session in wanted.values() for i in ids(recommender.recommend(session, 3))]
+    assert columns["session_id"] == [s for s in wanted for _ in range(3)]
+    assert columns["rank"] == [1, 2, 3] * 3
+    assert columns["item_id"] == [i for session in wanted.values() for i in ids(recommender.recommend(session, 3))]
 
 
-def test_ids_that_look_like_nothing_are_ids(recommender: Recommender, tmp_path: Path) -> None:
+def test_ids_that_look_like_null_are_ids(recommender: Recommender, tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text("session_id,item_id\nNA,item-010\nnull,NA\n")
     summary = recommend_file(recommender, tmp_path / "s.csv", tmp_path / "out.parquet", k=3)
     assert (summary.sessions, summary.popular, summary.unknown_events) == (2, 1, 1)
@@ -472,7 +479,7 @@ def test_ids_that_look_like_nothing_are_ids(recommender: Recommender, tmp_path: 
 def test_a_file_larger_than_a_piece_is_read_in_pieces(
     recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
-    """Sessions that go on in the next piece, or in several, and sessions scattered over the file, are whole; order by timestamp."""
+    """Sessions that continue in the next pieces, or are scattered over the file, are complete, and in the order of time."""
     rng = np.random.default_rng(0)
     lengths = np.array([1, 9, 3, 1, 2, 20, 4])
     session = np.repeat(np.arange(len(lengths)), lengths)
@@ -483,37 +490,37 @@ def test_a_file_larger_than_a_piece_is_read_in_pieces(
     pq.write_table(pa.table(columns), tmp_path / "s.parquet")
     monkeypatch.setattr(batch, "PIECE", 4)
     summary = recommend_file(recommender, tmp_path / "s.parquet", tmp_path / "out.parquet", k=3)
-    found = pq.read_table(tmp_path / "out.parquet").to_pydict()
-    assert (summary.sessions, summary.rows) == (7, 21) and found["session_id"] == [str(n) for n in range(7) for _ in range(3)]
-    events = [sorted((clock[at], columns["item_id"][at]) for at in np.flatnonzero(session == n)) for n in range(7)]
-    assert found["item_id"] == [i for one in events for i in ids(recommender.recommend([item for _, item in one], 3))]
+    ranked = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert (summary.sessions, summary.rows) == (7, 21) and ranked["session_id"] == [str(n) for n in range(7) for _ in range(3)]
+    events = [sorted((clock[event], columns["item_id"][event]) for event in np.flatnonzero(session == n)) for n in range(7)]
+    assert ranked["item_id"] == [i for one in events for i in ids(recommender.recommend([item for _, item in one], 3))]
 
 
 def test_several_processes_share_a_file(recommender: Recommender, tmp_path: Path) -> None:
     events = write_events(tmp_path / "s.csv")
-    whole = recommend_file(recommender, events, tmp_path / "whole.parquet", k=3)
+    single = recommend_file(recommender, events, tmp_path / "single.parquet", k=3)
     parts = [recommend_file(recommender, events, tmp_path / "out.parquet", k=3, share=(n, 2)) for n in (0, 1)]
     assert [part.out.name for part in parts] == ["out-00000-of-00002.parquet", "out-00001-of-00002.parquet"]
-    one, other = pq.read_table(whole.out).to_pydict(), pa.concat_tables([pq.read_table(part.out) for part in parts]).to_pydict()
+    one, other = pq.read_table(single.out).to_pydict(), pa.concat_tables([pq.read_table(part.out) for part in parts]).to_pydict()
     assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-4)
     assert one == other
     for name in ("sessions", "popular", "unknown_events", "rows"):
-        assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
+        assert sum(getattr(part, name) for part in parts) == getattr(single, name)
 
 
-def test_a_bad_place_for_the_answers_is_refused_before_a_session_is_read(recommender: Recommender, tmp_path: Path) -> None:
-    """Nor is anything lost: not the log itself, nor what another number of processes has left, beside which each session would be twice."""
+def test_an_unusable_output_path_is_refused_before_a_session_is_read(recommender: Recommender, tmp_path: Path) -> None:
+    """No file is changed: neither the log itself, nor the output of another number of processes, which would duplicate each session."""
     events = write_events(tmp_path / "s.parquet")
     for n in (0, 1):
         recommend_file(recommender, events, tmp_path / "out.parquet", k=3, share=(n, 2))
     before = contents(tmp_path)
     (tmp_path / "link.parquet").symlink_to(events)
     for source, out, share, said in (
-        (events, events, (0, 1), "is the file of --sessions"),
-        (events, tmp_path / "link.parquet", (0, 1), "is the file of --sessions"),
-        (tmp_path / "missing", tmp_path / "none" / "out.parquet", (0, 1), r"in no folder that there is \(\S+/none/out.parquet\)"),
+        (events, events, (0, 1), "--out and --sessions are the same file"),
+        (events, tmp_path / "link.parquet", (0, 1), "--out and --sessions are the same file"),
+        (tmp_path / "missing", tmp_path / "none" / "out.parquet", (0, 1), r"in a folder that does not exist \(\S+/none/out.parquet\)"),
         (tmp_path / "missing", tmp_path, (0, 1), "is a folder"),
-        (events, tmp_path / "out.parquet", (1, 4), r"answers of 2 processes are there already \(\S+/out-00000-of-00002.parquet\)"),
+        (events, tmp_path / "out.parquet", (1, 4), r"the folder already has the output of 2 processes \(\S+/out-00000-of-00002.parquet\)"),
     ):
         with pytest.raises(UserError, match=said) as error:
             recommend_file(recommender, source, out, share=share)
@@ -524,8 +531,8 @@ def test_a_bad_place_for_the_answers_is_refused_before_a_session_is_read(recomme
 
 def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommender, tmp_path: Path) -> None:
     recommend_file(recommender, write_events(tmp_path / "s.csv", clock=False), tmp_path / "out.parquet", k=3)
-    found = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"][:3]
-    assert found == ids(recommender.recommend(["item-010", "item-011", "item-012"], 3))
+    item_ids = pq.read_table(tmp_path / "out.parquet").to_pydict()["item_id"][:3]
+    assert item_ids == ids(recommender.recommend(["item-010", "item-011", "item-012"], 3))
 
 
 @pytest.mark.parametrize(
@@ -535,14 +542,14 @@ def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommend
         ("s.csv", "session_id,item_id\na,item-001\nb,\n", "row 1"),
         ("s.csv", "session_id,item_id\n", "no events"),
         ("s.csv", "session_id,item_id,timestamp\na,item-001,yesterday\n", "timestamp"),
-        ("s.csv", "session_id,item_id,timestamp\na,item-001,1.5\na,item-002,nan\n", "timestamp is no time .*row 1"),
+        ("s.csv", "session_id,item_id,timestamp\na,item-001,1.5\na,item-002,nan\n", "timestamp is not a time .*row 1"),
         ("s.jsonl", '{"session_id": "a", "item_id"\n', "not readable"),
         ("s.parquet", "PAR1 not really", "not readable"),
-        ("s.xlsx", "", "unknown kind"),
+        ("s.xlsx", "", "unknown file type"),
         ("missing.csv", None, "not found"),
     ],
 )
-def test_a_bad_file_is_one_clear_line_and_overwrites_nothing(
+def test_a_bad_file_is_one_clear_line_and_no_file_is_overwritten(
     recommender: Recommender, tmp_path: Path, name: str, content: str | None, said: str
 ) -> None:
     out = tmp_path / "out.parquet"

@@ -1,4 +1,4 @@
-"""The service from outside: what it answers, what it refuses and how, new versions under load, its key, its end."""
+"""Tests the service over HTTP: answers, refusals, new versions under load, the key, shutdown."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ from pipeline.core.config_file import load_config
 from recommender.serving import middleware
 from recommender.serving.recommender import Recommender
 from recommender.serving.server import serve
-from recommender.serving.thumbnails import Pictures
+from recommender.serving.thumbnails import Thumbnails
 from recommender.training.train import train_sbr
 
 
@@ -50,37 +50,37 @@ def ids(run: Path) -> list[str]:
     return Recommender.load(run).item_ids
 
 
-# --- what it answers
+# --- answers
 
 
-def test_the_answer_is_that_of_the_library(server: Server, run: Path, ids: list[str]) -> None:
+def test_the_answer_equals_that_of_the_library(server: Server, run: Path, ids: list[str]) -> None:
     session = [ids[3], "nonsense", ids[5], "nonsense"]
     for exclude in (False, True):
         wanted = Recommender.load(run).recommend(session, 5, exclude)
-        found = server.ask("/recommend", {"session": session, "k": 5, "exclude_seen": exclude}).json
-        assert [item["item_id"] for item in found["items"]] == [item.item_id for item in wanted.items]
-        assert [item["score"] for item in found["items"]] == pytest.approx([item.score for item in wanted.items], abs=1e-4)
-        assert [item["rank"] for item in found["items"]] == [1, 2, 3, 4, 5]
-        assert (found["unknown"], found["fallback"], found["version"]) == (["nonsense"], None, "v0001")
+        answer = server.ask("/recommend", {"session": session, "k": 5, "exclude_seen": exclude}).json
+        assert [item["item_id"] for item in answer["items"]] == [item.item_id for item in wanted.items]
+        assert [item["score"] for item in answer["items"]] == pytest.approx([item.score for item in wanted.items], abs=1e-4)
+        assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5]
+        assert (answer["unknown"], answer["fallback"], answer["version"]) == (["nonsense"], None, "v0001")
 
 
 def test_an_answer_is_filtered_and_diversified(server: Server, run: Path, ids: list[str]) -> None:
     wish = {"filters": {"kind": ["mug", "chair"]}, "diversify": 0.7}
     wanted = Recommender.load(run).recommend([ids[3]], 4, **wish)
-    found = server.ask("/recommend", {"session": [ids[3]], "k": 4, **wish}).json["items"]
-    assert [item["item_id"] for item in found] == [item.item_id for item in wanted.items]
-    assert {server.ask(f"/items/{item['item_id']}").json["attributes"]["kind"] for item in found} <= {"mug", "chair"}
+    ranked = server.ask("/recommend", {"session": [ids[3]], "k": 4, **wish}).json["items"]
+    assert [item["item_id"] for item in ranked] == [item.item_id for item in wanted.items]
+    assert {server.ask(f"/items/{item['item_id']}").json["attributes"]["kind"] for item in ranked} <= {"mug", "chair"}
     for filters, status, said in (
         ({"colour of money": ["red"]}, 404, "no such attribute: colour of money"),
-        ({"kind": ["nothing"]}, 422, "no item has kind 'nothing' (filter); ask for values of the catalogue"),
+        ({"kind": ["nothing"]}, 422, "no item has kind 'nothing' (filter); use values of the catalogue"),
     ):
         for path, sessions in (("/recommend", {"session": []}), ("/recommend/batch", {"sessions": [[ids[3]]]})):
             refused = server.ask(path, {**sessions, "filters": filters})
             assert (refused.status, refused.json["error"]) == (status, said)
 
 
-def test_an_answer_is_given_with_the_dial_for_new_items(run: Path, tmp_path: Path) -> None:
-    """Over the model of the training sessions, to which some items are new."""
+def test_new_items_shifts_the_scores_of_cold_items(run: Path, tmp_path: Path) -> None:
+    """On the model of the training sessions alone, in which some items are cold."""
     folder = tmp_path / "run"
     shutil.copytree(run / "data", folder / "data")
     shutil.copytree(run / "embeddings", folder / "embeddings")
@@ -93,14 +93,14 @@ def test_an_answer_is_given_with_the_dial_for_new_items(run: Path, tmp_path: Pat
     with serving(folder) as server:
 
         def ask(path: str = "/recommend", body: Any = None, **wish: object) -> dict[str, float]:
-            found = server.ask(path, {"session": [warm], "k": 40} | wish | (body or {})).json
-            return {item["item_id"]: item["score"] for item in found["items"]}
+            scores_of = server.ask(path, {"session": [warm], "k": 40} | wish | (body or {})).json
+            return {item["item_id"]: item["score"] for item in scores_of["items"]}
 
         plain = ask()
         for shift in (-3, 0, 2.5):
-            found = ask(new_items=shift)
-            assert found == pytest.approx({item: score + shift * (item in new) for item, score in plain.items()}, abs=1e-3)
-            assert list(found) == [item.item_id for item in library.recommend([warm], 40, new_items=shift).items]
+            scores_of = ask(new_items=shift)
+            assert scores_of == pytest.approx({item: score + shift * (item in new) for item, score in plain.items()}, abs=1e-3)
+            assert list(scores_of) == [item.item_id for item in library.recommend([warm], 40, new_items=shift).items]
         assert ask(new_items=None) == plain
         assert list(ask(session=[], new_items=20))[: len(new)] == [item for item in library.item_ids if item in new]
         many = server.ask("/recommend/batch", {"sessions": [[warm]] * 9, "k": 40, "new_items": 2.5}).json["answers"]
@@ -110,16 +110,16 @@ def test_an_answer_is_given_with_the_dial_for_new_items(run: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("session", [[], ["nonsense"]])
-def test_nothing_known_gives_popular_items_and_says_so(server: Server, session: list[str]) -> None:
-    found = server.ask("/recommend", {"session": session}).json
-    assert found["fallback"] == "popular"
-    assert len(found["items"]) == 10
+def test_a_session_without_known_items_gets_the_popular_ones(server: Server, session: list[str]) -> None:
+    answer = server.ask("/recommend", {"session": session}).json
+    assert answer["fallback"] == "popular"
+    assert len(answer["items"]) == 10
 
 
-def test_a_batch_gives_what_single_sessions_give(server: Server, ids: list[str]) -> None:
+def test_a_batch_gets_the_rankings_of_single_sessions(server: Server, ids: list[str]) -> None:
     sessions = [[ids[1]], [], [ids[2], ids[4]]]
-    found = server.ask("/recommend/batch", {"sessions": sessions, "k": 3}).json
-    for session, answer in zip(sessions, found["answers"], strict=True):
+    reply = server.ask("/recommend/batch", {"sessions": sessions, "k": 3}).json
+    for session, answer in zip(sessions, reply["answers"], strict=True):
         alone = server.ask("/recommend", {"session": session, "k": 3}).json
         assert [item["item_id"] for item in answer["items"]] == [item["item_id"] for item in alone["items"]]
         assert answer["fallback"] == alone["fallback"]
@@ -132,28 +132,28 @@ def test_the_catalogue_is_searched_and_paged(server: Server, run: Path, ids: lis
     assert pages[0]["total"] == 40
     popular = [item.item_id for item in Recommender.load(run).recommend([], 15).items]
     assert [item["item_id"] for item in pages[0]["items"]] == popular
-    found = server.ask("/items?q=SCRIPT%20Taken").json
-    assert [item["title"] for item in found["items"]] == [HOSTILE]
+    matches = server.ask("/items?q=SCRIPT%20Taken").json
+    assert [item["title"] for item in matches["items"]] == [HOSTILE]
     assert server.ask(f"/items?q={ids[11]}").json["items"][0]["item_id"] == ids[11]
 
 
-def test_an_item_has_its_attributes_its_picture_and_its_like(server: Server, ids: list[str]) -> None:
+def test_an_item_has_attributes_an_image_and_similar_items(server: Server, ids: list[str]) -> None:
     assert {"kind", "style"} <= server.ask(f"/items/{ids[3]}").json["attributes"].keys()
-    picture = server.ask(f"/items/{ids[3]}/image")
-    assert picture.headers["content-type"] == "image/jpeg"
-    assert Image.open(io.BytesIO(picture.body)).format == "JPEG"
-    assert server.ask(f"/items/{ids[8]}/image").status == 404  # not a picture, though it says so
+    image = server.ask(f"/items/{ids[3]}/image")
+    assert image.headers["content-type"] == "image/jpeg"
+    assert Image.open(io.BytesIO(image.body)).format == "JPEG"
+    assert server.ask(f"/items/{ids[8]}/image").status == 404  # its bytes are not an image
     nearest = {}
     for half in ("knowledge", "transition"):
-        found = server.ask(f"/items/{ids[3]}/similar?half={half}&k=39").json["items"]
-        assert {item["item_id"] for item in found} == {*ids} - {ids[3]}
-        assert [item["score"] for item in found] == sorted((item["score"] for item in found), reverse=True)
-        nearest[half] = [item["item_id"] for item in found]
+        neighbours = server.ask(f"/items/{ids[3]}/similar?half={half}&k=39").json["items"]
+        assert {item["item_id"] for item in neighbours} == {*ids} - {ids[3]}
+        assert [item["score"] for item in neighbours] == sorted((item["score"] for item in neighbours), reverse=True)
+        nearest[half] = [item["item_id"] for item in neighbours]
         assert {ids.index(item) % 6 for item in nearest[half][:3]} == {3}  # the groups that the vectors were made of
     assert nearest["knowledge"] != nearest["transition"]
 
 
-def test_a_picture_asked_for_before_a_new_version_is_not_kept_for_it(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_thumbnail_requested_before_a_reload_is_not_cached_after_it(tiny_data: Path, tmp_path: Path) -> None:
     items = pq.read_table(tiny_data / "items.parquet")
     turned = items.set_column(
         items.column_names.index("image"), items.schema.field("image"), items["image"].take([*range(1, len(items)), 0])
@@ -162,19 +162,19 @@ def test_a_picture_asked_for_before_a_new_version_is_not_kept_for_it(tiny_data: 
     pq.write_table(items, tmp_path / "items.parquet")
 
     async def ask() -> list[bytes | None]:
-        pictures = Pictures(tmp_path)
-        pictures.begin()
-        before = asyncio.create_task(pictures.thumbnail(item_id))
-        await asyncio.sleep(0)  # it is asked for
-        pictures.thread.submit(pq.write_table, turned, tmp_path / "items.parquet")
-        pictures.begin()
-        return [await before, *[await pictures.thumbnail(item_id) for _ in range(2)]]
+        thumbnails = Thumbnails(tmp_path)
+        thumbnails.reload()
+        before = asyncio.create_task(thumbnails.thumbnail(item_id))
+        await asyncio.sleep(0)  # the request starts
+        thumbnails.thread.submit(pq.write_table, turned, tmp_path / "items.parquet")
+        thumbnails.reload()
+        return [await before, *[await thumbnails.thumbnail(item_id) for _ in range(2)]]
 
     old, new, again = asyncio.run(ask())
     assert old and new and old != new == again
 
 
-def test_what_watches_it_is_told_how_it_is(server: Server) -> None:
+def test_health_info_and_metrics_describe_the_service(server: Server) -> None:
     assert server.ask("/livez").json == {"status": "alive"}
     assert server.ask("/readyz").json == {"status": "ready", "version": "v0001"}
     info = server.ask("/info").json
@@ -221,7 +221,7 @@ def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-# --- what it refuses
+# --- refusals
 
 
 def test_faulty_requests_are_refused_with_the_right_status(server: Server) -> None:
@@ -251,10 +251,10 @@ def test_faulty_requests_are_refused_with_the_right_status(server: Server) -> No
         (million, 413),
         (b" " * 10_000_000, 413),
     ):
-        found = server.ask("/recommend", body)
-        assert found.status == status, body[:80]
-        assert found.json.keys() == {"error", "request_id"}
-        assert len(found.body) < 500
+        refusal = server.ask("/recommend", body)
+        assert refusal.status == status, body[:80]
+        assert refusal.json.keys() == {"error", "request_id"}
+        assert len(refusal.body) < 500
     assert server.ask("/recommend/batch", {"sessions": [[]] * 65}).status == 422
     assert server.ask("/items?limit=1000").status == 422
     assert server.ask("/items/p0001/similar?half=other").status == 422
@@ -277,30 +277,30 @@ def test_idle_hurried_and_garbled_clients_do_no_harm(server: Server) -> None:
         with socket.create_connection(("127.0.0.1", server.port)) as gone:
             gone.sendall(sent)
     assert server.ask("/recommend", {"session": []}).status == 200
-    for each in idle:
-        each.close()
+    for client in idle:
+        client.close()
     wait_for(lambda: numbers(server)["tpad_requests_in_flight"] == 1)
 
 
-def test_more_at_once_than_allowed_is_told_to_come_again(server: Server) -> None:
-    """256 requests whose bodies have not come yet are all it takes."""
+def test_requests_beyond_the_concurrency_limit_get_429(server: Server) -> None:
+    """256 requests that wait for their bodies fill the limit."""
     head = b"POST /recommend HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n"
     waiting = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(256)]
-    for each in waiting:
-        each.sendall(head)
+    for client in waiting:
+        client.sendall(head)
     wait_for(lambda: numbers(server)["tpad_requests_in_flight"] == 257)
     refused = server.ask("/recommend", {"session": []})
     assert (refused.status, refused.headers["retry-after"]) == (429, "1")
     assert server.ask("/livez").status == 200
-    for each in waiting:
-        each.sendall(b'{"session": []}')
-    for each in waiting:
-        assert each.recv(20).startswith(b"HTTP/1.1 200")
-        each.close()
+    for client in waiting:
+        client.sendall(b'{"session": []}')
+    for client in waiting:
+        assert client.recv(20).startswith(b"HTTP/1.1 200")
+        client.close()
 
 
 def serve_impatiently(run: Path, port: int) -> None:
-    middleware.PATIENCE = 0.2
+    middleware.BODY_TIMEOUT = 0.2
     serve(run, None, "127.0.0.1", port, None, 1, print)
 
 
@@ -314,7 +314,7 @@ def test_a_body_that_stalls_is_answered_by_408_and_the_connection_closed(run: Pa
         slow.sendall(b'POST /recommend HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n{"ses')
         answer = b"".join(iter(lambda: slow.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 408")
-    assert b"nothing came" in answer
+    assert b"no data received for" in answer
     process.terminate()
     process.join()
     assert process.exitcode == 143
@@ -328,10 +328,10 @@ def test_the_openapi_document_is_kept(server: Server, phases: str, tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# --- new versions, the key, the end
+# --- new versions, the key, shutdown
 
 
-def test_new_versions_under_load_with_a_key_then_the_end(run: Path, ids: list[str], tmp_path: Path) -> None:
+def test_new_versions_are_loaded_under_load_with_a_key_and_requests_finish_at_shutdown(run: Path, ids: list[str], tmp_path: Path) -> None:
     later = tmp_path / "run"
     shutil.copytree(run / "sbr", later / "sbr")
     key = tmp_path / "key"
@@ -351,9 +351,9 @@ def test_new_versions_under_load_with_a_key_then_the_end(run: Path, ids: list[st
 
         def load() -> None:
             while not stop.is_set():
-                found = server.ask("/recommend", {"session": [ids[3]]}, **good)
-                assert found.status == 200
-                answers.append((found.json["version"], found.json["items"]))
+                reply = server.ask("/recommend", {"session": [ids[3]]}, **good)
+                assert reply.status == 200
+                answers.append((reply.json["version"], reply.json["items"]))
 
         clients = [threading.Thread(target=load) for _ in range(2)]
         for client in clients:
@@ -371,13 +371,13 @@ def test_new_versions_under_load_with_a_key_then_the_end(run: Path, ids: list[st
         (later / "sbr" / "current").write_text(json.dumps(pointer, sort_keys=True, indent=1) + "\n")
         wait_for(lambda: "items.parquet" in server.ask("/info", **good).json["refused"]["error"])
         count = numbers(server, **good)
-        assert (count['tpad_reloads_total{result="refused"}'], count['tpad_reloads_total{result="taken up"}']) == (2, 1)
+        assert (count['tpad_reloads_total{result="refused"}'], count['tpad_reloads_total{result="activated"}']) == (2, 1)
         stop.set()
         for client in clients:
             client.join()
         of_version = {name: [items for version, items in answers if version == name] for name in ("v0001", turned.name)}
         assert {name for name, _ in answers} == of_version.keys()
-        assert all(items == found[0] for found in of_version.values() for items in found)
+        assert all(items == reply[0] for reply in of_version.values() for items in reply)
         assert of_version["v0001"][0] != of_version[turned.name][0]
 
         half = socket.create_connection(("127.0.0.1", server.port))
@@ -399,7 +399,7 @@ def test_several_processes_answer_at_one_port(run: Path, ids: list[str], tmp_pat
     with serving(later, "--workers", 2) as server:
 
         def by_each(path: str, body: Any = None) -> list[Any]:
-            """What either says while the other cannot."""
+            """The answer of each process while the other is stopped."""
             answers = []
             for quiet in workers(server):
                 os.kill(quiet, signal.SIGSTOP)
@@ -411,15 +411,15 @@ def test_several_processes_answer_at_one_port(run: Path, ids: list[str], tmp_pat
 
         one, other = by_each("/recommend", {"session": [ids[3]]})
         assert one["items"] == other["items"]
-        assert [found["version"] for found in (one, other)] == ["v0001"] * 2
+        assert [reply["version"] for reply in (one, other)] == ["v0001"] * 2
         asked = 'tpad_requests_total{method="POST",route="/recommend",status="200"}'
         wait_for(lambda: numbers(server).get(asked) == 2)  # counted when they are answered
         assert numbers(server)["tpad_sessions_total"] == 2
         publish_again(later)
-        wait_for(lambda: [found["version"] for found in by_each("/readyz")] == ["v0002"] * 2)
+        wait_for(lambda: [reply["version"] for reply in by_each("/readyz")] == ["v0002"] * 2)
         count = numbers(server)
         assert [count[f'tpad_version{{version="{name}"}}'] for name in ("v0001", "v0002")] == [0, 1]
-        assert count['tpad_reloads_total{result="taken up"}'] == 2
+        assert count['tpad_reloads_total{result="activated"}'] == 2
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 143
         assert not listens(server.port)
@@ -438,7 +438,7 @@ def test_several_processes_end_together(run: Path, end: str) -> None:
 
 
 def lives(pid: int) -> bool:
-    """Also false of one that has ended, whether or not anybody has asked how."""
+    """Whether a process runs; False for one that has ended, also before its parent has waited for it."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -446,13 +446,13 @@ def lives(pid: int) -> bool:
 
 
 def workers(server: Server) -> list[int]:
-    """Not from /proc/PID/task/PID/children, which may leave some out while they run."""
-    found = []
+    """The ids of the worker processes. /proc/PID/task/PID/children may omit some while they run."""
+    pids = []
     for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):  # it has ended
             if f"\nPPid:\t{server.process.pid}\n" in status.read_text():
-                found.append(int(status.parent.name))
-    return found
+                pids.append(int(status.parent.name))
+    return pids
 
 
 def open_model(run: Path) -> Path:
@@ -470,7 +470,7 @@ def listens(port: int) -> bool:
 # --- the command
 
 
-def test_what_keeps_it_from_starting_is_one_line(run: Path, tmp_path: Path) -> None:
+def test_an_error_at_the_start_is_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "short").write_text("secret")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Nothing but training sessions makes anything: a planted leak is refused, and what test sessions hold changes no bit."""
+"""Tests against leaks: a planted leak is refused, and the content of test sessions changes no bit of a model."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
 from recommender.baselines.registry import MODELS
-from recommender.training.dataset import load_inputs
+from recommender.training.dataset import load_training_data
 from recommender.training.train import train_sbr
 from recommender.training.trainer import build_model
 
@@ -60,11 +60,11 @@ def test_other_held_out_sessions_change_no_count_no_whitening_no_graph_and_no_we
     (tmp_path / "two").mkdir()
     pq.write_table(pq.read_table(tmp_path / "one" / "items.parquet"), tmp_path / "two" / "items.parquet")
     pq.write_table(log.set_column(log.schema.get_field_index("item_id"), "item_id", pa.array(items)), tmp_path / "two" / "sessions.parquet")
-    found = []
+    builds = []
     for name in ("one", "two"):
         publish_embeddings(tmp_path / f"run-{name}", tmp_path / name, group, settings())
-        found.append(load_inputs(settings(), tmp_path / f"run-{name}", tmp_path / name))
-    one, two = found
+        builds.append(load_training_data(settings(), tmp_path / f"run-{name}", tmp_path / name))
+    one, two = builds
     assert not np.array_equal(one.split.test.rows, two.split.test.rows)
     assert one.fingerprint != two.fingerprint  # the results are of other sessions
     np.testing.assert_array_equal(one.counts, two.counts)
@@ -73,7 +73,7 @@ def test_other_held_out_sessions_change_no_count_no_whitening_no_graph_and_no_we
         np.testing.assert_array_equal(whitening.mean, two.whitening[half].mean)
         np.testing.assert_array_equal(whitening.axes, two.whitening[half].axes)
     for name in MODELS:  # the graph of followers, log-counts and who is known are buffers
-        states = [build_model(name, 0, settings(), inputs).state_dict() for inputs in found]
+        states = [build_model(name, 0, settings(), inputs).state_dict() for inputs in builds]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""`sbr.refit` and `distill.refit`: what is published has seen all sessions, its figures have not, and a kill costs nothing."""
+"""Tests `sbr.refit` and `distill.refit`: the published model is trained on all sessions, its figures are not; killed runs resume."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_its_figures_are_those_of_the_held_out_twin(refitted: Path, held_out: Pa
     assert (refitted / "sbr" / "v0001" / "ranks.parquet").read_bytes() == (held_out / "sbr" / "v0001" / "ranks.parquet").read_bytes()
 
 
-def test_it_says_whose_figures_they_are(refitted: Path, held_out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_names_the_model_of_the_figures(refitted: Path, held_out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twin = "the held-out twin, trained without validation and test sessions"
     assert (manifest(refitted)["figures_of"], manifest(held_out)["figures_of"]) == (twin, "this model")
     facts = manifest(refitted)["refit"]
@@ -92,7 +92,7 @@ def test_it_says_whose_figures_they_are(refitted: Path, held_out: Path, capsys: 
     assert manifest(held_out)["refit"] is None
     for run, said in ((refitted, True), (held_out, False)):
         assert not train_sbr(settings(f"sbr.refit={str(said).lower()}"), run, run / "data").made
-        assert ("the published one was then trained on all sessions" in capsys.readouterr().out) == said
+        assert ("the published model was then trained on all sessions" in capsys.readouterr().out) == said
         done = CliRunner().invoke(cli.app, ["recommend", "--run", str(run)])
         assert ("trained without the newest sessions" in done.stdout) == said
     with serving(refitted) as server:
@@ -100,16 +100,16 @@ def test_it_says_whose_figures_they_are(refitted: Path, held_out: Path, capsys: 
 
 
 def test_the_calibration_is_that_of_the_twin(refitted: Path) -> None:
-    """Added to what the training on all sessions left: without it, the two differ by exactly that."""
+    """It is added to the weights of the training on all sessions."""
     from accelerate import Accelerator
 
     from recommender.training.calibration import Calibration, apply
-    from recommender.training.dataset import load_inputs
+    from recommender.training.dataset import load_training_data
     from recommender.training.trainer import refit_model
 
     facts = manifest(refitted)["refit"]
     assert isinstance(facts, dict)
-    inputs = load_inputs(settings(), refitted, refitted / "data", everything=True)
+    inputs = load_training_data(settings(), refitted, refitted / "data", everything=True)
     model = refit_model("full", 0, settings(), inputs, Accelerator(), refitted / "again", False, facts["epochs"])
     apply(model, Calibration(**facts["calibration"]))
     published = weights(refitted)
@@ -135,9 +135,9 @@ def test_a_run_stopped_in_the_refit_goes_on_to_the_same_bytes(refitted: Path, tm
     assert checkpoints == {"ID-only-0", "full-0", "full-0-refit"}
     train_sbr(settings(), run, run / "data")
     for name in ("sbr/v0001/model.safetensors", "sbr/v0001/metrics.json", "sbr/v0001/manifest.json", "sbr-train/metrics.jsonl"):
-        ours, theirs = ((each / name).read_text(errors="replace") for each in (run, refitted))
+        ours, theirs = ((source / name).read_text(errors="replace") for source in (run, refitted))
         if name.endswith("manifest.json"):
-            ours, theirs = (json.loads(each)["files"] for each in (ours, theirs))
+            ours, theirs = (json.loads(source)["files"] for source in (ours, theirs))
         assert ours == theirs, name
     assert not (run / "sbr-train" / "checkpoints").exists()
 
@@ -160,7 +160,7 @@ def test_the_vectors_of_all_sessions_are_read_by_the_published_model_alone(tiny_
         return done.stdout + done.stderr
 
     options = ["distill.refit=true", "sbr.dim=8", "sbr.epochs=1", "sbr.models=[full]"]
-    said = tpad("distill", "--data", tiny_data, *(word for each in [*DISTILLING, *options] for word in ("--set", each)))
+    said = tpad("distill", "--data", tiny_data, *(word for setting in [*DISTILLING, *options] for word in ("--set", setting)))
     assert "unified MLLM of all sessions" in said
     assert tpad("distill").count("(up to date)") == 2
     tpad("export-embeddings")

@@ -1,4 +1,4 @@
-"""`tpad train-sbr --search`: what it finds, that a kill costs nothing, and for what it holds."""
+"""Tests `tpad train-sbr --search`: its best settings, resuming after a kill, and when its result is valid."""
 
 import json
 import signal
@@ -72,7 +72,7 @@ def test_the_best_is_at_least_what_the_config_s_settings_reach_on_validation(sea
 
 
 def kill_at(run: Path, trials: int, said: str, times: int = 1) -> None:
-    """In a process of its own, as soon as so many lines on stderr begin so."""
+    """Kills a search in a separate process once that many lines on stderr begin so."""
     command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), str(trials), *SETTINGS]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stderr is not None
@@ -92,13 +92,13 @@ def test_a_search_killed_and_one_added_to_a_killed_training_end_like_an_undistur
     kill_at(run, TRIALS, "GRU4Rec: trial 4")
     train_sbr(settings(), run, run / "data", trials=TRIALS)
     assert found(run) == found(searched)
-    names = [json.loads((each / "sbr" / "current").read_text())["version"] for each in (run, searched)]
-    one, two = ((each / "sbr" / name / "model.safetensors").read_bytes() for each, name in zip((run, searched), names, strict=True))
+    names = [json.loads((folder / "sbr" / "current").read_text())["version"] for folder in (run, searched)]
+    one, two = ((folder / "sbr" / name / "model.safetensors").read_bytes() for folder, name in zip((run, searched), names, strict=True))
     assert one == two
     assert not (run / "sbr-train" / "trials").exists()
 
 
-def test_settings_found_for_another_config_are_left_aside(searched: Path) -> None:
+def test_settings_of_a_search_for_another_config_are_ignored(searched: Path) -> None:
     other = train_sbr(settings("sbr.lr=0.02", "sbr.epochs=1"), searched, searched / "data")
     assert other.made and other.version.manifest["settings"]["lr"] == 0.02
 

@@ -1,4 +1,4 @@
-"""`train_sbr` on a small run: what it learns, what it writes, what it refuses, and that a kill costs nothing."""
+"""Tests `train_sbr` on a small run: results, files, refusals, and that a killed run resumes."""
 
 import json
 import os
@@ -90,14 +90,14 @@ def test_the_table_has_every_model_and_the_full_one_is_not_below_its_halves(trai
     assert mean["ID-only"]["cold"]["HR@20"] < 0.1
 
 
-def test_numbers_that_tell_nothing_fade(tmp_path: Path) -> None:
+def test_weights_of_uninformative_dimensions_decay(tmp_path: Path) -> None:
     group = write_data(tmp_path / "data")
     rng = np.random.default_rng(0)
     telling = np.eye(GROUPS)[group] @ rng.normal(size=(GROUPS, DIM)) + 0.2 * rng.normal(size=(len(group), DIM))
     halves = np.stack([telling, rng.normal(size=telling.shape)]).astype(np.float32)
 
     def share_of_noise(decay: float) -> float:
-        """Of the matrix that reads the vectors."""
+        """The content projection."""
         run, config = tmp_path / str(decay), settings("sbr.models=[full]", f"sbr.content_decay={decay}", "sbr.refit=false")
         publish_embeddings(run, tmp_path / "data", group, config, halves=halves)
         train_sbr(config, run, tmp_path / "data")
@@ -150,7 +150,7 @@ def test_no_embeddings_is_one_clear_line(tmp_path: Path) -> None:
     assert error.value.code == ARTIFACT
 
 
-def test_a_loss_that_leaves_the_numbers_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
     with pytest.raises(UserError, match=r"loss is nan \([\w -]+, step \d of epoch 0\); lower sbr\.lr") as error:
         train_sbr(settings("sbr.lr=1e30"), run, run / "data")
@@ -159,7 +159,7 @@ def test_a_loss_that_leaves_the_numbers_is_one_clear_line(trained: Path, tmp_pat
 
 
 def kill_in(run: Path, model: str) -> None:
-    """Trains in a process of its own, which is killed as soon as this model has a checkpoint."""
+    """Trains in a separate process, which is killed as soon as this model has a checkpoint."""
     command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), *SETTINGS]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 600
@@ -197,7 +197,7 @@ def test_a_killed_run_goes_on_with_other_models_or_other_settings(
     assert "trained anew" not in capsys.readouterr().err
     assert log.read_text().startswith(marked.splitlines()[0])
     assert all(torch.equal(weight, weights(trained)[name]) for name, weight in weights(run).items())
-    ranks, undisturbed = (pq.read_table(each / "sbr" / "v0001" / "ranks.parquet") for each in (run, trained))
+    ranks, undisturbed = (pq.read_table(folder / "sbr" / "v0001" / "ranks.parquet") for folder in (run, trained))
     assert ranks.equals(undisturbed.select(ranks.column_names))
     more = ["sbr.models=[SASRec, full]", "sbr.epochs=1", "sbr.lr=0.02"]
     train_sbr(settings(*more), other, other / "data")
@@ -235,18 +235,20 @@ def test_two_trainings_at_once_in_one_run_are_refused(trained: Path, tmp_path: P
     assert error.value.code == ARTIFACT
 
 
-def test_gbce_is_a_loss_to_learn_by(trained: Path, tmp_path: Path) -> None:
+def test_a_model_learns_with_gbce(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
     more = ["sbr.models=[SASRec, full]", "sbr.loss=gbce", "sbr.negatives=20"]
-    found = {name: of["mean"]["all"]["HR@10"] for name, of in train_sbr(settings(*more), run, run / "data").metrics["results"].items()}
-    assert min(found["SASRec"], found["full"]) > found["popularity"] + 0.2
+    figures = {
+        name: result["mean"]["all"]["HR@10"] for name, result in train_sbr(settings(*more), run, run / "data").metrics["results"].items()
+    }
+    assert min(figures["SASRec"], figures["full"]) > figures["popularity"] + 0.2
 
 
 def test_bfloat16_learns_as_much(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
-    found = train_sbr(settings("sbr.models=[full]", "sbr.precision=bf16"), run, run / "data").metrics["results"]["full"]["mean"]["all"]
+    figures = train_sbr(settings("sbr.models=[full]", "sbr.precision=bf16"), run, run / "data").metrics["results"]["full"]["mean"]["all"]
     exact = found_by_full(trained)["all"]
-    assert found != exact and abs(found["HR@10"] - exact["HR@10"]) < 0.05
+    assert figures != exact and abs(figures["HR@10"] - exact["HR@10"]) < 0.05
     assert {tensor.dtype for name, tensor in weights(run).items() if "weight" in name} == {torch.float32}
 
 
@@ -254,14 +256,14 @@ def test_bfloat16_learns_as_much(trained: Path, tmp_path: Path) -> None:
 def test_every_encoder_learns_in_bfloat16(trained: Path, tmp_path: Path, encoder: str) -> None:
     run = copy_inputs(trained, tmp_path)
     more = [f"sbr.models=[{encoder}, ID-only]", "sbr.precision=bf16", "sbr.epochs=4"]
-    found = train_sbr(settings(*more), run, run / "data").metrics["results"]
-    assert found[encoder]["mean"]["all"]["HR@20"] > found["popularity"]["mean"]["all"]["HR@20"] + 0.05
+    by_model = train_sbr(settings(*more), run, run / "data").metrics["results"]
+    assert by_model[encoder]["mean"]["all"]["HR@20"] > by_model["popularity"]["mean"]["all"]["HR@20"] + 0.05
 
 
 def test_a_model_of_ids_is_published_beside_one_that_reads_vectors(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
-    found = train_sbr(settings("sbr.models=[ID-only, content-only]", "sbr.epochs=1"), run, run / "data")
-    assert found.version.manifest["embeddings_manifest_sha256"] is None
+    summary = train_sbr(settings("sbr.models=[ID-only, content-only]", "sbr.epochs=1"), run, run / "data")
+    assert summary.version.manifest["embeddings_manifest_sha256"] is None
     recommender = Recommender.load(run)
     assert len(recommender.recommend(recommender.item_ids[:2], k=5).items) == 5
 
@@ -299,9 +301,9 @@ def test_two_processes_take_the_steps_of_one(trained: Path, tmp_path: Path) -> N
 
 def test_only_the_models_asked_for_are_trained_and_each_rank_is_published(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
-    found = train_sbr(settings("sbr.epochs=1", "sbr.models=[full]"), run, run / "data")
-    assert "full" in found.metrics["results"] and not {"ID-only", "content-only"} & found.metrics["results"].keys()
-    assert pq.read_schema(found.version.path / "ranks.parquet").names == ["session_id", "position", "item_id", "full"]
+    summary = train_sbr(settings("sbr.epochs=1", "sbr.models=[full]"), run, run / "data")
+    assert "full" in summary.metrics["results"] and not {"ID-only", "content-only"} & summary.metrics["results"].keys()
+    assert pq.read_schema(summary.version.path / "ranks.parquet").names == ["session_id", "position", "item_id", "full"]
     published = train_sbr(settings(), trained, trained / "data")
     ranks = pq.read_table(published.version.path / "ranks.parquet").to_pylist()
     log = pq.read_table(trained / "data" / "sessions.parquet").to_pylist()
@@ -313,7 +315,7 @@ def test_only_the_models_asked_for_are_trained_and_each_rank_is_published(traine
             assert np.mean([line[name] <= 10 for line in ranks]) == pytest.approx(result["mean"]["all"]["HR@10"])
 
 
-def test_a_model_no_one_knows_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
+def test_an_unknown_model_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"SASREC.*SASRec on vectors") as error:
         train_sbr(settings("sbr.models=[SASREC, full]"), copy_inputs(trained, tmp_path), trained / "data")
     assert error.value.code == USAGE

@@ -1,4 +1,4 @@
-"""`tpad train-sbr --update`: the published model learns what is new in the log, unless that would make it worse."""
+"""Tests `tpad train-sbr --update`: the published model learns the new sessions of the log, unless that makes it worse."""
 
 import json
 import shutil
@@ -132,7 +132,7 @@ def test_calibration_stays_and_the_rest_moves(trained: Path, updated: Path) -> N
 
 def test_new_items_are_recommended_by_what_followed_them(updated: Path, trained: Path) -> None:
     def place(run: Path, item: str, follower: str) -> int:
-        return [found.item_id for found in Recommender.load(run).recommend([item], 60).items].index(follower)
+        return [ranked.item_id for ranked in Recommender.load(run).recommend([item], 60).items].index(follower)
 
     log = load_sessions(updated / "data", load_catalog(updated / "data")).select(np.arange(OLD + 72))
     inside = np.ones(len(log.rows) - 1, bool)
@@ -150,7 +150,7 @@ def test_the_same_update_twice_gives_the_same_bytes(updated: Path, trained: Path
     }
 
 
-def test_the_next_update_learns_what_was_held_back(updated: Path, every: dict[str, list[str]], tmp_path: Path) -> None:
+def test_the_next_update_learns_the_held_back_sessions(updated: Path, every: dict[str, list[str]], tmp_path: Path) -> None:
     run = Path(shutil.copytree(updated, tmp_path / "run"))
     done = update_sbr(settings(), run, run / "data")
     assert (done.sessions, done.version.name) == (0, "v0002")
@@ -160,8 +160,8 @@ def test_the_next_update_learns_what_was_held_back(updated: Path, every: dict[st
     assert (done.sessions, done.version.name) == (18, "v0003"), done.told  # of 20, a tenth held back
     assert manifest(run)["updates"] == 2
     counts = pq.read_table(run / "sbr" / "v0003" / "items.parquet")["count"].to_pylist()
-    whole = np.bincount(load_sessions(run / "data", load_catalog(run / "data")).select(np.arange(410)).rows, minlength=60)
-    assert counts == whole.tolist()
+    all_counts = np.bincount(load_sessions(run / "data", load_catalog(run / "data")).select(np.arange(410)).rows, minlength=60)
+    assert counts == all_counts.tolist()
 
 
 def test_fewer_than_ten_new_sessions_change_nothing(trained: Path, every: dict[str, list[str]], tmp_path: Path) -> None:
@@ -172,8 +172,8 @@ def test_fewer_than_ten_new_sessions_change_nothing(trained: Path, every: dict[s
     assert contents(run / "sbr") == before
 
 
-def test_what_would_be_worse_is_not_published(trained: Path, every: dict[str, list[str]], tmp_path: Path) -> None:
-    """A robot's night: hundreds of times what never follows; the newest sessions are visitors' again."""
+def test_a_worse_update_is_not_published(trained: Path, every: dict[str, list[str]], tmp_path: Path) -> None:
+    """A night of robot traffic: hundreds of transitions that never occur; the newest sessions are of visitors again."""
     old = dict(list(every.items())[:OLD])
     robot = {f"robot{n}": [f"item-{(7 * n) % 52:03d}", f"item-{(7 * n) % 52:03d}"] * 4 for n in range(360)}
     visitors = {f"visitor{n}": items for n, items in enumerate(list(old.values())[-40:])}
@@ -181,12 +181,12 @@ def test_what_would_be_worse_is_not_published(trained: Path, every: dict[str, li
     before = contents(run / "sbr")
     done = update_sbr(settings("sbr.lr=0.05"), run, run / "data")
     assert (done.sessions, done.version.name) == (0, "v0001"), done.told
-    assert "not published, it would be worse: MRR@20 on the newest 40 sessions" in done.told and "tpad train-sbr" in done.told
+    assert "not published, as the update is worse: MRR@20 on the newest 40 sessions" in done.told and "tpad train-sbr" in done.told
     assert contents(run / "sbr") == before
     assert not list((run / "sbr-train" / "checkpoints").glob("*"))
 
 
-def test_what_does_not_go_with_an_update_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_updated_is_refused(trained: Path, tmp_path: Path) -> None:
     words = ["train-sbr", "--run", str(trained), "--data", str(trained / "data"), "--update"]
     for more in (["--fresh"], ["--search", "2"]):
         done = CliRunner().invoke(cli.app, [*words, *more])
@@ -197,7 +197,7 @@ def test_what_does_not_go_with_an_update_is_refused(trained: Path, tmp_path: Pat
     assert error.value.code == ARTIFACT
     ids_only = settings("sbr.models=[ID-only]", "sbr.epochs=1", "sbr.refit=false")
     train_sbr(ids_only, tmp_path, tmp_path / "data")
-    with pytest.raises(UserError, match=r"has not seen all sessions .*sbr\.refit=true") as error:
+    with pytest.raises(UserError, match=r"was not trained on all sessions .*sbr\.refit=true") as error:
         update_sbr(ids_only, tmp_path, tmp_path / "data")
     assert error.value.code == ARTIFACT and "\n" not in str(error.value)
 
@@ -206,7 +206,7 @@ def test_the_command_updates_a_model_of_ids_alone(every: dict[str, list[str]], t
     write_data(tmp_path / "data")
     write_log(tmp_path, dict(list(every.items())[:OLD]))
     words = ["--run", str(tmp_path), "--data", str(tmp_path / "data")]
-    words += [word for each in ("sbr.models=[ID-only]", "sbr.dim=8", "sbr.epochs=1") for word in ("--set", each)]
+    words += [word for setting in ("sbr.models=[ID-only]", "sbr.dim=8", "sbr.epochs=1") for word in ("--set", setting)]
     assert CliRunner().invoke(cli.app, ["train-sbr", *words]).exit_code == 0
     write_log(tmp_path, every)
     done = CliRunner().invoke(cli.app, ["train-sbr", "--update", "--run", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""metrics.jsonl of the session models' trainings: the loss of every step, fetched from the device a few steps at a time."""
+"""Writes the loss of every training step of the session models to metrics.jsonl."""
 
 import json
 import math
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from pipeline.core.errors import USAGE, UserError
 
-LOG_EVERY = 20  # steps whose losses are fetched from the device at once: asking for each would make it wait
+LOG_EVERY = 20  # steps whose losses are read from the device at a time: a read for every step would stall it
 
 
 class Diverged(UserError):
-    """A loss that is no number."""
+    """Raised for a loss or score that is not finite."""
 
 
-class StepLog:
-    """metrics.jsonl: one line a step, of the main process; steps that are about to be done again are forgotten.
+class LossLog:
+    """Appends one line for each step, from the main process; on resuming, removes the lines of steps that will be repeated.
 
-    Losses wait on the device, as each process has its part of them, until `write`: a loss that is no number is found there.
+    Losses stay on the device until `write`, which sums the shares of the processes. Only there a loss that is not finite raises `Diverged`.
     """
 
     def __init__(self, path: Path, name: str, seed: int, start: int, steps: int, accelerator: Accelerator) -> None:
@@ -31,25 +31,27 @@ class StepLog:
         self.last = math.nan
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _lines(path) if not self._again(line, start)]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            lines = [line for line in _lines(path) if not self._repeated(line, start)]
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
-    def _again(self, line: str, start: int) -> bool:
+    def _repeated(self, line: str, start: int) -> bool:
         try:
             entry = json.loads(line)
             return all(entry[k] == v for k, v in self.entry.items()) and entry["step"] >= start
         except (ValueError, KeyError, TypeError):
-            return True  # the line a kill cut short
+            return True  # a line that a kill cut short
 
     @property
     def due(self) -> bool:
+        """Tells whether it is time to `write`."""
         return len(self.waiting) >= LOG_EVERY
 
     def add(self, part: Tensor) -> None:
-        """`part`, (), is what this process adds to the loss of the step after the last one."""
+        """Records the loss of the next step; `part` () is the share of this process."""
         self.waiting.append(part)
 
     def write(self) -> None:
+        """Writes the recorded losses. Raises `Diverged` (2)."""
         losses = self.accelerator.reduce(torch.stack(self.waiting), "sum").tolist() if self.waiting else []
         begin, self.step, self.waiting = self.step, self.step + len(losses), []
         for step, self.last in enumerate(losses, begin):
