@@ -48,7 +48,7 @@ class Version:
 
 
 class Staging:
-    """A folder to write in; `publish` turns it into the next version. Made by `stage`, or `part_claims.Shards`."""
+    """A folder to write in; `publish` turns it into the next version. Made by `stage`, or `part_claims.PartClaims`."""
 
     def __init__(self, root: Path, kind: str, name: str = STAGING) -> None:
         self.root = root

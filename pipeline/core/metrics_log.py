@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Metrics:
+class MetricsLog:
     """`metrics.jsonl`, one line a step, and any accelerate tracker. Written by the main process.
 
     Losses with their weights; bounds without, in nats, but CLUB bounds in nats a dimension; held_out_... is of the probe.

@@ -21,7 +21,7 @@ from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import canonical_json
-from pipeline.core.metrics_log import Metrics, flat
+from pipeline.core.metrics_log import MetricsLog, flat
 from pipeline.core.prefetch import telling_of_dead_workers
 from pipeline.core.process import keep_freed_memory
 from pipeline.data.catalog import load_catalog
@@ -37,15 +37,16 @@ from pipeline.distill.trainer import below, train_phase
 from pipeline.distill.variants import VARIANTS, merged, side_by_side, varied
 from pipeline.mllm import early_exit, prompts
 from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
+from pipeline.mllm.item_images import ItemImages
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 from pipeline.mllm.neighbour_titles import load_neighbours
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import load_templates
 from pipeline.mllm.prompts import Prompts, check_columns
 from pipeline.mllm.saved_mllm import save_mllm
 from pipeline.mllm.tiny_backbone import TOKENIZER
-from pipeline.mllm.vision_cache import Cache
-from pipeline.mllm.vision_tower import Picture, is_frozen, pack_attention
+from pipeline.mllm.vision_cache import VisionCache
+from pipeline.mllm.vision_tower import ImageInput, is_frozen, pack_attention
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # of a run folder, item_ids, and the training sessions
 
@@ -106,16 +107,15 @@ def distill(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, patience=LOCK_SECONDS) if accelerator.is_main_process else nullcontext(), telling_of_dead_workers():
         accelerator.init_trackers("tpad", flat(config.model_dump(mode="json")))
-        metrics = Metrics(folder / "metrics.jsonl", accelerator)
-        encoder = Encoder(config.backbone, backbone, catalog)
+        metrics = MetricsLog(folder / "metrics.jsonl", accelerator)
         tables: Tensors = {}
         summaries: dict[str, str] = {}
         weights: dict[str, Tensors] = {}
         base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
         if variant.frozen:
             backbone.model.requires_grad_(False)
-        if config.distill.vision_cache_gb:
-            keep_pictures(config, run, backbone, views, encoder, group)
+        cache = fill_vision_cache(config, run, backbone, views, group) if config.distill.vision_cache_gb else None
+        encoder = PromptProcessor(config.backbone, backbone, catalog, vision_cache=cache)
         for kind, fingerprint in zip(PHASES, prints, strict=False):
             phase = kind(config, views, encoder, train, group, tables, teacher, summaries)
             torch.manual_seed(config.seed)
@@ -158,28 +158,29 @@ def distill(
     return True
 
 
-def keep_pictures(config: Config, run: Path, backbone: Backbone, views: Prompts, encoder: Encoder, group: Group) -> None:
-    """Every picture of the catalogue through the vision tower, each process its share, for `encoder` to read from there on."""
+def fill_vision_cache(config: Config, run: Path, backbone: Backbone, views: Prompts, group: Group) -> VisionCache | None:
+    """Runs the vision tower once for every image of the catalogue, each process for its share; None where the tower trains."""
     if not is_frozen(backbone.model):
         if group.rank == 0:
             print("note: the vision tower trains, so nothing it makes is kept (distill.vision_cache_gb)", file=sys.stderr)
-        return
-    cache = encoder.kept = Cache(run / "vision", backbone, config.backbone.max_pixels)
-    loading = Encoder(config.backbone, backbone, encoder.catalog, cache_bytes=0)
-    rows = group.share(np.array([row for row in range(len(views)) if encoder.catalog.has_image(row)], np.int64))
+        return None
+    cache = VisionCache(run / "vision", backbone, config.backbone.max_pixels)
+    images = ItemImages(config.backbone, backbone, views.catalog, memory_bytes=0)
+    rows = group.share(np.array([row for row in range(len(views)) if views.catalog.has_image(row)], np.int64))
     if group.rank == 0:
         cache.clear_others()
     group.accelerator.wait_for_everyone()
     room = (int(config.distill.vision_cache_gb * 1e9) - cache.size()) // group.world
 
-    def load(row: int) -> Picture | None:
-        return None if not views.has_image(row) or loading.key(row) in cache else loading.picture(row)
+    def load(row: int) -> ImageInput | None:
+        return None if not views.has_image(row) or images.key(row) in cache else images.get(row)
 
     if config.backbone.quantize is None:  # that is where it is already
         backbone.model.to(group.accelerator.device)
-    cache.fill(backbone.model.eval(), load, rows, encoder.family.stack, room, config.distill.workers, group.rank == 0)
+    cache.fill(backbone.model.eval(), load, rows, images.family.stack, room, config.distill.workers, group.rank == 0)
     group.accelerator.wait_for_everyone()
     cache.refresh()
+    return cache
 
 
 def begin(mllm: Mllm, phase: Phase, base: Tensors, weights: dict[str, Tensors]) -> None:

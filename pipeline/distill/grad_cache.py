@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.vision_tower import see
+from pipeline.mllm.vision_tower import run_vision_tower
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
-Chunk = dict[str, Tensors]  # as `Encoder.collate` makes it
+Chunk = dict[str, Tensors]  # as `PromptProcessor.collate` makes it
 
 
 def split(sequences: Mapping[str, Sequence[T]], size: int | None) -> list[dict[str, list[T]]]:
@@ -38,8 +38,8 @@ def look_once(mllm: Mllm, chunks: Sequence[Chunk], accelerator: Accelerator) -> 
     """Sends the pictures of all chunks through a vision tower that does not train."""
     for chunk in chunks:
         with torch.no_grad(), accelerator.autocast():
-            if (seen := see(mllm.backbone.model, chunk)) is not None:
-                chunk |= {"pictures": {}, "kept": seen.pack()}
+            if (seen := run_vision_tower(mllm.backbone.model, chunk)) is not None:
+                chunk |= {"images": {}, "cached": seen.pack()}
 
 
 def features(mllm: Mllm, chunks: Sequence[Chunk], heads: Any, seeds: Sequence[int]) -> Tensors:

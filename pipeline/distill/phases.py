@@ -26,7 +26,7 @@ from pipeline.distill.critic import Critic, club, club_bound, smile
 from pipeline.distill.experimental.soft_targets import Teacher
 from pipeline.distill.grad_cache import Chunk, split
 from pipeline.distill.process_group import Group
-from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.processor import Encoded, PromptProcessor
 from pipeline.mllm.prompts import Prompts, View
 from pipeline.objectives.contrastive import info_nce, relation_loss, soft_loss
 
@@ -60,7 +60,7 @@ class Phase:
 
     config: Config
     prompts: Prompts
-    encoder: Encoder
+    encoder: PromptProcessor
     train: SessionLog
     group: Group
     tables: Tensors  # what earlier phases found: "knowledge" k(v) and "transition" t(v), each (N, D)

@@ -17,7 +17,7 @@ from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimiz
 from pipeline.core.config import PhaseConfig
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.interrupt import Interrupt
-from pipeline.core.metrics_log import Metrics
+from pipeline.core.metrics_log import MetricsLog
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.core.progress import Steps
 from pipeline.distill import fsdp
@@ -29,7 +29,7 @@ from pipeline.mllm.model import Mllm, load_trainable, trainable_state
 from pipeline.mllm.vision_tower import is_frozen
 
 
-def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: Metrics) -> None:
+def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: MetricsLog) -> None:
     """Trains `mllm` in place, from the newest checkpoint if there is one, to the phase's last step."""
     settings, every, group = phase.settings, phase.config.distill.checkpoint_every, phase.group
     groups = parameter_groups(mllm, settings)

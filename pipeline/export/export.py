@@ -21,17 +21,17 @@ from pipeline.core.process import keep_freed_memory
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import HALVES
 from pipeline.export.card import card, manifest_of, write_arrays
-from pipeline.export.exporter import Exporter, Work, is_part
-from pipeline.export.item_batches import Source
-from pipeline.export.part_claims import Shards, current_pointer
-from pipeline.export.unchanged_rows import Base
+from pipeline.export.exporter import Exporter, ExportStats, is_part
+from pipeline.export.item_batches import ItemBatches
+from pipeline.export.part_claims import PartClaims, current_pointer
+from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm import early_exit, prompts
 from pipeline.mllm.neighbour_titles import load_neighbours
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import Templates
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.saved_mllm import load_mllm
-from pipeline.mllm.vision_cache import Cache
+from pipeline.mllm.vision_cache import VisionCache
 
 COMPILED_LENGTHS = 32  # sequences are padded to multiples of this for torch.compile
 RECIPE = {  # what else than its content makes an item's vector, and how to say that it changed
@@ -51,7 +51,7 @@ class Exported:
     rows: int
     dim: int
     made: bool  # False: the published version already was of this model and catalogue
-    work: Work = field(default_factory=Work)
+    work: ExportStats = field(default_factory=ExportStats)
     left: int = 0  # parts not there yet
     parts: int = 0
     notes: list[str] = field(default_factory=list)
@@ -117,7 +117,7 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         if changed:
             notes.append(f"a full export, not an update: {' and '.join(changed)} changed")
         else:
-            base = Base(before, catalog.item_ids)
+            base = PreviousVersion(before, catalog.item_ids)
     elif update:
         notes.append("a full export: there is nothing to update yet")
     fingerprint = hashlib.sha256(canonical_json(facts | {"base": base and base.version.manifest_sha256})).hexdigest()
@@ -125,9 +125,9 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
     bounds = range(0, len(catalog), config.export.shard_rows)
     parts = {f"part-{n:05d}.parquet": np.arange(first, min(first + bounds.step, len(catalog))) for n, first in enumerate(bounds)}
     skips = config.data.on_bad_image == "skip"
-    shards = Shards(root, "embeddings", fingerprint, lambda path, name: is_part(path, catalog, parts[name], skips))
-    with shards:
-        if not shards.begin(pointer):
+    claims = PartClaims(root, "embeddings", fingerprint, lambda path, name: is_part(path, catalog, parts[name], skips))
+    with claims:
+        if not claims.begin(pointer):
             return _export(config, run, data, update, share)
 
         mllm, backbone, _ = load_mllm(model.path, backbone_config, merge=True)
@@ -136,10 +136,10 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         if model.manifest["catalogue_sha256"] != catalog.sha256:
             # new items are welcome: their content is all the model needs
             facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
-        encoder = Encoder(backbone_config, backbone, catalog, cache_bytes=0)
-        if (run / "vision").is_dir():  # what `tpad distill` has kept, as far as it is of this vision tower and image budget
-            encoder.kept = Cache(run / "vision", backbone, backbone_config.max_pixels)
-        source = Source(
+        # the features that `tpad distill` has cached, as far as they are of this vision tower and image budget
+        vision_cache = VisionCache(run / "vision", backbone, backbone_config.max_pixels) if (run / "vision").is_dir() else None
+        processor = PromptProcessor(backbone_config, backbone, catalog, cache_bytes=0, vision_cache=vision_cache)
+        source = ItemBatches(
             catalog,
             Prompts(
                 catalog,
@@ -147,19 +147,19 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
                 Templates.model_validate(settings["templates"]),
                 neighbours,
             ),
-            encoder,
+            processor,
             config.export.token_budget,
             config.data.on_bad_image,
             COMPILED_LENGTHS if config.export.compile else 1,
         )
-        exporter = Exporter(config.export, shards, parts, source, mllm, base, settings["dim"], halves)
+        exporter = Exporter(config.export, claims, parts, source, mllm, base, settings["dim"], halves)
         names = list(parts)[share[0] - 1 :: share[1]]
         exporter.run(names, wait=share == (1, 1))
-    if left := shards.left(list(parts)):
+    if left := claims.left(list(parts)):
         return Exported(None, len(catalog), settings["dim"], True, exporter.work, len(left), len(parts), notes)
 
     def finish() -> dict[str, Any]:
-        folder = shards.staging.path
+        folder = claims.staging.path
         manifest = manifest_of(folder, list(parts), facts, settings, model, source.views.shown, catalog if skips else None)
         if not manifest["rows"]:
             raise UserError(
@@ -170,7 +170,7 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
             write_arrays(folder, manifest)
         return manifest
 
-    version = shards.publish(finish, config.export.keep)
+    version = claims.publish(finish, config.export.keep)
     return Exported(version, version.manifest["rows"], settings["dim"], True, exporter.work, 0, len(parts), notes)
 
 

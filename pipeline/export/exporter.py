@@ -29,9 +29,9 @@ from pipeline.core.prefetch import ahead
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog
 from pipeline.data.embeddings import HALVES, embeddings_schema, vector_columns
-from pipeline.export.item_batches import Batch, Source, load, loader, measure
-from pipeline.export.part_claims import Shards
-from pipeline.export.unchanged_rows import Base
+from pipeline.export.item_batches import Batch, ItemBatches, load, loader, measure
+from pipeline.export.part_claims import PartClaims
+from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm.model import Mllm, SideBySide
 from pipeline.mllm.token_batches import cut
 from pipeline.mllm.vision_tower import pack_attention
@@ -45,7 +45,7 @@ WAIT_SECONDS = 0.1  # between looks at the last parts, which other processes hav
 
 
 @dataclass
-class Work:
+class ExportStats:
     """What this process did."""
 
     items: int = 0
@@ -74,7 +74,7 @@ def is_part(path: Path, catalog: Catalog, rows: np.ndarray, skips: bool) -> bool
 
 
 @dataclass
-class Part:
+class PartInProgress:
     """A part on its way: what its batches have given so far."""
 
     name: str
@@ -109,7 +109,7 @@ class Writer:
             self.begun.popleft().result()
 
 
-class Clock:
+class ModelClock:
     """How long the model was at work, a lane: on a GPU by events in its stream, which runs behind the thread that feeds it."""
 
     def __init__(self, device: torch.device, lanes: int) -> None:
@@ -151,15 +151,15 @@ class Exporter:
     def __init__(
         self,
         config: ExportConfig,
-        shards: Shards,
+        claims: PartClaims,
         parts: dict[str, np.ndarray],
-        source: Source,
+        source: ItemBatches,
         mllm: Mllm | SideBySide,
-        base: Base | None,
+        base: PreviousVersion | None,
         dim: int,
         halves: Sequence[str] = HALVES,
     ) -> None:
-        self.shards, self.parts, self.source, self.base, self.dim, self.halves = shards, parts, source, base, dim, halves
+        self.claims, self.parts, self.source, self.base, self.dim, self.halves = claims, parts, source, base, dim, halves
         self.schema = embeddings_schema(dim, config.dtype, halves)
         self.workers = config.workers
         self.device = own_device()
@@ -174,8 +174,8 @@ class Exporter:
                     compile_layers(each.backbone.model, self.device)
         self.writer = Writer(self.lanes + BEHIND, self.device)
         self.model = ThreadPoolExecutor(self.lanes, initializer=own_stream, initargs=(self.device,))
-        self.clock = Clock(self.device, self.lanes)
-        self.work = Work()
+        self.clock = ModelClock(self.device, self.lanes)
+        self.work = ExportStats()
 
     def run(self, names: list[str], wait: bool) -> None:
         """Computes what nobody else computes, until all parts are there, or, without `wait`, until others have the rest in hand."""
@@ -186,7 +186,7 @@ class Exporter:
         torch.set_num_threads(self.threads // self.lanes)  # of each lane
         try:
             with Steps("export", total, self._done(names)) as progress:
-                while self.shards.left(names):
+                while self.claims.left(names):
                     before = self.work.items
                     for part, batch in ahead(pool, load, self._batches(pool, names), depth, self._idle):
                         self._compute(part, batch)
@@ -208,10 +208,10 @@ class Exporter:
         return self.writer.waiting() < self.lanes + BEHIND // 2
 
     def _done(self, names: list[str]) -> int:
-        left = set(self.shards.left(names))
+        left = set(self.claims.left(names))
         return sum(len(self.parts[name]) for name in names if name not in left)
 
-    def _batches(self, pool: Executor, names: list[str]) -> Iterator[tuple[Part, tuple[np.ndarray, np.ndarray]]]:
+    def _batches(self, pool: Executor, names: list[str]) -> Iterator[tuple[PartInProgress, tuple[np.ndarray, np.ndarray]]]:
         """The batches of the parts that this process claims, as arguments of `load`."""
         pieces = -(-max(map(len, self.parts.values()), default=0) // MEASURED)
         measured: list[tuple[np.ndarray, np.ndarray]] = []  # of the part that is being put together
@@ -226,7 +226,7 @@ class Exporter:
             rows, n = self.parts[name], len(lengths)
             vectors = {half: np.zeros((n, self.dim), np.float32) for half in self.halves}
             flags = (np.zeros(n, bool) for _ in range(3))
-            part = Part(name, rows, contents, lengths == 0, vectors, len(batches), np.zeros(n, np.int32), *flags)
+            part = PartInProgress(name, rows, contents, lengths == 0, vectors, len(batches), np.zeros(n, np.int32), *flags)
             if not batches:
                 self.writer.put(self._finish, part)
             for at in batches:
@@ -234,7 +234,7 @@ class Exporter:
 
     def _pieces(self, names: list[str]) -> Iterator[tuple[tuple[str, bool], tuple[np.ndarray, np.ndarray]]]:
         """The rows of the parts that this process claims, as arguments of `measure`, and whether they are the last of their part."""
-        for name in self.shards.take(names):
+        for name in self.claims.take(names):
             rows, known = self.parts[name], self._known(name)
             for first in range(0, len(rows), MEASURED):
                 piece = slice(first, first + MEASURED)
@@ -244,7 +244,7 @@ class Exporter:
         rows = self.parts[name]
         return np.zeros((len(rows), 32), np.uint8) if self.base is None else self.base.contents_of(rows)
 
-    def _compute(self, part: Part, batch: Batch) -> None:
+    def _compute(self, part: PartInProgress, batch: Batch) -> None:
         self.work.items += len(batch.at)
         self.work.tokens += int(batch.n_tokens.sum())
         self.work.padded += batch.tensors["items"]["input_ids"].numel() if len(batch.at) else 0
@@ -265,7 +265,7 @@ class Exporter:
 
     # what follows runs in the writer's thread
 
-    def _collect(self, part: Part, batch: Batch, computed: "Future[tuple[dict[str, Tensor], Any]]") -> None:
+    def _collect(self, part: PartInProgress, batch: Batch, computed: "Future[tuple[dict[str, Tensor], Any]]") -> None:
         out, there = computed.result()
         if there is not None:
             there.synchronize()
@@ -281,7 +281,7 @@ class Exporter:
         if not part.left:
             self._finish(part)
 
-    def _finish(self, part: Part) -> None:
+    def _finish(self, part: PartInProgress) -> None:
         at = np.flatnonzero(part.computed)
         columns = {
             "item_id": pa.array([self.source.catalog.item_ids[row] for row in part.rows[at]], pa.string()),
@@ -299,7 +299,7 @@ class Exporter:
             kept = np.flatnonzero(part.kept)
             order = np.argsort(np.concatenate([at, kept]))
             table = pa.concat_tables([table, self.base.take(part.rows[kept], self.schema)]).take(order)
-        self.shards.add(part.name, table)
+        self.claims.add(part.name, table)
 
 
 def own_device() -> torch.device:

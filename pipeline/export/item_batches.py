@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.core.process import end_with
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import ImageError
-from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.processor import Encoded, PromptProcessor
 from pipeline.mllm.prompts import Prompts, View
 
 
@@ -39,12 +39,12 @@ class Batch:
 
 
 @dataclass
-class Source:
+class ItemBatches:
     """The items as the model is shown them."""
 
     catalog: Catalog
     views: Prompts  # that takes every picture for decodable: it turns out when its batch is loaded
-    encoder: Encoder
+    processor: PromptProcessor
     token_budget: int
     on_bad_image: Literal["error", "skip", "text_only"]
     round_to: int = 1  # lengths are padded to multiples of this
@@ -54,7 +54,7 @@ class Source:
         that of the version which is updated (zeros where it has none)."""
         contents = np.stack([self._content(int(row)) for row in rows])
         fresh = ~(contents == known).all(1)
-        lengths = [self.encoder.length(self.views.item(int(row))) if new else 0 for row, new in zip(rows, fresh, strict=True)]
+        lengths = [self.processor.length(self.views.item(int(row))) if new else 0 for row, new in zip(rows, fresh, strict=True)]
         return contents, np.array(lengths, np.int64)
 
     def _content(self, row: int) -> np.ndarray:
@@ -72,37 +72,37 @@ class Source:
         return np.frombuffer(digest, np.uint8)
 
     def load(self, rows: np.ndarray, at: np.ndarray) -> Batch:
-        began, before = time.perf_counter(), self.encoder.picture_seconds
+        began, before = time.perf_counter(), self.processor.images.seconds
         found: list[tuple[int, Encoded, bool, bool]] = []
         faults = []
         for place in at.tolist():
             row = int(rows[place])
             view, shown = View(image=self.catalog.has_image(row), text=True), None
             try:
-                shown = self.encoder.encode(self.views.item(row, view))
+                shown = self.processor.encode(self.views.item(row, view))
             except ImageError as error:
                 if self.on_bad_image == "error":
                     raise
                 faults.append(str(error))
                 if self.on_bad_image == "text_only":
                     view = View(image=False, text=True)
-                    shown = self.encoder.encode(self.views.item(row, view))
+                    shown = self.processor.encode(self.views.item(row, view))
             if shown is not None:
                 found.append((place, shown, view.image, bool(self.views.text(row))))
         if not found:
             return Batch(np.empty(0, np.int64), {}, np.empty(0, np.int32), np.empty(0, bool), np.empty(0, bool), faults)
         places, sequences, has_image, has_text = zip(*found, strict=True)
-        tensors = self.encoder.collate({"items": sequences}, self.round_to)
+        tensors = self.processor.collate({"items": sequences}, self.round_to)
         del tensors["items"]["attention_mask"]  # padding is on the right and attention causal: no token ever looks at it
         n_tokens = np.array([len(shown) for shown in sequences], np.int32)
-        seconds, decoding = time.perf_counter() - began, self.encoder.picture_seconds - before
+        seconds, decoding = time.perf_counter() - began, self.processor.images.seconds - before
         return Batch(np.array(places), tensors, n_tokens, np.array(has_image), np.array(has_text), faults, seconds, decoding)
 
 
 # --- work ahead of the model
 
 
-_source: Source | None = None  # of a worker
+_source: ItemBatches | None = None  # of a worker
 
 
 def measure(rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +115,7 @@ def load(rows: np.ndarray, at: np.ndarray) -> Batch:
     return _source.load(rows, at)
 
 
-def _begin(source: Source, parent: int | None) -> None:
+def _begin(source: ItemBatches, parent: int | None) -> None:
     global _source
     _source = source
     if parent is not None:
@@ -123,7 +123,7 @@ def _begin(source: Source, parent: int | None) -> None:
         end_with(parent)
 
 
-def loader(source: Source, workers: int) -> Executor:
+def loader(source: ItemBatches, workers: int) -> Executor:
     """Where `measure` and `load` run: so many processes, or a thread of this one."""
     if workers == 0:
         return ThreadPoolExecutor(1, initializer=_begin, initargs=(source, None))

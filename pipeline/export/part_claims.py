@@ -41,7 +41,7 @@ STALE_SECONDS = 60.0
 BEAT_SECONDS = 5.0
 
 
-class Shards:
+class PartClaims:
     """The parts of the version that `fingerprint` names; what an interrupted run of the same fingerprint added is still there.
 
     `whole(path, name)` says whether a part that another run or process added is what it should be.
@@ -73,7 +73,7 @@ class Shards:
             self._take(self.presence)
         return True
 
-    def __enter__(self) -> "Shards":
+    def __enter__(self) -> "PartClaims":
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 

@@ -9,7 +9,7 @@ from pipeline.core.artifact import Version
 from pipeline.data.embeddings import read_part
 
 
-class Base:
+class PreviousVersion:
     """The version that is updated: its contents and vectors by the rows of the new catalogue."""
 
     def __init__(self, version: Version, item_ids: list[str]) -> None:

@@ -21,7 +21,7 @@ from transformers.vision_utils import (
 Size = tuple[int, int]  # width, height
 
 
-class Processor(NamedTuple):
+class BackboneProcessor(NamedTuple):
     """What a backbone encodes images with, without its weights."""
 
     config: Any  # the model's
@@ -31,8 +31,8 @@ class Processor(NamedTuple):
 
 
 class Family(NamedTuple):
-    encode: Callable[[Processor, Image.Image], tuple[list[int], dict[str, Tensor]]]  # an image's token ids and tensors
-    tokens: Callable[[Processor, Size], int]  # how many ids an image of that size has, known without decoding it
+    encode: Callable[[BackboneProcessor, Image.Image], tuple[list[int], dict[str, Tensor]]]  # an image's token ids and tensors
+    tokens: Callable[[BackboneProcessor, Size], int]  # how many ids an image of that size has, known without decoding it
     stack: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]  # the tensors of n images as the vision tower takes them
     # What the model would else compute sequence by sequence and image by image while its device waits, from the model and the grids
     # of the images: positions in a batch (3, B, L), and what the vision tower takes beside the stacked tensors
@@ -43,8 +43,10 @@ class Family(NamedTuple):
 
 
 def _fixed(
-    ids: Callable[[Processor], list[int]],
-    pixels: Callable[[Processor, Image.Image], Tensor] = lambda processor, image: processor.image_processor(image)["pixel_values"][0],
+    ids: Callable[[BackboneProcessor], list[int]],
+    pixels: Callable[[BackboneProcessor, Image.Image], Tensor] = lambda processor, image: processor.image_processor(image)["pixel_values"][
+        0
+    ],
     more: Callable[[Tensor], dict[str, Tensor]] = lambda pixels: {},
     types: str | None = None,
 ) -> Family:
@@ -69,7 +71,7 @@ def _squared(side: int, patch: int) -> int:
     return (side // patch) ** 2
 
 
-def _idefics3_ids(processor: Processor) -> list[int]:
+def _idefics3_ids(processor: BackboneProcessor) -> list[int]:
     """The whole picture, not split into tiles."""
     config = processor.config
     count = _squared(config.vision_config.image_size, config.vision_config.patch_size) // config.scale_factor**2
@@ -77,30 +79,30 @@ def _idefics3_ids(processor: Processor) -> list[int]:
     return [fake, whole, *[config.image_token_id] * count, fake]
 
 
-def _idefics3_pixels(processor: Processor, image: Image.Image) -> Tensor:
+def _idefics3_pixels(processor: BackboneProcessor, image: Image.Image) -> Tensor:
     pixels: Tensor = processor.image_processor(images=[[image]], do_image_splitting=False, return_tensors="pt")["pixel_values"][0]
     return pixels  # (1, 3, H, W)
 
 
-def _gemma3_ids(processor: Processor) -> list[int]:
+def _gemma3_ids(processor: BackboneProcessor) -> list[int]:
     """Without crops (pan and scan), as the model's own processor has it by default."""
     config = processor.config
     lines = processor.tokenizer("\n\n", add_special_tokens=False).input_ids
     return [*lines, config.boi_token_index, *[config.image_token_id] * config.mm_tokens_per_image, config.eoi_token_index, *lines]
 
 
-def _llava_ids(processor: Processor) -> list[int]:
+def _llava_ids(processor: BackboneProcessor) -> list[int]:
     """One token a patch; the strategy "default" leaves out the first of the vision tower's outputs, which in CLIP is no patch."""
     config, vision = processor.config, processor.config.vision_config
     extra = (vision.model_type == "clip_vision_model") - (config.vision_feature_select_strategy == "default")
     return [config.image_token_id] * (_squared(vision.image_size, vision.patch_size) + extra)
 
 
-def _onevision_ids(processor: Processor) -> list[int]:
+def _onevision_ids(processor: BackboneProcessor) -> list[int]:
     return [*_llava_ids(processor), processor.config.image_token_id]  # the last stands for the end of the line
 
 
-def _onevision_pixels(processor: Processor, image: Image.Image) -> Tensor:
+def _onevision_pixels(processor: BackboneProcessor, image: Image.Image) -> Tensor:
     """The picture as one tile, padded to a square: what the model was trained on where a prompt holds several pictures, as a
     session does. Of a picture alone it also knows up to nine tiles more, at ten times the tokens: not used here.
     """
@@ -117,7 +119,7 @@ def _onevision_more(pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _qwen_size(processor: Processor) -> dict[str, int]:
+def _qwen_size(processor: BackboneProcessor) -> dict[str, int]:
     """In pixels, of which "shortest_edge" is the least and "longest_edge" the most."""
     size = dict(processor.image_processor.size)
     if most := processor.max_pixels:
@@ -125,7 +127,7 @@ def _qwen_size(processor: Processor) -> dict[str, int]:
     return size
 
 
-def _qwen_tokens(processor: Processor, size: Size) -> int:
+def _qwen_tokens(processor: BackboneProcessor, size: Size) -> int:
     width, height = size
     within = _qwen_size(processor)
     limits = {"min_pixels": within["shortest_edge"], "max_pixels": within["longest_edge"]}
@@ -136,7 +138,7 @@ def _qwen_tokens(processor: Processor, size: Size) -> int:
     return int(patches // processor.image_processor.merge_size**2) + 2
 
 
-def _qwen_image(processor: Processor, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
+def _qwen_image(processor: BackboneProcessor, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
     out = processor.image_processor(images=[image], return_tensors="pt", size=_qwen_size(processor))
     count = int(out["image_grid_thw"].prod()) // processor.image_processor.merge_size**2
     config = processor.config

@@ -23,7 +23,7 @@ from pipeline.mllm.prompt_templates import Templates, load_templates
 VERSION = "2"  # goes into fingerprints and manifests; raise it with any change of what is shown beside the templates
 
 
-class Part(NamedTuple):
+class PromptPart(NamedTuple):
     kind: Literal["words", "text", "image", "turn", "read", "answer", "intent"]  # "text", of an item, may be cut
     text: str = ""
     row: int = -1  # of the item whose image it is
@@ -36,7 +36,7 @@ class View(NamedTuple):
     text: bool
 
 
-TURN, READ = Part("turn"), Part("read")
+TURN, READ = PromptPart("turn"), PromptPart("read")
 FULL = View(True, True)
 
 
@@ -81,13 +81,13 @@ class Prompts:
                 self._decodes[row] = False
         return self._decodes[row]
 
-    def _begin(self) -> list[Part]:
+    def _begin(self) -> list[PromptPart]:
         return filled(self.templates.instruction)
 
-    def _block(self, row: int, view: View) -> list[Part]:
+    def _block(self, row: int, view: View) -> list[PromptPart]:
         text = self.text(row) if view.text else ""
-        image = [Part("image", row=row)] if view.image and self.has_image(row) else []
-        shown = image or filled(self.templates.no_image), [Part("text", text)] if text else filled(self.templates.no_text)
+        image = [PromptPart("image", row=row)] if view.image and self.has_image(row) else []
+        shown = image or filled(self.templates.no_image), [PromptPart("text", text)] if text else filled(self.templates.no_text)
         block = filled(self.templates.item, image=shown[0], text=shown[1])
         return block if text and image else [*block, *self._similar(row)]
 
@@ -95,15 +95,15 @@ class Prompts:
         """What is shown beside an item that lacks something: titles of near items, or nothing."""
         return "; ".join(self.neighbours(row)) if self.neighbours else ""
 
-    def _similar(self, row: int) -> list[Part]:
+    def _similar(self, row: int) -> list[PromptPart]:
         titles = self.similar(row)
-        return filled(self.templates.similar, titles=[Part("text", titles)]) if titles else []
+        return filled(self.templates.similar, titles=[PromptPart("text", titles)]) if titles else []
 
-    def item(self, row: int, view: View = FULL) -> list[Part]:
+    def item(self, row: int, view: View = FULL) -> list[PromptPart]:
         """The prompt at whose last token the item feature h(v) is read."""
         return [*self._begin(), *filled(self.templates.describe, item=self._block(row, view)), TURN, READ]
 
-    def knowledge(self, row: int, view: View, rng: np.random.Generator) -> list[Part]:
+    def knowledge(self, row: int, view: View, rng: np.random.Generator) -> list[PromptPart]:
         """The item prompt, and then one thing the model learns to write: a column that the view does not show.
 
         With the text withheld that is the first of its columns, the title, half of the time. Where nothing is hidden it is the title.
@@ -112,10 +112,10 @@ class Prompts:
         if not view.text and hidden and rng.random() < 0.5:
             hidden = hidden[:1]
         column = hidden[rng.integers(len(hidden))] if hidden else "title"
-        return [*self.item(row, view), self._asked(column), Part("answer", self.catalog.text(row, column))]
+        return [*self.item(row, view), self._asked(column), PromptPart("answer", self.catalog.text(row, column))]
 
-    def _asked(self, column: str) -> Part:
-        return Part("words", self.templates.knowledge.format(column=column).strip())
+    def _asked(self, column: str) -> PromptPart:
+        return PromptPart("words", self.templates.knowledge.format(column=column).strip())
 
     def pair(self, row: int, rng: np.random.Generator) -> tuple[View, View]:
         """Two views to be pulled together; equal where the item has only an image or only a text."""
@@ -142,17 +142,17 @@ class Prompts:
         shared = [found for found, count in Counter(values).items() if count > max(1, len(items) / 2)]
         return ", ".join(f"{c}: {value}" for c, value in sorted(shared, key=lambda found: (self.attributes.index(found[0]), found[1])))
 
-    def summary(self, earlier: str, rows: Sequence[int] | np.ndarray) -> list[Part]:
+    def summary(self, earlier: str, rows: Sequence[int] | np.ndarray) -> list[PromptPart]:
         """After which a summary of `rows` is to be written, `earlier` being that of the items before them."""
         items = [part for row in rows for part in self._block(int(row), FULL)]
         return [*self._begin(), *self._earlier(earlier), *filled(self.templates.summarise, items=items), TURN]
 
-    def _earlier(self, summary: str) -> list[Part]:
-        return filled(self.templates.earlier, summary=[Part("text", summary)]) if summary else []
+    def _earlier(self, summary: str) -> list[PromptPart]:
+        return filled(self.templates.earlier, summary=[PromptPart("text", summary)]) if summary else []
 
     def session(
         self, rows: Sequence[int] | np.ndarray, views: Sequence[View] | None = None, intent: str = "", earlier: str = ""
-    ) -> list[Part]:
+    ) -> list[PromptPart]:
         """The items of a session but the last, whose text is the answer; a feature is read wherever a next item is asked for.
 
         One pass so trains on every prefix of the session: the model is causal. An intent is written before it, and
@@ -160,8 +160,8 @@ class Prompts:
         """
         shown = zip(rows[:-1], views or [FULL] * (len(rows) - 1), strict=True)
         parts = [part for row, view in shown for part in (*filled(self.templates.next, item=self._block(row, view)), READ)]
-        asked = filled(self.templates.intent, intent=[Part("intent", intent)]) if intent else []
-        answer = Part("answer", self.text(rows[-1]) or self.templates.no_text)
+        asked = filled(self.templates.intent, intent=[PromptPart("intent", intent)]) if intent else []
+        answer = PromptPart("answer", self.text(rows[-1]) or self.templates.no_text)
         return [*self._begin(), *self._earlier(earlier), *parts[:-1], TURN, READ, *asked, answer]
 
     def words(self) -> list[str]:
@@ -173,11 +173,11 @@ class Prompts:
         return texts + templates * (len(texts) // 10 + 10)  # often enough to become one token a word
 
 
-def filled(template: str, **parts: list[Part]) -> list[Part]:
+def filled(template: str, **parts: list[PromptPart]) -> list[PromptPart]:
     """The words of a template, and the parts that stand for its placeholders (without them: the words alone)."""
-    found: list[Part] = []
+    found: list[PromptPart] = []
     for words, name, *_ in Formatter().parse(template):
         if words.strip():
-            found.append(Part("words", words.strip()))
+            found.append(PromptPart("words", words.strip()))
         found += parts.get(name or "", [])
     return found

@@ -15,7 +15,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.distill.grad_cache import backward, features, look_once, split
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import FULL, Prompts
 from pipeline.objectives.contrastive import info_nce
 
@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_the_whole_batch(trains: str, folder: Path, tiny
     config, catalog = settings(*(large if "dropout" in trains else [])), load_catalog(tiny_data)
     prompts = Prompts(catalog, config.data)
     backbone = build_backbone(config.backbone, prompts, 0)
-    encoder, mllm = Encoder(config.backbone, backbone, catalog), Mllm(backbone.model, ("knowledge", "session"), 8).train()
+    encoder, mllm = PromptProcessor(config.backbone, backbone, catalog), Mllm(backbone.model, ("knowledge", "session"), 8).train()
     sequences = {
         "sessions": [encoder.encode(prompts.session([row, row + 1])) for row in ROWS],
         "items": [encoder.encode(prompts.knowledge(row, FULL, np.random.default_rng(row))) for row in ROWS],

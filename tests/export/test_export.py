@@ -27,7 +27,7 @@ from pipeline.core.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.export.export import export
-from pipeline.export.item_batches import Source
+from pipeline.export.item_batches import ItemBatches
 from pipeline.mllm.prompts import Prompts
 
 
@@ -448,7 +448,7 @@ def test_or_the_item_is_left_out_and_listed(tiny_run: Path, tiny_data: Path, tmp
 def test_items_that_change_while_in_use_are_no_bad_pictures(data: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     made = make(folder, tmp_path, "tiny", "data.on_bad_image=text_only")
-    source = Source(made.encoder.catalog, Prompts(made.encoder.catalog, settings().data), made.encoder, 4096, "text_only")
+    source = ItemBatches(made.processor.catalog, Prompts(made.processor.catalog, settings().data), made.processor, 4096, "text_only")
     (folder / "items.parquet").touch()
     rows, known = np.arange(6), np.zeros((6, 32))
     for work in (lambda: made.prompts.has_image(0), lambda: source.measure(rows, known), lambda: source.load(rows, rows)):

@@ -15,7 +15,7 @@ from pipeline.core.config_file import load_config
 from pipeline.data.catalog import load_catalog
 from pipeline.mllm.backbone import Backbone, build_backbone
 from pipeline.mllm.model import Mllm, embed
-from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.processor import Encoded, PromptProcessor
 from pipeline.mllm.prompts import Prompts
 
 LONG = "a very large mug of clay with a handle, a lid, a saucer and a spoon"
@@ -43,14 +43,14 @@ class Made:
     config: Config
     prompts: Prompts
     backbone: Backbone
-    encoder: Encoder
+    processor: PromptProcessor
     mllm: Mllm
 
     def features(self, sequences: Sequence[Encoded], token_budget: int, head: str = "knowledge") -> np.ndarray:
-        return embed(self.mllm.eval(), self.encoder, sequences, (head,), token_budget, "cpu")[head]
+        return embed(self.mllm.eval(), self.processor, sequences, (head,), token_budget, "cpu")[head]
 
     def items(self, *item_ids: str) -> list[Encoded]:
-        return [self.encoder.encode(self.prompts.item(ROW[item_id])) for item_id in item_ids]
+        return [self.processor.encode(self.prompts.item(ROW[item_id])) for item_id in item_ids]
 
 
 def make(data: Path, folders: Path, family: str, *more: str) -> Made:
@@ -61,4 +61,4 @@ def make(data: Path, folders: Path, family: str, *more: str) -> Made:
     backbone = build_backbone(config.backbone, prompts, config.seed)
     torch.manual_seed(1)
     mllm = Mllm(backbone.model, ("knowledge", "transition"), 8)
-    return Made(config, prompts, backbone, Encoder(config.backbone, backbone, catalog), mllm)
+    return Made(config, prompts, backbone, PromptProcessor(config.backbone, backbone, catalog), mllm)

@@ -27,7 +27,7 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.mllm.backbone import UNQUANTIZED, build_backbone
 from pipeline.mllm.model import trainable_state
 from pipeline.mllm.processor import Encoded
-from pipeline.mllm.prompts import Part, Prompts
+from pipeline.mllm.prompts import PromptPart, Prompts
 from pipeline.mllm.vision_tower import pack_attention
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,8 +53,8 @@ def test_only_adapters_of_the_language_model_and_heads_train(data: Path, folders
     optimizer = torch.optim.AdamW(made.mllm.parameters(), 1e-2)
     made.mllm.train()
     for _ in range(2):  # A moves once B is no longer zero
-        sequences = [made.encoder.encode([*made.prompts.item(row), Part("answer", "clay")]) for row in ROW.values()]
-        out = made.mllm(made.encoder.collate({"items": sequences}), {"items": ("knowledge", "transition")})
+        sequences = [made.processor.encode([*made.prompts.item(row), PromptPart("answer", "clay")]) for row in ROW.values()]
+        out = made.mllm(made.processor.collate({"items": sequences}), {"items": ("knowledge", "transition")})
         optimizer.zero_grad()
         (out["items.nll"] + out["items.knowledge"].sum() + out["items.transition"].sum()).backward()
         optimizer.step()
@@ -216,26 +216,26 @@ def own_processor(made: Made, family: str) -> Any:
 @pytest.mark.parametrize(("family", "mark"), [("gemma3", "<|vision_start|>"), ("llava", "<image>"), ("idefics3", "<image>")])
 def test_a_picture_is_encoded_as_by_the_familys_own_processor(data: Path, folders: Path, family: str, mark: str) -> None:
     made = make(data, folders, family)
-    ids, tensors = made.encoder.family.encode(made.encoder.processor, Image.open(io.BytesIO(picture("red")["bytes"])))
-    own = own_processor(made, family)(images=[[made.encoder.catalog.image(ROW["red"])]], text=[f"Item:{mark} a mug"], return_tensors="pt")
-    around = [made.encoder.tokens(text) for text in ("Item:", " a mug")]
+    ids, tensors = made.processor.family.encode(made.processor.backbone_processor, Image.open(io.BytesIO(picture("red")["bytes"])))
+    own = own_processor(made, family)(images=[[made.processor.catalog.image(ROW["red"])]], text=[f"Item:{mark} a mug"], return_tensors="pt")
+    around = [made.processor.tokens(text) for text in ("Item:", " a mug")]
     assert own["input_ids"][0].tolist() == [*around[0], *ids, *around[1]]
-    assert torch.equal(own["pixel_values"], made.encoder.family.stack([tensors])["pixel_values"])
+    assert torch.equal(own["pixel_values"], made.processor.family.stack([tensors])["pixel_values"])
     if family == "gemma3":
-        batch = made.encoder.collate({"items": [Encoded(own["input_ids"][0].tolist())]})["items"]
+        batch = made.processor.collate({"items": [Encoded(own["input_ids"][0].tolist())]})["items"]
         assert torch.equal(own["token_type_ids"], batch["token_type_ids"])
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_what_is_computed_ahead_of_the_model_is_what_it_would_compute(data: Path, folders: Path, family: str) -> None:
     made = make(data, folders, family)
-    batches = made.encoder.collate({"items": [made.encoder.encode(made.prompts.item(row)) for row in range(len(ITEMS))]})
+    batches = made.processor.collate({"items": [made.processor.encode(made.prompts.item(row)) for row in range(len(ITEMS))]})
     left = {name: t for name, t in batches["items"].items() if name != "position_ids"}
-    pictures = {name: batches["pictures"][name] for name in ("pixel_values", "image_grid_thw")}
+    pictures = {name: batches["images"][name] for name in ("pixel_values", "image_grid_thw")}
     assert len(left) == len(batches["items"]) - 1
-    assert len(batches["pictures"]) >= len(pictures) + 2
+    assert len(batches["images"]) >= len(pictures) + 2
     with torch.no_grad():
-        ahead, own = (made.mllm.hidden(of)["items"] for of in (batches, {"items": left, "pictures": pictures}))
+        ahead, own = (made.mllm.hidden(of)["items"] for of in (batches, {"items": left, "images": pictures}))
     assert torch.equal(ahead, own)
 
 
@@ -244,7 +244,7 @@ def test_what_is_computed_ahead_of_the_model_is_what_it_would_compute(data: Path
 def test_a_gpu_attends_to_all_pictures_at_once_as_to_each_alone(data: Path, folders: Path, family: str) -> None:
     made = make(data, folders, family, "backbone.dtype=bfloat16")
     device = torch.device("cuda")
-    batches = made.encoder.collate({"items": [made.encoder.encode(made.prompts.item(row)) for row in range(len(ITEMS))]})
+    batches = made.processor.collate({"items": [made.processor.encode(made.prompts.item(row)) for row in range(len(ITEMS))]})
     batches = {of: {name: t.to(device) for name, t in batch.items()} for of, batch in batches.items()}
     mllm = made.mllm.to(device).eval()
     with torch.no_grad():
@@ -257,10 +257,10 @@ def test_a_gpu_attends_to_all_pictures_at_once_as_to_each_alone(data: Path, fold
 def test_llava_onevision_sees_a_picture_as_one_of_several(data: Path, folders: Path) -> None:
     """Its own processor needs torchvision; its image processor shows two pictures of one prompt as a tile each."""
     made = make(data, folders, "llava_onevision")
-    red, blue = (made.encoder.catalog.image(ROW[item]) for item in ("red", "blue"))
+    red, blue = (made.processor.catalog.image(ROW[item]) for item in ("red", "blue"))
     own = made.backbone.image_processor(images=[[red, blue]], return_tensors="pt")
-    pictures = [made.encoder.picture(ROW[item]) for item in ("red", "blue")]
-    assert torch.equal(own["pixel_values"], made.encoder.family.stack([p.tensors for p in pictures])["pixel_values"])
+    pictures = [made.processor.images.get(ROW[item]) for item in ("red", "blue")]
+    assert torch.equal(own["pixel_values"], made.processor.family.stack([p.tensors for p in pictures])["pixel_values"])
     with torch.no_grad():
         features = made.backbone.model.model.get_image_features(**own, return_dict=True).pooler_output
     assert [len(f) for f in features] == [len(p.ids) for p in pictures]
@@ -279,9 +279,9 @@ def test_the_chat_template_of_the_familys_processor_is_the_one_used(data: Path, 
     shutil.copytree(folders / "llava_onevision", tmp_path / "chat")
     (tmp_path / "chat" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     made = make(data, tmp_path, "chat")
-    assert made.backbone.tokenizer.decode(made.encoder.head) == "<|end|>user "
-    assert made.backbone.tokenizer.decode(made.encoder.tail) == "<|end|>assistant"
-    assert made.items("red")[0].ids[: len(made.encoder.head)] == made.encoder.head
+    assert made.backbone.tokenizer.decode(made.processor.head) == "<|end|>user "
+    assert made.backbone.tokenizer.decode(made.processor.tail) == "<|end|>assistant"
+    assert made.items("red")[0].ids[: len(made.processor.head)] == made.processor.head
 
 
 # --- the configs of published backbones

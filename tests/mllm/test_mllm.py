@@ -13,8 +13,8 @@ from helpers.items import ITEMS, LONG, ROW, Made, make
 from helpers.runs import same
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.mllm.model import MODEL_INPUTS, embed, load_trainable, trainable_state
-from pipeline.mllm.processor import Encoded, Encoder
-from pipeline.mllm.prompts import Part, View
+from pipeline.mllm.processor import Encoded, PromptProcessor
+from pipeline.mllm.prompts import PromptPart, View
 from pipeline.mllm.saved_mllm import load_mllm, save_mllm
 from pipeline.mllm.tiny_backbone import train_tokenizer
 
@@ -40,7 +40,7 @@ def tiny(data: Path, folders: Path) -> Made:
 def test_an_item_has_the_same_features_alone_and_in_any_batch(made: Made) -> None:
     sequences = made.items(*ITEMS)
     assert len({len(s) for s in sequences}) > 2
-    assert len({len(s.pictures) for s in sequences}) == 2
+    assert len({len(s.images) for s in sequences}) == 2
     alone, together = made.features(sequences, 1), made.features(sequences, 10_000)
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(made.features(sequences[::-1], 10_000)[::-1], alone, atol=1e-5)
@@ -49,7 +49,7 @@ def test_an_item_has_the_same_features_alone_and_in_any_batch(made: Made) -> Non
 
 def test_no_feature_depends_on_the_attention_mask(made: Made) -> None:
     """Padding is on the right and attention causal, which is why the export leaves the mask out."""
-    batches = made.encoder.collate({"items": made.items(*ITEMS)})
+    batches = made.processor.collate({"items": made.items(*ITEMS)})
     with torch.no_grad():
         masked = made.mllm.eval()(batches, {"items": ("knowledge",)})["items.knowledge"]
         del batches["items"]["attention_mask"]
@@ -57,7 +57,7 @@ def test_no_feature_depends_on_the_attention_mask(made: Made) -> None:
 
 
 def test_the_length_of_a_sequence_is_known_before_its_picture_is_decoded(made: Made) -> None:
-    assert [made.encoder.length(made.prompts.item(row)) for row in ROW.values()] == [len(s) for s in made.items(*ITEMS)]
+    assert [made.processor.length(made.prompts.item(row)) for row in ROW.values()] == [len(s) for s in made.items(*ITEMS)]
 
 
 def test_picture_and_text_both_matter(made: Made) -> None:
@@ -68,32 +68,32 @@ def test_picture_and_text_both_matter(made: Made) -> None:
 
 
 def test_equal_pictures_go_through_the_vision_tower_once(made: Made) -> None:
-    batches = made.encoder.collate({"items": made.items("red", "blue", "no-picture"), "more": made.items("red-again", "red", "long")})
-    one, two, three = (made.encoder.picture(ROW[item]) for item in ("red", "blue", "long"))
-    for name, tensor in made.encoder.family.stack([p.tensors for p in (one, two, three)]).items():
-        assert torch.equal(batches["pictures"][name], tensor)
-    assert batches["items"]["picture_at"].tolist() == [0, 1]
-    assert batches["more"]["picture_at"].tolist() == [0, 0, 2]
+    batches = made.processor.collate({"items": made.items("red", "blue", "no-picture"), "more": made.items("red-again", "red", "long")})
+    one, two, three = (made.processor.images.get(ROW[item]) for item in ("red", "blue", "long"))
+    for name, tensor in made.processor.family.stack([p.tensors for p in (one, two, three)]).items():
+        assert torch.equal(batches["images"][name], tensor)
+    assert batches["items"]["image_at"].tolist() == [0, 1]
+    assert batches["more"]["image_at"].tolist() == [0, 0, 2]
 
 
 def test_the_answer_does_not_show_in_the_feature(made: Made) -> None:
     """The feature is read before the answer, and a token sees only what stands before it."""
     item = made.prompts.item(ROW["red"])
-    answered = [made.encoder.encode([*item, Part("text", "title:"), Part("answer", answer)]) for answer in ("a mug", LONG)]
-    features = made.features([made.encoder.encode(item), *answered], 10_000)
+    answered = [made.processor.encode([*item, PromptPart("text", "title:"), PromptPart("answer", answer)]) for answer in ("a mug", LONG)]
+    features = made.features([made.processor.encode(item), *answered], 10_000)
     np.testing.assert_allclose(features[1:], features[[0, 0]], atol=1e-5)
 
 
 def test_generation_loss_is_that_of_the_language_model(made: Made) -> None:
     answers = ("a mug", LONG)
     rows = (ROW["red"], ROW["blue"])
-    sequences = [made.encoder.encode([*made.prompts.item(row), Part("answer", a)]) for row, a in zip(rows, answers, strict=True)]
+    sequences = [made.processor.encode([*made.prompts.item(row), PromptPart("answer", a)]) for row, a in zip(rows, answers, strict=True)]
     for s, answer in zip(sequences, answers, strict=True):
         written = [s.ids[at] for at in s.answers]
         assert made.backbone.tokenizer.decode(written[:-1]).strip() == answer
         assert written[-1] == made.backbone.tokenizer.eos_token_id
-    batches = made.encoder.collate({"items": sequences})
-    batch, pixels = batches["items"], batches["pictures"]
+    batches = made.processor.collate({"items": sequences})
+    batch, pixels = batches["items"], batches["images"]
     with torch.no_grad():
         nll = float(made.mllm(batches, {"items": ()})["items.nll"])
         labels = torch.full_like(batch["input_ids"], -100)
@@ -107,30 +107,30 @@ def test_generation_loss_is_that_of_the_language_model(made: Made) -> None:
 def test_what_it_writes_is_the_likeliest_token_after_the_other(made: Made) -> None:
     """A batch is written with a cache, padded on the left; one by one, without either, comes to the same."""
     sequences = made.items("red", "no-picture", "long")
-    tensors = made.encoder.collate({"s": sequences})
-    greedy = made.encoder.greedy(5)
+    tensors = made.processor.collate({"s": sequences})
+    greedy = made.processor.greedy(5)
     head = made.backbone.model.get_output_embeddings()
     with torch.no_grad():
         written = made.mllm.eval().write(tensors, "s", greedy)
         for s, ids in zip(sequences, written.tolist(), strict=True):
             for n, token in enumerate(ids):
-                logits = head(made.mllm.hidden(made.encoder.collate({"s": [Encoded(s.ids + ids[:n], s.pictures)]}))["s"][-1])
+                logits = head(made.mllm.hidden(made.processor.collate({"s": [Encoded(s.ids + ids[:n], s.images)]}))["s"][-1])
                 logits[greedy.suppress_tokens] = -torch.inf
                 assert token == int(logits.argmax())
                 if token == made.backbone.tokenizer.eos_token_id:
                     break
-    assert not {*written.flatten().tolist()} & {*greedy.suppress_tokens} - {made.encoder.pad}
-    assert len(made.encoder.decode(written)) == 3
+    assert not {*written.flatten().tolist()} & {*greedy.suppress_tokens} - {made.processor.pad}
+    assert len(made.processor.decode(written)) == 3
 
 
 def test_a_session_reads_one_feature_for_every_item_it_asks_for(made: Made) -> None:
     """Each prefix of the session stands in the same sequence, and sees nothing of what comes after it."""
     rows = [ROW[item] for item in ("red", "no-picture", "long", "blue")]
-    whole = made.encoder.encode(made.prompts.session(rows))
+    whole = made.processor.encode(made.prompts.session(rows))
     assert len(whole.reads) == len(rows) - 1
-    other = made.encoder.encode(made.prompts.session([*rows[:2], ROW["no-text"], ROW["red"]]))
+    other = made.processor.encode(made.prompts.session([*rows[:2], ROW["no-text"], ROW["red"]]))
     with torch.no_grad():
-        one, two = (made.mllm(made.encoder.collate({"s": [s]}), {"s": ("knowledge",)})["s.knowledge"] for s in (whole, other))
+        one, two = (made.mllm(made.processor.collate({"s": [s]}), {"s": ("knowledge",)})["s.knowledge"] for s in (whole, other))
     np.testing.assert_allclose(one[:2], two[:2], atol=1e-5)
     assert (one[2] - two[2]).abs().max() > 1e-3
 
@@ -139,13 +139,13 @@ def test_a_mean_feature_is_the_mean_over_the_tokens_of_its_item(data: Path, fold
     """In a session: over those since the item before, so that each prefix still sees nothing of what comes after it."""
     made = make(data, folders, "tiny", "backbone.pooling=mean")
     rows = [ROW[item] for item in ("red", "no-picture", "long", "blue")]
-    sequences = [made.encoder.encode(made.prompts.session(rows)), *made.items("no-text", "long")]
-    batches = made.encoder.collate({"s": sequences})
+    sequences = [made.processor.encode(made.prompts.session(rows)), *made.items("no-text", "long")]
+    batches = made.processor.collate({"s": sequences})
     with torch.no_grad():
         features = made.mllm.eval()(batches, {"s": ("knowledge",)})["s.knowledge"]
         states = made.mllm.hidden(batches)["s"].unflatten(0, (len(sequences), -1))
-        frame, session = len(made.encoder.head), sequences[0]
-        asked = [made.encoder.length(made.prompts.session(rows[:n])[:-3]) for n in (2, 3)]  # without the turn, the read and the answer
+        frame, session = len(made.processor.head), sequences[0]
+        asked = [made.processor.length(made.prompts.session(rows[:n])[:-3]) for n in (2, 3)]  # without the turn, the read and the answer
         ends = [*asked, len(session) - len(session.answers)]
         means = [states[0, begin:end].mean(0) for begin, end in zip([frame, *ends], ends, strict=False)]
         means += [states[b, frame : len(sequences[b])].mean(0) for b in (1, 2)]
@@ -158,7 +158,7 @@ def test_a_mean_feature_is_the_mean_over_the_tokens_of_its_item(data: Path, fold
 def test_long_texts_are_cut(data: Path, folders: Path, tiny: Made) -> None:
     cut = make(data, folders, "tiny", "backbone.max_text_tokens=4")
     assert len(cut.items("long")[0]) < len(tiny.items("long")[0])
-    assert len(cut.items("long")[0]) == len(cut.items("red")[0]) + 4 - len(tiny.encoder.tokens(" a mug"))
+    assert len(cut.items("long")[0]) == len(cut.items("red")[0]) + 4 - len(tiny.processor.tokens(" a mug"))
 
 
 def test_a_year_begins_as_the_year_before_it_though_no_text_had_it() -> None:
@@ -172,15 +172,15 @@ def test_what_looks_like_a_special_token_in_a_text_is_text(data: Path, folders: 
     """A title is no place to close a turn or to ask for a picture."""
     table = pq.read_table(data / "items.parquet")
     for family in ("tiny", "smolvlm", "qwen3_vl"):
-        special = make(data, folders, family).encoder.tokenizer.all_special_tokens
+        special = make(data, folders, family).processor.tokenizer.all_special_tokens
         titles = [f"a {' '.join(special)} mug", *table["title"].to_pylist()[1:]]
         pq.write_table(table.set_column(1, "title", pa.array(titles)), tmp_path / "items.parquet")
         made = make(tmp_path, folders, family)
         plain = make(data, folders, family)
-        ids, wanted = (each.encoder.encode(each.prompts.item(0)).ids for each in (made, plain))
-        count = {token: wanted.count(token) for token in made.encoder.tokenizer.all_special_ids}
+        ids, wanted = (each.processor.encode(each.prompts.item(0)).ids for each in (made, plain))
+        count = {token: wanted.count(token) for token in made.processor.tokenizer.all_special_ids}
         assert {token: ids.count(token) for token in count} == count
-        assert np.isfinite(made.features([made.encoder.encode(made.prompts.item(0))], 10_000)).all()
+        assert np.isfinite(made.features([made.processor.encode(made.prompts.item(0))], 10_000)).all()
 
 
 def test_a_pixel_budget_makes_fewer_tokens(data: Path, folders: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_pixel_budget_makes_fewer_tokens(data: Path, folders: Path) -> None:
 # --- prompts
 
 
-def texts(parts: list[Part]) -> list[str]:
+def texts(parts: list[PromptPart]) -> list[str]:
     return [part.text for part in parts if part.kind in ("words", "text")]
 
 
@@ -238,7 +238,7 @@ def test_a_teacher_is_the_same_backbone_with_other_weights_that_come_and_go(made
     """Of LoRA only the adapters are other."""
     row, mllm = ROW["red"], made.mllm
     parts = made.prompts.knowledge(row, View(True, False), np.random.default_rng(0))
-    batches = made.encoder.collate({"items": [made.encoder.encode(parts)]})
+    batches = made.processor.collate({"items": [made.processor.encode(parts)]})
     heads = {"items": ["knowledge"]}
     own = {name: weight.detach().clone() for name, weight in trainable_state(mllm.backbone).items()}
     other = {name: weight + 0.02 for name, weight in own.items()}
@@ -278,14 +278,14 @@ def test_a_saved_model_comes_back_exactly(made: Made, tmp_path: Path) -> None:
     again, backbone, settings = load_mllm(tmp_path)
     assert settings == facts
     assert same(made.mllm.state_dict(), again.state_dict())
-    encoder = Encoder(made.config.backbone, backbone, made.encoder.catalog)
-    sequences = [encoder.encode(made.prompts.item(row)) for row in ROW.values()]
+    processor = PromptProcessor(made.config.backbone, backbone, made.processor.catalog)
+    sequences = [processor.encode(made.prompts.item(row)) for row in ROW.values()]
     assert [s.ids for s in sequences] == [s.ids for s in made.items(*ITEMS)]
     before = made.features(made.items(*ITEMS), 10_000)
-    np.testing.assert_array_equal(embed(again.eval(), encoder, sequences, ("knowledge",), 10_000, "cpu")["knowledge"], before)
+    np.testing.assert_array_equal(embed(again.eval(), processor, sequences, ("knowledge",), 10_000, "cpu")["knowledge"], before)
     merged, _, _ = load_mllm(tmp_path, merge=True)
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    np.testing.assert_allclose(embed(merged.eval(), encoder, sequences, ("knowledge",), 10_000, "cpu")["knowledge"], before, atol=1e-5)
+    np.testing.assert_allclose(embed(merged.eval(), processor, sequences, ("knowledge",), 10_000, "cpu")["knowledge"], before, atol=1e-5)
 
 
 def test_weights_of_another_model_are_refused(tiny: Made, tmp_path: Path) -> None:

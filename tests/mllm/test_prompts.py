@@ -14,7 +14,7 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.mllm.prompt_templates import Templates, load_templates
-from pipeline.mllm.prompts import Part, Prompts, View
+from pipeline.mllm.prompts import PromptPart, Prompts, View
 
 OWN = 'instruction: "You know this shop."\nitem: "{text}, to be seen here: {image}"\ndescribe: "A product. {item}"\n'
 
@@ -48,11 +48,11 @@ def test_the_shipped_file_is_the_built_in_wording() -> None:
 
 def test_an_item_and_a_session_are_worded_as_the_file_says(own: Path, tiny_data: Path) -> None:
     prompts = Prompts(load_catalog(tiny_data), settings(f"data.prompts={own}").data)
-    begin = [Part("words", "You know this shop.")]
-    item = [Part("text", prompts.text(3)), Part("words", ", to be seen here:"), Part("image", row=3)]
-    assert prompts.item(3) == [*begin, Part("words", "A product."), *item, Part("turn"), Part("read")]
-    assert Part("words", "no picture.") in prompts.item(3, View(image=False, text=True))
-    assert prompts.session([3, 5])[:5] == [*begin, *item, Part("words", "Next:")]
+    begin = [PromptPart("words", "You know this shop.")]
+    item = [PromptPart("text", prompts.text(3)), PromptPart("words", ", to be seen here:"), PromptPart("image", row=3)]
+    assert prompts.item(3) == [*begin, PromptPart("words", "A product."), *item, PromptPart("turn"), PromptPart("read")]
+    assert PromptPart("words", "no picture.") in prompts.item(3, View(image=False, text=True))
+    assert prompts.session([3, 5])[:5] == [*begin, *item, PromptPart("words", "Next:")]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from pipeline.data.catalog import plain_text
 from pipeline.data.images import ImageError, decode_image, read_image_file
 from pipeline.data.parquet_checks import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, raise_duplicate
 from pipeline.data.prepare.sessionizer import SessionRules, build_sessions
-from pipeline.data.prepare.tables import Source, open_source
+from pipeline.data.prepare.tables import SourceTable, open_table
 from pipeline.data.prepare.timestamps import read_times
 
 ITEM_NAMES = {  # column of ours -> what others call it, by lower-case letters and digits alone, the likeliest first
@@ -95,8 +95,8 @@ def prepare(options: PrepareOptions) -> PrepareSummary:
     """Writes both files or, on any error, neither."""
     _check(options)
     summary = PrepareSummary(options.out)
-    items = open_source(options.items) if options.items is not None else None
-    log = open_source(options.sessions)
+    items = open_table(options.items) if options.items is not None else None
+    log = open_table(options.sessions)
     item_columns = _find_columns(items, ITEM_NAMES, options.columns, summary) if items is not None else {}
     event_columns = _find_columns(log, EVENT_NAMES, options.columns, summary)
     texts = _texts(items, item_columns, summary) if items is not None else None
@@ -129,7 +129,7 @@ def _check(options: PrepareOptions) -> None:
         raise UserError("the session gap and the item count must be positive, the session length not negative (command line)", USAGE)
 
 
-def _find_columns(source: Source, names: dict[str, str], chosen: dict[str, str], summary: PrepareSummary) -> dict[str, str]:
+def _find_columns(source: SourceTable, names: dict[str, str], chosen: dict[str, str], summary: PrepareSummary) -> dict[str, str]:
     """Our column -> the file's: as chosen, else of the same name, else of a name in use elsewhere for it."""
     bare: dict[str, str] = {}
     for name in source.schema.names:
@@ -154,7 +154,7 @@ def _find_columns(source: Source, names: dict[str, str], chosen: dict[str, str],
 # --- items
 
 
-def _texts(source: Source, columns: dict[str, str], summary: PrepareSummary) -> pa.Table:
+def _texts(source: SourceTable, columns: dict[str, str], summary: PrepareSummary) -> pa.Table:
     """Every item's columns but the image."""
     if not source.rows:
         raise UserError(f"no items ({source.path}); a catalogue needs at least one row", DATA)
@@ -196,7 +196,7 @@ def _image_files(folder: Path | None) -> dict[str, str]:
     return found
 
 
-def _images(source: Source, name: str | None, files: dict[str, str], item_ids: list[str]) -> Iterator[tuple[bytes | None, str | None]]:
+def _images(source: SourceTable, name: str | None, files: dict[str, str], item_ids: list[str]) -> Iterator[tuple[bytes | None, str | None]]:
     """Bytes or path of each item's image: those of the column, else the file named after the item."""
     kind = source.schema.field(name).type if name else pa.null()
     if not (is_binary(kind) or is_image(kind) or is_text(kind) or pa.types.is_null(kind)):
@@ -210,7 +210,9 @@ def _images(source: Source, name: str | None, files: dict[str, str], item_ids: l
         yield data or None, path or files.get(item_id)
 
 
-def _write_items(path: Path, texts: pa.Table, source: Source, image: str | None, options: PrepareOptions, summary: PrepareSummary) -> None:
+def _write_items(
+    path: Path, texts: pa.Table, source: SourceTable, image: str | None, options: PrepareOptions, summary: PrepareSummary
+) -> None:
     """Row groups stay small, so that a random image costs little to read."""
     summary.items = len(texts)
     if image is None and options.images is None:
@@ -237,7 +239,7 @@ def _write_items(path: Path, texts: pa.Table, source: Source, image: str | None,
 
 
 def _sound_image(
-    data: bytes | None, link: str | None, source: Source, row: int, options: PrepareOptions, summary: PrepareSummary
+    data: bytes | None, link: str | None, source: SourceTable, row: int, options: PrepareOptions, summary: PrepareSummary
 ) -> bytes | None:
     """The bytes of the image, decoded once here so that a faulty one is found before the long steps."""
     try:

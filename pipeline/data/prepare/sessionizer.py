@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.core.errors import DATA, UserError
 from pipeline.data.parquet_checks import check_ids
-from pipeline.data.prepare.tables import Source
+from pipeline.data.prepare.tables import SourceTable
 from pipeline.data.prepare.timestamps import codes, is_number, read_times
 
 
@@ -38,7 +38,7 @@ class _Events:
 
 
 def build_sessions(
-    source: Source,
+    source: SourceTable,
     columns: dict[str, str],
     item_ids: pa.ChunkedArray,
     rules: SessionRules,
@@ -93,7 +93,7 @@ def _users(session: np.ndarray, names: list[str], user_ids: pa.ChunkedArray) -> 
     return [users[user] if user >= 0 else name for user, name in zip(of, names, strict=True)]
 
 
-def _order(source: Source, columns: dict[str, str], note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+def _order(source: SourceTable, columns: dict[str, str], note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
     """(E,) what orders the events, units of it a second, (E,) where it is known."""
     if "timestamp" in columns:
         return read_times(source, columns["timestamp"], note)
@@ -105,7 +105,7 @@ def _order(source: Source, columns: dict[str, str], note: Callable[[str], None])
     return position, 1, ~np.isnan(position)
 
 
-def _numbers(source: Source, name: str) -> np.ndarray:
+def _numbers(source: SourceTable, name: str) -> np.ndarray:
     """(E,) float64, NaN where the cell is empty."""
     values = source.column(name)
     try:
@@ -136,7 +136,7 @@ def _filter(
     rules: SessionRules,
     timed: bool,
     drop: Callable[[str, int], None],
-    source: Source,
+    source: SourceTable,
 ) -> _Events:
     """The usable events, session after session by (start, place in the file), in order inside each."""
     drop("events without item_id", (events.item < 0).sum())

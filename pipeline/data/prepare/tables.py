@@ -38,7 +38,7 @@ BLOCK_BYTES = 16 * 1024 * 1024  # of CSV; also the longest row
 
 
 @dataclass
-class Source:
+class SourceTable:
     path: Path
     kind: str  # a value of FORMATS
     schema: pa.Schema
@@ -108,7 +108,7 @@ class Source:
         return f"{self.path} line {_csv_line(self.path, row)}"
 
 
-def open_source(path: Path) -> Source:
+def open_table(path: Path) -> SourceTable:
     plain_name = path.name.removesuffix(".gz").lower()
     kind = FORMATS.get(Path(plain_name).suffix, "")
     if not path.is_file():
@@ -117,10 +117,10 @@ def open_source(path: Path) -> Source:
         raise UserError(f"unknown kind of file ({path}); give .csv, .tsv or .jsonl (also .gz), or .parquet", DATA)
     if kind == "parquet":
         file = open_parquet(path, "")
-        source = Source(path, kind, file.schema_arrow, file.metadata.num_rows, _file=file)
+        source = SourceTable(path, kind, file.schema_arrow, file.metadata.num_rows, _file=file)
     else:
         table, lines = (_read_csv(path), []) if kind == "csv" else _read_jsonl(path)
-        source = Source(path, kind, table.schema, len(table), _table=table, _lines=lines)
+        source = SourceTable(path, kind, table.schema, len(table), _table=table, _lines=lines)
     for name in source.schema.names:
         if source.schema.names.count(name) > 1:
             raise UserError(f"column `{name}` stands twice ({path}); keep one", DATA)

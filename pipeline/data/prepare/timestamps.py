@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import DATA, UserError
 from pipeline.data.parquet_checks import is_text
-from pipeline.data.prepare.tables import Source
+from pipeline.data.prepare.tables import SourceTable
 
 UNITS = {1: "seconds", 10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}
 LARGEST_SECOND = 10**11  # the year 5138; times above are in a finer unit
@@ -30,7 +30,7 @@ def is_number(value: object) -> bool:
         return False
 
 
-def read_times(source: Source, name: str, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+def read_times(source: SourceTable, name: str, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
     """(E,) int64 times, units of them a second, (E,) where there is one."""
     values = source.column(name)
     kind = values.type
@@ -52,7 +52,9 @@ def read_times(source: Source, name: str, note: Callable[[str], None]) -> tuple[
     return _whole_times(source, clock, known, note)
 
 
-def _whole_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+def _whole_times(
+    source: SourceTable, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]
+) -> tuple[np.ndarray, int, np.ndarray]:
     """Seconds or a finer unit, or, where all can be, days written as 20240131."""
     there = clock[known]
     year, month, day = there // 10_000, there // 100 % 100, there % 100
@@ -64,7 +66,9 @@ def _whole_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Cal
     return clock, _unit(source, clock, known, note), known
 
 
-def _float_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+def _float_times(
+    source: SourceTable, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]
+) -> tuple[np.ndarray, int, np.ndarray]:
     endless = known & ~np.isfinite(clock)
     if endless.any():
         raise UserError(f"a time is not finite ({source.where(int(np.argmax(endless)))}); mend it, or leave the cell empty", DATA)
@@ -76,7 +80,7 @@ def _float_times(source: Source, clock: np.ndarray, known: np.ndarray, note: Cal
     return np.floor(clock).astype(np.int64), unit, known
 
 
-def _text_times(source: Source, name: str, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+def _text_times(source: SourceTable, name: str, note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
     """Numbers, or dates and times in ISO 8601 (those without a zone in UTC)."""
     code, texts = codes(source.ids(name))
     known = code >= 0
@@ -98,7 +102,7 @@ def _text_times(source: Source, name: str, note: Callable[[str], None]) -> tuple
     return np.where(known, micros[code], 0), 10**6, known
 
 
-def _unit(source: Source, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> int:
+def _unit(source: SourceTable, clock: np.ndarray, known: np.ndarray, note: Callable[[str], None]) -> int:
     largest = clock[known].max(initial=0)
     unit = next((unit for unit in UNITS if largest < LARGEST_SECOND * unit), 10**9)
     smallest = clock[known].min(initial=largest)
