@@ -356,7 +356,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_version(tiny_run: Path, tiny
     assert sorted(path.name for path in (run / "embeddings").iterdir()) == [".lock", "current", "v0001", "v0002"]
 
 
-# --- items that lack something, and pictures that cannot be read
+# --- items that lack something, and images that cannot be read
 
 
 def png(colour: str) -> bytes:
@@ -365,7 +365,7 @@ def png(colour: str) -> bytes:
     return buffer.getvalue()
 
 
-def test_items_without_picture_or_text_are_exported(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_items_without_image_or_text_are_exported(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Also items the model never saw: a new catalogue needs no new model."""
     data = change_items(tiny_data, tmp_path / "data", {3: None, 5: None}, {4: "", 5: ""})
     run = model_only(tiny_run, tmp_path / "run")
@@ -381,7 +381,7 @@ def test_items_without_picture_or_text_are_exported(tiny_run: Path, tiny_data: P
     assert manifest["catalogue_sha256"] != before["catalogue_sha256"] == manifest["distilled_on_catalogue_sha256"]
 
 
-def test_a_catalogue_without_any_picture_is_distilled_and_exported(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_catalogue_without_any_image_is_distilled_and_exported(tiny_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     pq.write_table(pq.read_table(data / "items.parquet").drop_columns("image"), data / "items.parquet")
     few = [f"distill.{phase}.steps=2" for phase in PHASES]
@@ -393,7 +393,7 @@ def test_a_catalogue_without_any_picture_is_distilled_and_exported(tiny_data: Pa
     assert len(np.unique(found.knowledge.round(5), axis=0)) > 30
 
 
-def test_a_broken_picture_stops_the_chain_with_file_and_row(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_broken_image_stops_the_chain_with_file_and_row(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
     run = model_only(tiny_run, tmp_path / "run")
     for step in (lambda: export_run(run, data), lambda: distill_run(tmp_path / "new", data)):
@@ -420,7 +420,7 @@ def test_or_the_item_is_shown_as_text_only(tiny_data: Path, tmp_path: Path, capf
     np.testing.assert_array_equal(found[0].knowledge, found[1].knowledge)
 
 
-def test_a_picture_file_that_is_not_there_is_no_picture_either(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_an_image_file_that_is_missing_is_no_image_either(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = change_items(tiny_data, tmp_path / "data", {7: "gone.png"}, {})
     run = model_only(tiny_run, tmp_path / "run")
     with pytest.raises(UserError, match="row 7") as error:
@@ -439,13 +439,13 @@ def test_or_the_item_is_left_out_and_listed(tiny_run: Path, tiny_data: Path, tmp
     assert found.item_ids == [f"p{row:04d}" for row in range(40) if row != 7]
     assert found.version.manifest["skipped"] == ["p0007"]
     none = change_items(tiny_data, tmp_path / "none", dict.fromkeys(range(40), png("red")[:60]), {})
-    with pytest.raises(UserError, match=r"every item would be left out for its picture .*items\.parquet") as error:
+    with pytest.raises(UserError, match=r"every item would be left out for its image .*items\.parquet") as error:
         export_run(run, none, "data.on_bad_image=skip")
     assert error.value.code == DATA
     assert read_embeddings(run / "embeddings").version.name == "v0001"
 
 
-def test_items_that_change_while_in_use_are_no_bad_pictures(data: Path, tmp_path: Path) -> None:
+def test_items_that_change_while_in_use_are_no_bad_images(data: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     made = make(folder, tmp_path, "tiny", "data.on_bad_image=text_only")
     source = ItemBatches(made.processor.catalog, Prompts(made.processor.catalog, settings().data), made.processor, 4096, "text_only")
