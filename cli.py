@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.run_folder import find_pictures, open_run, remember, say
+from pipeline.run_folder import find_images, open_run, remember, say
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config, VariantName
@@ -442,7 +442,7 @@ def serve(
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed (tpad serve); pip install '.[faiss-cpu,serve]'", ENVIRONMENT) from None
 
-        run_service(run, find_pictures(data, run), host, port, key, workers, say)
+        run_service(run, find_images(data, run), host, port, key, workers, say)
 
 
 def api_key(key_file: Path | None) -> str | None:
@@ -501,7 +501,7 @@ def report(data: DataFolder = None, run: RunFolder = RUN, debug: Debug = False) 
 
         config = run / "config.yaml"
         text = config.read_text(encoding="utf-8") if config.exists() else ""
-        say(f"report: {write_report(run, find_pictures(data, run), text)}")
+        say(f"report: {write_report(run, find_images(data, run), text)}")
 
 
 @app.command()
