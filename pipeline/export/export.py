@@ -93,7 +93,7 @@ def export(config: Config, run: Path, data: Path, update: bool = False, share: t
             if isinstance(plan, Version):
                 return Exported(plan, plan.manifest["rows"], plan.manifest["dim"], made=False)
             skips = config.data.on_bad_image == "skip"
-            claims = PartClaims(root, "embeddings", plan.facts["fingerprint"], partial(_is_whole, plan, skips))
+            claims = PartClaims(root, "embeddings", plan.facts["fingerprint"], partial(_is_complete, plan, skips))
             with claims:
                 if not claims.begin(plan.pointer):
                     continue  # another process published meanwhile: plan again, from its version
@@ -103,7 +103,7 @@ def export(config: Config, run: Path, data: Path, update: bool = False, share: t
             return _publish(config, plan, claims, exporter)
 
 
-def _is_whole(plan: Plan, skips: bool, path: Path, name: str) -> bool:
+def _is_complete(plan: Plan, skips: bool, path: Path, name: str) -> bool:
     return is_part(path, plan.catalog, plan.parts[name], skips)
 
 

@@ -110,11 +110,13 @@ _source: ItemBatches | None = None  # set in each worker when it starts
 
 
 def measure(rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs `ItemBatches.measure` in a worker."""
     assert _source is not None
     return _source.measure(rows, known)
 
 
 def load(rows: np.ndarray, positions: np.ndarray) -> Batch:
+    """Runs `ItemBatches.load` in a worker."""
     assert _source is not None
     return _source.load(rows, positions)
 

@@ -44,12 +44,12 @@ BEAT_SECONDS = 5.0
 class PartClaims:
     """Claims, adds and publishes the parts of the version `fingerprint`; parts of an interrupted run of it are used again.
 
-    `whole(path, name)` returns whether a part of another run or process is complete.
+    `is_complete(path, name)` returns whether a part of another run or process is complete.
     """
 
-    def __init__(self, root: Path, kind: str, fingerprint: str, whole: Callable[[Path, str], bool]) -> None:
+    def __init__(self, root: Path, kind: str, fingerprint: str, is_complete: Callable[[Path, str], bool]) -> None:
         tag = fingerprint[:16]
-        self.root, self.kind, self.fingerprint, self.whole = root, kind, fingerprint, whole
+        self.root, self.kind, self.fingerprint, self.is_complete = root, kind, fingerprint, is_complete
         self.staging = Staging(root, kind, f"{STAGING}-{tag}")
         self.work = root / f".work-{tag}"  # claims and unfinished files, which are not published
         self.done: set[str] = set()  # parts known to be complete
@@ -94,18 +94,18 @@ class PartClaims:
     def take(self, names: Sequence[str]) -> Iterator[str]:
         """Claims and yields the parts of `names` that are neither complete nor claimed by others now, one at a time."""
         for name in names:
-            if name not in self.done and not self._is_whole(name) and self._take(name):
+            if name not in self.done and not self._is_complete(name) and self._take(name):
                 if (
-                    self._is_whole(name) or not self.staging.path.exists()
+                    self._is_complete(name) or not self.staging.path.exists()
                 ):  # added, or the version published, between the check and the claim
                     self._release(name)
                     continue
                 remove(self.staging.path / name)
                 yield name
 
-    def _is_whole(self, name: str) -> bool:
+    def _is_complete(self, name: str) -> bool:
         path = self.staging.path / name
-        if name not in self.done and path.exists() and self.whole(path, name):
+        if name not in self.done and path.exists() and self.is_complete(path, name):
             self.done.add(name)
         return name in self.done
 
@@ -159,7 +159,7 @@ class PartClaims:
 
     def left(self, names: Sequence[str]) -> list[str]:
         """Returns the parts of `names` that are not complete; none once the version is published."""
-        return [name for name in names if not self._is_whole(name)] if self.staging.path.exists() else []
+        return [name for name in names if not self._is_complete(name)] if self.staging.path.exists() else []
 
     def publish(self, manifest: Callable[[], dict[str, Any]], keep: int) -> Version:
         """Publishes the version, and returns it; also where another process has published it. Raises `UserError` (4)."""

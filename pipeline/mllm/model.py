@@ -77,9 +77,9 @@ class Mllm(nn.Module):
                 out[f"{name}.intent_nll"] = F.cross_entropy(logits, batch["intents"], reduction="sum")
         return out
 
-    def _logits(self, states: Tensor, batch: dict[str, Tensor], at: str = "answer_at") -> Tensor:
+    def _logits(self, states: Tensor, batch: dict[str, Tensor], positions: str = "answer_at") -> Tensor:
         """Returns the logits (A, V) in fp32 of the answers or of the intents."""
-        logits: Tensor = self.backbone.get_output_embeddings()(states[batch[at]])
+        logits: Tensor = self.backbone.get_output_embeddings()(states[batch[positions]])
         return logits.float()
 
     def _taught(self, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

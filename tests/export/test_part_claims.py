@@ -1,4 +1,4 @@
-"""Several processes make one version: every part once while all live, none lost when some die, hang or come late."""
+"""Tests part claims: several processes write one version, each part once, and no part is lost when some die, hang or start late."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ def open_claims(root: Path, fingerprint: str = "one") -> PartClaims:
 
 
 def work(root: Path, log: Path, seconds: float = 0.0, fingerprint: str = "one") -> None:
-    """What a process does: takes parts until there are none left, and publishes; a line of the log for each part."""
+    """Claims and adds parts until none is left, then publishes; logs a line for each part."""
     with open_claims(root, fingerprint) as claims:
         while claims.left(NAMES):
             for name in claims.take(NAMES):
@@ -113,7 +113,7 @@ def test_a_slow_process_keeps_its_claim(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_claim_of_another_machine_counts_until_it_is_stale(tmp_path: Path) -> None:
-    """As where locks do not reach from one to the other."""
+    """Like a folder shared between machines without locks."""
     with open_claims(tmp_path) as claims:
         claim = claims.work / f"{NAMES[0]}.claim"
         claim.write_text("some-other-host")

@@ -1,4 +1,4 @@
-"""`tpad serve` as a user has it: a process of its own on a free port, over a small shop with pictures."""
+"""`tpad serve` as a user has it: a process of its own on a free port, over a small shop with images."""
 
 import json
 import re
@@ -27,12 +27,12 @@ SETTINGS = load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.batch=64"])
 
 
 def write_shop(run: Path, data: Path) -> Path:
-    """A run of `data`, with a title that must stay text and a picture that is none."""
+    """A run of `data`, with a title that must stay text and an image that is none."""
     shutil.copytree(data, run / "data")
     items = pq.read_table(run / "data" / "items.parquet")
     titles, images = items["title"].to_pylist(), items["image"].to_pylist()
     titles[7] = HOSTILE
-    images[8]["bytes"] = b"no picture at all"
+    images[8]["bytes"] = b"no image at all"
     for name, values in (("title", titles), ("image", images)):
         place = items.column_names.index(name)
         items = items.set_column(place, items.schema.field(name), pa.array(values, items.schema.field(name).type))
@@ -83,8 +83,8 @@ class Server:
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as found:
-                return Answer(found.status, dict(found.headers), found.read())
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return Answer(response.status, dict(response.headers), response.read())
         except urllib.error.HTTPError as error:
             return Answer(error.code, dict(error.headers), error.read())
 
@@ -96,9 +96,9 @@ def serving(run: Path, *options: object, **environment: str) -> Iterator[Server]
     assert process.stderr is not None
     try:
         first = process.stderr.readline()
-        found = re.search(r"http://\S+", first)
-        assert found, first + process.stderr.read()
-        server = Server(process, found[0])
+        match = re.search(r"http://\S+", first)
+        assert match, first + process.stderr.read()
+        server = Server(process, match[0])
         yield server
     finally:
         process.kill()

@@ -1,4 +1,4 @@
-"""Cached vision features: the tower's work is done once, and nothing else about a run is changed by it."""
+"""Tests the vision cache: the tower runs once for each image, and weights and vectors stay the same."""
 
 import io
 import shutil
@@ -45,18 +45,18 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
+def built_runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
     return {family: Runs(tmp_path_factory.mktemp("runs"), family, tiny_data) for family in FAMILIES}
 
 
 @pytest.fixture(params=FAMILIES)
-def runs(request: pytest.FixtureRequest, made: dict[str, Runs]) -> Runs:
-    return made[request.param]
+def runs(request: pytest.FixtureRequest, built_runs: dict[str, Runs]) -> Runs:
+    return built_runs[request.param]
 
 
 @pytest.fixture
-def smol(made: dict[str, Runs]) -> Runs:
-    return made["smolvlm"]
+def smol(built_runs: dict[str, Runs]) -> Runs:
+    return built_runs["smolvlm"]
 
 
 def shards(run: Path) -> list[Path]:
@@ -162,10 +162,10 @@ def test_killed_while_it_fills_it_ends_with_the_weights_of_an_undisturbed_run(sm
 
 
 def test_it_keeps_no_more_than_it_may(smol: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = shards(smol.kept)[0].stat().st_size
-    distill_run(tmp_path, smol.data, *smol.settings, f"distill.vision_cache_gb={whole * 0.6 / 1e9}")
+    size = shards(smol.kept)[0].stat().st_size
+    distill_run(tmp_path, smol.data, *smol.settings, f"distill.vision_cache_gb={size * 0.6 / 1e9}")
     assert "vision cache is full" in capsys.readouterr().err
-    assert whole * 0.3 < sum(path.stat().st_size for path in shards(tmp_path)) < whole * 0.61
+    assert size * 0.3 < sum(path.stat().st_size for path in shards(tmp_path)) < size * 0.61
     assert close(tmp_path, smol.plain)
 
 
