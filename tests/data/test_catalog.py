@@ -95,7 +95,7 @@ def test_texts_of_every_kind_read_as_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
-        (["a", "b", "a"], ["'a'", "row 2", "row 0", "twice"]),
+        (["a", "b", "a"], ["'a'", "row 2", "row 0", "duplicated"]),
         (["a", ""], ["empty", "row 1"]),
         (["a", " "], ["empty", "row 1"]),
         (["a", None], ["empty", "row 1"]),

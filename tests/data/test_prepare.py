@@ -291,7 +291,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         ("items.csv", b"item_id,title\na,b\nc\n", ["Expected 2 columns"]),
         ("items.csv", b"item_id,title\na,\xff\xfe\n", ["UTF"]),
         ("items.csv", b"", ["no header"]),
-        ("items.csv", b"item_id,title,title\na,b,c\n", ["`title`", "twice"]),
+        ("items.csv", b"item_id,title,title\na,b,c\n", ["`title`", "duplicated"]),
         ("items.csv", b"item_id,title\n", ["no items"]),
         ("items.csv.gz", b"not gzip", ["items.csv.gz"]),
         ("items.csv.gz", gzip.compress(b"item_id,title\na,b\n", mtime=0)[:10] + b"damaged" * 9, ["items.csv.gz"]),
