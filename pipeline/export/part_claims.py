@@ -95,9 +95,7 @@ class PartClaims:
         """Claims and yields the parts of `names` that are neither complete nor claimed by others now, one at a time."""
         for name in names:
             if name not in self.done and not self._is_complete(name) and self._take(name):
-                if (
-                    self._is_complete(name) or not self.staging.path.exists()
-                ):  # added, or the version published, between the check and the claim
+                if self._is_complete(name) or not self.staging.path.exists():  # added, or the version published, since the check
                     self._release(name)
                     continue
                 remove(self.staging.path / name)
