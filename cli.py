@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.core.process import join_cpu_processes
-from pipeline.run_folder import find_pictures, open_run, remember, say
+from pipeline.run_folder import find_images, open_run, remember, say
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config, VariantName
@@ -378,7 +378,7 @@ def serve(
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed (tpad serve); pip install '.[faiss-cpu,serve]'", ENVIRONMENT) from None
 
-        run_service(run, find_pictures(data, run), host, port, key, workers, say)
+        run_service(run, find_images(data, run), host, port, key, workers, say)
 
 
 @app.command()
@@ -411,7 +411,7 @@ def report(data: DataFolder = None, run: RunFolder = RUN) -> None:
 
     config = run / "config.yaml"
     text = config.read_text(encoding="utf-8") if config.exists() else ""
-    say(f"report: {write_report(run, find_pictures(data, run), text)}")
+    say(f"report: {write_report(run, find_images(data, run), text)}")
 
 
 @app.command()

@@ -20,7 +20,7 @@ from memory import SHAPES, memory
 
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config_file import load_config
-from pipeline.core.metrics_log import Metrics
+from pipeline.core.metrics_log import MetricsLog
 from pipeline.data.catalog import load_catalog
 from pipeline.data.sample_shop import draw_shop
 from pipeline.data.session_log import load_sessions
@@ -30,14 +30,14 @@ from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import train_phase
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.vision_tower import pack_attention
 
 WARM = 2
 
 
-class Watch(Metrics):
+class Watch(MetricsLog):
     """When each step was over: its figures are read from the device then."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
@@ -69,7 +69,7 @@ def main() -> None:
         drawn = torch.nn.functional.normalize(torch.randn(len(catalog), config.distill.dim), dim=-1).to(accelerator.device)
         backbone = build_backbone(config.backbone, views, config.seed)
         pack_attention(backbone.model, accelerator.device)
-        encoder = Encoder(config.backbone, backbone, catalog)
+        encoder = PromptProcessor(config.backbone, backbone, catalog)
         mllm = Mllm(backbone.model, [head for kind in PHASES for of in kind.heads.values() for head in of], config.distill.dim)
         print("| phase | sequences a step | tokens a step | s a step | tokens a second | peak GB |\n| --- | --- | --- | --- | --- | --- |")
         for kind in PHASES:

@@ -41,7 +41,7 @@ from pipeline.export.export import export
 from pipeline.export.exporter import own_device
 from pipeline.mllm.backbone import build_backbone, weights_sha256
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.saved_mllm import load_mllm
 
@@ -122,12 +122,12 @@ def tpad(config: Config, run: Path, data: Path, out: Path, update: bool = False)
     }
 
 
-def loaded(run: Path, data: Path) -> tuple[Mllm, Encoder, Prompts, torch.device]:
+def loaded(run: Path, data: Path) -> tuple[Mllm, PromptProcessor, Prompts, torch.device]:
     config = load_config(run / "config.yaml")
     mllm, backbone, _ = load_mllm(open_verified(run / "mllm", "mllm", "").path)
     catalog = load_catalog(data)
     device = own_device()
-    return mllm.to(device).eval(), Encoder(config.backbone, backbone, catalog, 0), Prompts(catalog, config.data), device
+    return mllm.to(device).eval(), PromptProcessor(config.backbone, backbone, catalog, 0), Prompts(catalog, config.data), device
 
 
 def features(mllm: Mllm, states: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ def features(mllm: Mllm, states: torch.Tensor) -> torch.Tensor:
 
 
 def forward(
-    mllm: Mllm, encoder: Encoder, inputs: dict[str, torch.Tensor], pixels: list[dict[str, torch.Tensor]], device: torch.device
+    mllm: Mllm, encoder: PromptProcessor, inputs: dict[str, torch.Tensor], pixels: list[dict[str, torch.Tensor]], device: torch.device
 ) -> torch.Tensor:
     """Last hidden state of each sequence's last token, with the model called as its documentation shows it."""
     shown = encoder.family.stack(pixels) if pixels else {}
@@ -157,7 +157,7 @@ def plain(config: Config, run: Path, data: Path, out: Path) -> dict[str, Any]:
             inputs = encoder.collate({"items": sequences})["items"]
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in inputs}
             began = time.perf_counter()
-            states = forward(mllm, encoder, inputs, [p.tensors for s in sequences for p in s.pictures], device)
+            states = forward(mllm, encoder, inputs, [p.tensors for s in sequences for p in s.images], device)
             vectors.append(features(mllm, states).cpu())
             computing += time.perf_counter() - began
             real, padded = real + sum(map(len, sequences)), padded + inputs["input_ids"].numel()
@@ -183,7 +183,7 @@ def sentence_transformers(config: Config, run: Path, data: Path, out: Path) -> d
             spent["real"] += sum(map(len, sequences))
             spent["padded"] += batch["input_ids"].numel()
             batch = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in batch}
-            return batch | {"pixels": [p.tensors for s in sequences for p in s.pictures]}
+            return batch | {"pixels": [p.tensors for s in sequences for p in s.images]}
 
         def forward(self, given: dict[str, Any]) -> dict[str, Any]:
             began = time.perf_counter()

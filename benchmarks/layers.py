@@ -19,7 +19,7 @@ from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import HALVES
 from pipeline.mllm.early_exit import measure, sample
 from pipeline.mllm.model import embed
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import Templates
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.saved_mllm import load_mllm
@@ -35,7 +35,7 @@ def main() -> None:
     mllm, backbone, settings = load_mllm(open_verified(args.run / "mllm", "mllm", "run `tpad distill` first").path, merge=True)
     catalog = load_catalog(args.data or args.run / "data")
     prompts = Prompts(catalog, DataConfig.model_validate(settings["data"]), Templates.model_validate(settings["templates"]))
-    encoder = Encoder(BackboneConfig.model_validate(settings["backbone"]), backbone, catalog)
+    encoder = PromptProcessor(BackboneConfig.model_validate(settings["backbone"]), backbone, catalog)
     sequences = [encoder.encode(prompts.item(int(row))) for row in sample(len(catalog), 0)]
     budget = ExportConfig().token_budget
     table = measure(mllm.eval(), encoder, sequences, budget, torch.device("cpu"))

@@ -31,7 +31,7 @@ from pipeline.core.config import Config
 from pipeline.data.catalog import load_catalog
 from pipeline.mllm.backbone import Backbone
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts, View
 
 IMAGE_TOKENS = ["<image>", "<fake_token_around_image>", "<global-img>"]
@@ -88,7 +88,7 @@ def warm(backbone: Backbone, data: Path, steps: int, batch: int) -> None:
     """Tower and connector learn to say what is in the pictures, to a language model that does not train."""
     config, catalog = Config(), load_catalog(data)
     views = Prompts(catalog, config.data)
-    encoder = Encoder(config.backbone, backbone, catalog)
+    encoder = PromptProcessor(config.backbone, backbone, catalog)
     model: Any = backbone.model
     model.requires_grad_(False)
     seeing = [*model.model.vision_model.parameters(), *model.model.connector.parameters()]

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
-from pipeline.core.metrics_log import Metrics
+from pipeline.core.metrics_log import MetricsLog
 from pipeline.data.catalog import load_catalog
 from pipeline.data.sample_shop import draw_shop
 from pipeline.data.session_log import load_sessions
@@ -34,11 +34,11 @@ from pipeline.distill.distill import distill
 from pipeline.distill.phases import Transfer
 from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import train_phase
-from pipeline.distill.vision_features import precompute_vision
+from pipeline.distill.vision_features import fill_vision_cache
 from pipeline.export.export import export
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts
 
 SHAPE = [
@@ -73,12 +73,12 @@ class Steps:
         split = split_sessions(load_sessions(folder / "data", catalog), config.data)
         self.run, self.accelerator = run, Accelerator(cpu=True)
         views, backbone = Prompts(catalog, config.data), build_backbone(config.backbone, Prompts(catalog, config.data), 0)
-        encoder, group = Encoder(config.backbone, backbone, catalog), Group(self.accelerator)
+        group = Group(self.accelerator)
         run.mkdir(parents=True)
         began = time.perf_counter()
-        if config.distill.vision_cache_gb:
-            precompute_vision(config, run, backbone, views, encoder, group)
+        cache = fill_vision_cache(config, run, backbone, views, group) if config.distill.vision_cache_gb else None
         self.filling = time.perf_counter() - began
+        encoder = PromptProcessor(config.backbone, backbone, catalog, vision_cache=cache)
         torch.manual_seed(0)
         heads = [head for of in Transfer.heads.values() for head in of]
         self.mllm = Mllm(backbone.model, heads, config.distill.dim)
@@ -91,7 +91,7 @@ class Steps:
         self.rounds += 1
         began = time.perf_counter()
         checkpoints = Checkpoints(self.run / f"round-{self.rounds}", "")
-        train_phase(self.phase, self.mllm, self.accelerator, checkpoints, Metrics(self.run / "metrics.jsonl", self.accelerator))
+        train_phase(self.phase, self.mllm, self.accelerator, checkpoints, MetricsLog(self.run / "metrics.jsonl", self.accelerator))
         return (time.perf_counter() - began) / len(self.phase)
 
 

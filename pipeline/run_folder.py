@@ -1,6 +1,6 @@
-"""The folder of a run: the data and settings it was last used with, and the sample shop for one that has none.
+"""Remembers which data and settings a run folder was last used with, and generates the sample shop for a new run.
 
-Everything heavy is imported inside, for the command line imports this at once.
+Heavy modules are imported inside functions, since the command line always imports this one.
 """
 
 import json
@@ -16,10 +16,11 @@ from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 if TYPE_CHECKING:
     from pipeline.core.config import Config
 
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the one that talks, under `accelerate launch`
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the only one that prints, under `accelerate launch`
 
 
 def say(line: str) -> None:
+    """Prints a line to stderr, in the main process."""
     if MAIN_PROCESS:
         print(line, file=sys.stderr, flush=True)
 
@@ -28,9 +29,10 @@ def say(line: str) -> None:
 def open_run(
     config: Path | None, data: Path | None, run: Path, overrides: list[str] | None, begin: bool = False
 ) -> Iterator[tuple["Config", Path]]:
-    """The settings and the data folder of a run, as given or as remembered; with `begin`, a new run gets the sample shop.
+    """Yields the settings and the data folder of a run, as given or as remembered. Raises `UserError`.
 
-    What is given is remembered from then on, unless the data is faulty, or the run has a memory already and the command fails.
+    `begin`: a new run without data gets the sample shop. What is given is remembered, unless the data is faulty or the body fails in
+    a run that already remembers something.
     """
     from pipeline.core.config_file import load_config
     from pipeline.core.files import environment_error, replacing
@@ -40,13 +42,13 @@ def open_run(
         settings = load_config(config or (remembered if remembered.exists() else None), overrides)
         folder = find_data(data, run, settings if begin else None)
         if data is not None or not record.exists():
-            check_data(folder)  # here, before anything is written, and before the imports that take seconds
+            check_data(folder)  # before anything is written, and before imports that take seconds
         before = [(path, path.read_bytes()) for path in (record, remembered) if path.exists()]
         if MAIN_PROCESS:
             remember(run, folder, settings)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        other = UserError(f"no run can be kept here: {reason} ({error.filename or run}); use another --run", ENVIRONMENT)
+        other = UserError(f"cannot write a run folder: {reason} ({error.filename or run}); use another --run", ENVIRONMENT)
         raise environment_error(error, run) or other from None
     try:
         yield settings, folder
@@ -58,7 +60,7 @@ def open_run(
 
 
 def remember(run: Path, data: Path, settings: "Config") -> None:
-    """What a run is made of, beside it: for the commands that come later."""
+    """Writes the data folder and the settings of a run for later commands."""
     from pipeline.core.config_file import save_config
     from pipeline.core.files import replacing, write_json
 
@@ -69,7 +71,10 @@ def remember(run: Path, data: Path, settings: "Config") -> None:
 
 
 def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Path:
-    """The data folder that was given, else the one the run remembers, else, to begin a run, the sample shop of these settings."""
+    """Returns the data folder as given, else as remembered, else, to begin a run, the sample shop of these settings.
+
+    Raises `UserError`.
+    """
     if data is not None:
         if not data.is_dir():
             raise UserError(f"no such data folder ({data}); give --data a folder made by `tpad prepare`", DATA)
@@ -94,7 +99,7 @@ def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Pa
 
 
 def drawn_otherwise(data: Path, settings: "Config") -> bool:
-    """Whether this is a sample shop, but not that of the settings."""
+    """Returns whether the folder is a sample shop of other settings."""
     from pipeline.core.config import ShopConfig
 
     try:
@@ -104,19 +109,19 @@ def drawn_otherwise(data: Path, settings: "Config") -> bool:
     return shop != settings.shop
 
 
-def find_pictures(data: Path | None, run: Path) -> Path | None:
-    """The data folder, for pictures: a run that is trained can do without the one it remembers."""
+def find_images(data: Path | None, run: Path) -> Path | None:
+    """Returns the data folder for showing images, or None: a trained run works without the remembered one."""
     try:
         return find_data(data, run) if data or (run / "run.json").exists() else None
     except UserError as error:
         if data is not None:
             raise
-        say(f"no pictures: {error}")
+        say(f"no images: {error}")
         return None
 
 
 def draw_sample(data: Path, settings: "Config") -> None:
-    """The sample shop in `data`, whole or not at all, also where several processes begin a run together."""
+    """Generates the sample shop in `data` completely or not at all, also if several processes begin a run together."""
     from pipeline.core.files import remove
     from pipeline.data.sample_shop import draw_shop
 
@@ -127,13 +132,14 @@ def draw_sample(data: Path, settings: "Config") -> None:
         draw_shop(temporary, settings.shop, settings.data)
         temporary.rename(data)
     except OSError:
-        if not data.is_dir():  # else another process was first, with the same shop
+        if not data.is_dir():  # otherwise another process was first, with the same shop
             raise
     finally:
         remove(temporary)
 
 
 def check_data(data: Path) -> None:
+    """Loads items and sessions once. Raises `UserError` (3)."""
     from pipeline.data.catalog import load_catalog
     from pipeline.data.session_log import load_sessions
 

@@ -43,10 +43,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from helpers.items import ITEMS, picture
+    from helpers.items import ITEMS, image_of
 
     folder = tmp_path_factory.mktemp("items")
-    images = pa.array([picture(colour) for _, _, colour in ITEMS.values()], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    images = pa.array([image_of(colour) for _, _, colour in ITEMS.values()], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     columns = {"item_id": list(ITEMS), "title": [t for t, _, _ in ITEMS.values()], "material": [m for _, m, _ in ITEMS.values()]}
     pq.write_table(pa.table({**columns, "image": images}), folder / "items.parquet")
     return folder

@@ -248,7 +248,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "duplicate item_id": (
         lambda data: rewrite(data / ITEMS_FILE, lambda rows: rows[7].update(item_id="p0003")),
-        ["item_id 'p0003' stands twice ({data}/items.parquet row 7 and {data}/items.parquet row 3)"],
+        ["item_id 'p0003' is duplicated ({data}/items.parquet row 7 and {data}/items.parquet row 3)"],
     ),
     "empty item_id": (
         lambda data: rewrite(data / ITEMS_FILE, lambda rows: rows[5].update(item_id="")),

@@ -1,11 +1,10 @@
-"""The contract between the halves: published folders that are whole or absent, verified before use. No torch here.
+"""Publishes and opens artifacts: versioned folders that are complete or absent, and verified before use. No torch here.
 
-A published artifact is `<root>/v000N/` with its files and a `manifest.json` that lists each of them with size and
-sha256; `<root>/current` names the version and the sha256 of its manifest. Readers follow `current` only, take no
-lock, and refuse whatever differs by one bit. Writers hold `<root>/.lock`, work in `<root>/.staging` on the same file
-system, and make a version visible by one rename (`part_claims.py` has the form for several writers of one version).
-Manifests hold no clock, host or absolute path, so equal inputs give equal bytes. POSIX only (flock, atomic rename).
-Sizes and checksums guard against damage, not against forgery.
+An artifact is `<root>/v000N/` with its files and a `manifest.json` that lists each of them with size and sha256; `<root>/current`
+names the version and the sha256 of its manifest. Readers follow `current` only, take no lock, and refuse whatever differs by one
+bit. Writers hold `<root>/.lock`, work in `<root>/.staging` on the same file system, and make a version visible by one rename
+(`part_claims.py` has the form for several writers of one version). Manifests hold no clock, host or absolute path, so equal inputs
+give equal bytes. POSIX only (flock, atomic rename). Sizes and checksums protect against damage, not against forgery.
 """
 
 import fcntl
@@ -31,8 +30,8 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 CURRENT, MANIFEST, LOCK, STAGING = "current", "manifest.json", ".lock", ".staging"
 VERSION_NAME = re.compile(r"v\d{4,}")
-NAMES = {"mllm": "unified MLLM", "sbr": "session model"}  # of the kinds, for people
-OWN_KEYS = {"format_version", "kind", "files"}  # of a manifest: filled in by `publish`
+NAMES = {"mllm": "unified MLLM", "sbr": "session model"}  # kind -> its name in messages
+OWN_KEYS = {"format_version", "kind", "files"}  # manifest entries that `publish` fills in
 READ_ATTEMPTS = 100  # a version may be replaced and pruned while it is read; each attempt follows a newer `current`
 
 
@@ -41,6 +40,8 @@ READ_ATTEMPTS = 100  # a version may be replaced and pruned while it is read; ea
 
 @dataclass(frozen=True)
 class Version:
+    """A published version."""
+
     path: Path
     manifest: dict[str, Any]
     name: str  # "v0001"
@@ -48,7 +49,7 @@ class Version:
 
 
 class Staging:
-    """A folder to write in; `publish` turns it into the next version. Made by `stage`, or `part_claims.Shards`."""
+    """A folder to write in, which `publish` turns into the next version. Created by `stage` or `part_claims.PartClaims`."""
 
     def __init__(self, root: Path, kind: str, name: str = STAGING) -> None:
         self.root = root
@@ -75,14 +76,14 @@ class Staging:
         self.published = True
         fsync_path(self.root)
         write_json(self.root / CURRENT, {"version": name, "manifest_sha256": digest})
-        kept = [n for n in numbers if before is None or n <= before][: keep - 1]
-        _prune(self.root, [*kept, int(name[1:])])
+        older = [n for n in numbers if before is None or n <= before][: keep - 1]
+        _prune(self.root, [*older, int(name[1:])])
         return Version(self.root / name, json.loads(canonical_json(full)), name, digest)
 
 
 @contextmanager
 def stage(root: Path, kind: str) -> Iterator[Staging]:
-    """The way of one process to write an artifact: alone, in an empty folder nobody reads, of which a failing body leaves nothing."""
+    """Writes an artifact from one process: an empty folder under the lock, which is removed unless the body publishes it."""
     with environment(root), locked(root):
         clear_leftovers(root)
         staging = Staging(root, kind)
@@ -95,7 +96,7 @@ def stage(root: Path, kind: str) -> Iterator[Staging]:
 
 @contextmanager
 def environment(root: Path) -> Iterator[None]:
-    """Errors of disk and rights inside become one line (5)."""
+    """Turns errors of the disk and of permissions in the body into `UserError` (5)."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -106,22 +107,24 @@ def environment(root: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(root: Path, wait: bool = False, patience: float = 0.0) -> Iterator[None]:
-    """Holds the artifact's lock, made with its folder where there is none; refused while another process holds it, for longer than
-    `patience` seconds, unless told to wait."""
+    """Holds the artifact's lock, and creates its folder if needed.
+
+    Raises `UserError` (4) if another process holds the lock for longer than `patience` seconds; with `wait` it waits.
+    """
     try:
         with environment(root):
             root.mkdir(parents=True, exist_ok=True)
             lock = open(root / LOCK, "ab")  # noqa: SIM115 (closed below)
     except FileExistsError:
-        raise UserError(f"a file stands where a folder is needed ({root}); move it, or use another --run", ENVIRONMENT) from None
+        raise UserError(f"a file is where a folder is needed ({root}); move it, or use another --run", ENVIRONMENT) from None
     with lock:
-        until = time.monotonic() + patience
+        deadline = time.monotonic() + patience
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 break
             except BlockingIOError:
-                if time.monotonic() >= until:
+                if time.monotonic() >= deadline:
                     raise UserError(f"another tpad is writing here ({root}); wait until it ends, or use another --run", ARTIFACT) from None
                 time.sleep(0.2)
             except OSError as error:  # a file system without locks
@@ -129,27 +132,27 @@ def locked(root: Path, wait: bool = False, patience: float = 0.0) -> Iterator[No
         try:
             yield
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # said, not left to close: a forked worker may hold the file open
+            fcntl.flock(lock, fcntl.LOCK_UN)  # not left to close(): a forked worker may hold the file open
 
 
-def clear_leftovers(root: Path, *kept: Path) -> None:
-    """Removes what writers that were killed have left, but for the folders `kept`."""
+def clear_leftovers(root: Path, *exceptions: Path) -> None:
+    """Removes unfinished files of killed writers, except the folders `exceptions`."""
     for pattern in (f"{STAGING}*", ".work-*", ".*.tmp"):
         for leftover in root.glob(pattern):
-            if leftover not in kept:
+            if leftover not in exceptions:
                 remove(leftover)
     for leftover in root.glob(".pruned-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    fsync_path(root)  # the old files are gone for good before new ones stand on their names
+    fsync_path(root)  # old files must be gone for good before new ones take their names
 
 
 def _walk(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of all files and of all folders below `folder`, sorted; a link or a device is an error."""
+    """Returns the names of all files and of all folders below `folder`, sorted. Raises `UserError` (4) for a link or a device."""
     names: list[str] = []
     folders: list[str] = []
-    for at, below, here in os.walk(folder, onerror=_raise):
-        for name in below + here:
-            path = Path(at, name)
+    for parent, subfolders, filenames in os.walk(folder, onerror=_raise):
+        for name in subfolders + filenames:
+            path = Path(parent, name)
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 raise UserError(f"neither a file nor a folder ({path}); remove it", ARTIFACT)
             (folders if path.is_dir() else names).append(path.relative_to(folder).as_posix())
@@ -161,7 +164,7 @@ def _raise(error: OSError) -> None:
 
 
 def _numbers(root: Path) -> list[int]:
-    """Numbers of the version folders, newest first."""
+    """Returns the numbers of the version folders, newest first."""
     return sorted((int(p.name[1:]) for p in root.iterdir() if VERSION_NAME.fullmatch(p.name)), reverse=True)
 
 
@@ -173,7 +176,7 @@ def _current_number(root: Path) -> int | None:
 
 
 def take_back_unpublished(staging: Staging, fingerprint: str) -> None:
-    """Makes staging again what a kill between rename and pointer has left as a version that nobody was told of."""
+    """Turns a version back into staging that was killed between its rename and the update of `current`."""
     for number in _numbers(staging.root):
         folder = staging.root / f"v{number:04d}"
         if number > (_current_number(staging.root) or 0) and not staging.path.exists():
@@ -182,28 +185,28 @@ def take_back_unpublished(staging: Staging, fingerprint: str) -> None:
                     os.rename(folder, staging.path)
 
 
-def _prune(root: Path, kept: list[int]) -> None:
-    """Each old version leaves its name in one step, so that no half of one is ever seen under it."""
+def _prune(root: Path, numbers: list[int]) -> None:
+    """Removes all versions but `numbers`. Each is renamed first, so that no reader sees an incomplete one."""
     for number in _numbers(root):
-        if number not in kept:
-            gone = root / f".pruned-{number}"
-            os.rename(root / f"v{number:04d}", gone)
-            shutil.rmtree(gone, ignore_errors=True)  # the new version stands; the next writer tries again
+        if number not in numbers:
+            pruned = root / f".pruned-{number}"
+            os.rename(root / f"v{number:04d}", pruned)
+            shutil.rmtree(pruned, ignore_errors=True)  # the new version is published; the next writer tries again
 
 
 # ---------------------------------------------------------------- reading
 
 
 def open_verified(root: Path, kind: str, hint: str) -> Version:
-    """The current version of an artifact, after every byte of it was compared with what was published.
+    """Opens the current version of an artifact, after comparing every byte of it with what was published.
 
-    `hint` says what makes the artifact, e.g. "run `tpad train-sbr` first". Raises `UserError` (4).
+    `hint` says what creates the artifact, e.g. "run `tpad train-sbr` first". Raises `UserError` (4).
     """
     return following(root, kind, hint, lambda version: version)
 
 
 def published(root: Path, kind: str) -> Version | None:
-    """The current version, or None where there is none that could be used: what a step asks before it does its work again."""
+    """Returns the current version, or None if there is no usable one. A step asks this before it repeats its work."""
     try:
         return open_verified(root, kind, "")
     except UserError:
@@ -211,7 +214,7 @@ def published(root: Path, kind: str) -> Version | None:
 
 
 def following(root: Path, kind: str, hint: str, read: Callable[[Version], T]) -> T:
-    """`read(version)` of the current version; again when a newer one was published in the meantime."""
+    """Returns `read(version)` of the current version; reads again if a newer one was published meanwhile."""
     for _ in range(READ_ATTEMPTS):
         pointer = _read_pointer(root, kind, hint)
         try:
@@ -235,7 +238,7 @@ def _read_pointer(root: Path, kind: str, hint: str) -> bytes:
 
 
 def _pointer(data: bytes) -> tuple[str, str]:
-    """(version, manifest_sha256) of a `current` file; ValueError unless it is byte for byte what `publish` writes."""
+    """Parses a `current` file to (version, manifest_sha256). Raises ValueError unless it is byte for byte what `publish` writes."""
     entry = json.loads(data)
     if not isinstance(entry, dict) or entry.keys() != {"version", "manifest_sha256"} or canonical_json(entry) != data:
         raise ValueError("not as written")
@@ -267,14 +270,14 @@ def _verify(root: Path, pointer: bytes, kind: str, hint: str) -> Version:
 def _manifest(data: bytes, path: Path, kind: str, hint: str) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
-        version, made, files = manifest["format_version"], manifest["kind"], manifest["files"]
+        version, found_kind, files = manifest["format_version"], manifest["kind"], manifest["files"]
         well_formed = all(set(f) == {"name", "bytes", "sha256"} and _is_inside(f["name"]) for f in files)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise damaged("damaged manifest", path, hint) from None
     if version != FORMAT_VERSION:
         raise UserError(f"format {version}, but this tpad reads format {FORMAT_VERSION} ({path}); {_again(hint)}", ARTIFACT)
-    if made != kind:
-        raise UserError(f"holds {made!r}, not {kind!r} ({path}); {_again(hint)}", ARTIFACT)
+    if found_kind != kind:
+        raise UserError(f"holds {found_kind!r}, not {kind!r} ({path}); {_again(hint)}", ARTIFACT)
     if not well_formed:
         raise damaged("manifest names a file outside its folder", path, hint)
     return dict(manifest)
@@ -286,11 +289,11 @@ def _is_inside(name: str) -> bool:
 
 
 def _verify_files(folder: Path, files: list[dict[str, Any]], hint: str) -> None:
-    found, _ = _walk(folder)
+    present, _ = _walk(folder)
     listed = [f["name"] for f in files]
-    for name in sorted(set(listed) - set(found)):
+    for name in sorted(set(listed) - set(present)):
         raise damaged("file is missing", folder / name, hint)
-    for name in sorted(set(found) - set(listed) - {MANIFEST}):
+    for name in sorted(set(present) - set(listed) - {MANIFEST}):
         raise UserError(f"unknown file in a published version ({folder / name}); remove it", ARTIFACT)
     for file in files:
         path = folder / file["name"]
@@ -298,8 +301,9 @@ def _verify_files(folder: Path, files: list[dict[str, Any]], hint: str) -> None:
             raise damaged("file differs from what was published", path, hint)
 
 
-def damaged(what: str, path: Path, hint: str) -> UserError:
-    return UserError(f"{what} ({path}); restore it, or {_again(hint)}", ARTIFACT)
+def damaged(fault: str, path: Path, hint: str) -> UserError:
+    """Returns the error (4) for a damaged artifact; `hint` as in `open_verified`."""
+    return UserError(f"{fault} ({path}); restore it, or {_again(hint)}", ARTIFACT)
 
 
 def _again(hint: str) -> str:

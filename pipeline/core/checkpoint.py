@@ -1,7 +1,7 @@
-"""Training state on disk: whole or absent, newest valid one wins.
+"""Saves and resumes a training. A checkpoint is complete or absent, and the newest valid one is used.
 
 A checkpoint is a folder `step-000100/` with `tensors.safetensors` and, written last, `state.json`, which holds the
-sha256 of the tensors and of itself. No pickle. The file is the same on one device or many: the main process saves,
+sha256 of the tensors and of itself. No pickle. The files do not depend on the number of devices: the main process saves,
 every process may load.
 """
 
@@ -26,11 +26,11 @@ STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
 class Damaged(Exception):
-    """A checkpoint that does not hold what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one training run in `folder`. `fingerprint` stands for the settings and data they belong to."""
+    """The checkpoints of one training run in `folder`. `fingerprint` identifies the settings and data they belong to."""
 
     def __init__(self, folder: Path, fingerprint: str, keep: int = 2) -> None:
         if keep < 1:
@@ -40,9 +40,9 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Adds a checkpoint and prunes to `keep`; those of later steps, which the run has gone back behind, go too.
+        """Adds a checkpoint and prunes to `keep`; also removes those of later steps, which a restarted run has left behind.
 
-        `state` must come back from JSON as it is: string keys, lists instead of tuples, no NaN.
+        `state` must survive a round trip through JSON: string keys, lists instead of tuples, no NaN. Raises `UserError` (5).
         """
         if json.loads(canonical_json(state)) != state:
             raise TypeError("the state of a checkpoint must be plain JSON: string keys, lists instead of tuples")
@@ -67,7 +67,10 @@ class Checkpoints:
             remove(temporary)
 
     def newest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """(step, tensors on the CPU, state) of the newest valid checkpoint; None when there is none."""
+        """Returns (step, tensors on the CPU, state) of the newest valid checkpoint, or None. Raises `UserError` (4).
+
+        A damaged checkpoint is skipped with a warning; one of other settings or data is an error.
+        """
         for step in self._steps():
             path = self.folder / f"step-{step:06d}"
             try:
@@ -83,7 +86,7 @@ class Checkpoints:
         return None
 
     def take_over(self, folder: Path, step: int) -> bool:
-        """Makes the checkpoint of `step` of another run in `folder` one of this run too, if it belongs to the same settings and data."""
+        """Links the checkpoint of `step` of another run into this one, if it has the same settings and data; returns whether it did."""
         name = f"step-{step:06d}"
         temporary = self.folder / f".{name}.tmp"
         try:
@@ -92,17 +95,17 @@ class Checkpoints:
             remove(temporary)
             temporary.mkdir(parents=True)
             for file in (TENSORS, STATE):
-                os.link(folder / name / file, temporary / file)  # no checkpoint is ever changed, so one may stand in two places
+                os.link(folder / name / file, temporary / file)  # checkpoints never change, so two folders may share one
             fsync_path(temporary)
             os.rename(temporary, self.folder / name)
             fsync_path(self.folder)
-        except (Damaged, OSError):  # it went in the meantime, or lies on another disk: then it is made again
+        except (Damaged, OSError):  # it was removed meanwhile, or is on another disk: then it is computed again
             remove(temporary)
             return False
         return True
 
     def drop_others(self) -> bool:
-        """Forgets the checkpoints that belong to other settings or data; whether there were any."""
+        """Removes the checkpoints of other settings or data; returns whether there were any."""
         others = [step for step in self._steps() if self._is_other(step)]
         for step in others:
             remove(self.folder / f"step-{step:06d}")
@@ -111,16 +114,16 @@ class Checkpoints:
     def _is_other(self, step: int) -> bool:
         try:
             return bool(_read_state(self.folder / f"step-{step:06d}", step)["fingerprint"] != self.fingerprint)
-        except Damaged:  # `newest` has the words for it
+        except Damaged:  # `newest` reports it
             return False
 
     def clear(self) -> None:
-        """Forgets every checkpoint, of whatever settings."""
+        """Removes every checkpoint, of any settings."""
         for step in self._steps():
             remove(self.folder / f"step-{step:06d}")
 
     def _steps(self) -> list[int]:
-        """Newest first."""
+        """Returns the steps that have checkpoints, newest first."""
         if not self.folder.is_dir():
             return []
         return sorted((int(m[1]) for p in self.folder.iterdir() if (m := STEP_NAME.fullmatch(p.name))), reverse=True)
@@ -136,7 +139,7 @@ class Checkpoints:
 
 
 def seconds_of(folder: Path) -> float:
-    """How long the training whose checkpoints are in `folder` took up to the newest, without the times it lay still."""
+    """Returns the seconds of training up to the newest checkpoint in `folder`, without interruptions."""
     for step in Checkpoints(folder, "")._steps():
         with suppress(Damaged):
             return float(_read_state(folder / f"step-{step:06d}", step)["state"].get("seconds", 0.0))
@@ -144,7 +147,7 @@ def seconds_of(folder: Path) -> float:
 
 
 def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors; those that share memory (tied weights) are copied, as safetensors wants each on its own."""
+    """Returns contiguous CPU tensors; copies those that share memory (tied weights), as safetensors requires."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -160,12 +163,12 @@ def _read_state(path: Path, step: int) -> dict[str, Any]:
         data = (path / STATE).read_bytes()
         outer = json.loads(data)
         entry = outer["entry"]
-        whole = canonical_json(outer) == data and outer["sha256"] == hashlib.sha256(canonical_json(entry)).hexdigest()
+        intact = canonical_json(outer) == data and outer["sha256"] == hashlib.sha256(canonical_json(entry)).hexdigest()
     except FileNotFoundError:
         raise Damaged(f"{STATE} is missing") from None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise Damaged(f"{STATE} is not as written") from None
-    if not whole or entry["step"] != step:
+    if not intact or entry["step"] != step:
         raise Damaged(f"{STATE} is not as written")
     return dict(entry)
 
@@ -183,7 +186,7 @@ def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's state as flat named tensors and JSON. `names` are those of its parameters, in its order.
+    """Packs an optimizer's state into flat named tensors and JSON. `names`: of its parameters, in its order.
 
     For optimizers whose state is tensors and numbers per parameter (AdamW, SGD, ...).
     """
@@ -202,7 +205,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """Puts what `pack_optimizer` gave back into an optimizer over the same parameters, bit for bit."""
+    """Restores the state of `pack_optimizer` into an optimizer over the same parameters, bit for bit."""
     named = _named(optimizer, names)
     if set(state["values"]) != set(names) or len(state["groups"]) != len(optimizer.param_groups):
         raise ValueError("the packed optimizer has other parameters or groups")

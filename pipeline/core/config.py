@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what numpy and torch both take, with room to count up from
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # valid for numpy and torch, with room to count up
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -20,6 +20,8 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
 class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -95,13 +97,13 @@ class TinyConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> "TinyConfig":
-        for name, whole, part, by in (
+        for name, value, divisor, words in (
             ("dim", self.dim, 2 * self.heads, "twice heads"),
             ("vision_dim", self.vision_dim, self.heads, "heads"),
             ("image_size", self.image_size, self.patch * self.merge, "patch times merge"),
         ):
-            if whole % part:
-                raise ValueError(f"{name} = {whole} does not divide by {by}, {part}")
+            if value % divisor:
+                raise ValueError(f"{name} = {value} is not a multiple of {words}, {divisor}")
         return self
 
 
@@ -448,11 +450,11 @@ class Config(Section):
     sbr: SbrConfig = SbrConfig()
 
     @model_validator(mode="after")
-    def _moves(self) -> "Config":
+    def _sections_agree(self) -> "Config":
         if self.backbone.dtype != "float32" and self.backbone.lora is None and self.distill.variant != "frozen":
-            what = "`backbone.dtype` = '{dtype}' with `backbone.lora` = None: every weight trains, and small steps are lost in it"
-            raise PydanticCustomError("sections", what, {"dtype": self.backbone.dtype})
+            message = "`backbone.dtype` = '{dtype}' with `backbone.lora` = None: every weight trains, and small steps are lost in it"
+            raise PydanticCustomError("sections", message, {"dtype": self.backbone.dtype})
         if self.distill.refit and not self.sbr.refit:
-            what = "`distill.refit` = True with `sbr.refit` = False: no model would read its embeddings"
-            raise PydanticCustomError("sections", what)
+            message = "`distill.refit` = True with `sbr.refit` = False: no model would read its embeddings"
+            raise PydanticCustomError("sections", message)
         return self

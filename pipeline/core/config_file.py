@@ -1,4 +1,4 @@
-"""Settings out of a YAML file (`strict_yaml.py`) and `--set a.b=value`, into the sections of `config.py`.
+"""Loads settings from a YAML file (`strict_yaml.py`) and `--set a.b=value` into the sections of `config.py`.
 
 An unknown key, a wrong type or an out-of-range value is an error that names the file, the line and the nearest
 known key. All errors of a file are reported together.
@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Section)
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
-    """The settings of `path` (None: the defaults) with `a.b=value` overrides on top.
+    """Loads the settings of `path` (None: the defaults) with `a.b=value` overrides on top.
 
     Raises `UserError` (2) that lists every mistake of the file and the overrides.
     """
@@ -35,18 +35,18 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
             raise UserError(f"--set {override!r} is not of the form a.b=value (command line); write e.g. sbr.epochs=5", USAGE)
         value, _ = parse(text, f"--set {override}")
         _put(tree, keys, value, override)
-        above = {keys[:n]: f"--set {override}" for n in range(1, len(keys))}  # for a section that only the override names
+        above = {keys[:n]: f"--set {override}" for n in range(1, len(keys))}  # for sections that only the override names
         where = above | {k: w for k, w in where.items() if k[: len(keys)] != keys} | {keys: f"--set {override}"}
     return _validated(Config, tree, where, str(path or "settings"))
 
 
 def altered(config: Config, name: str, **sections: Any) -> Config:
-    """A copy with other sections. Raises `UserError` (2) in which the result goes by `name`, where sections do not go together."""
+    """Returns a copy with other sections. Raises `UserError` (2), with the name `name`, if the sections contradict each other."""
     return _validated(Config, config.model_copy(update=sections).model_dump(), {}, name)
 
 
 def load_section(model: type[S], path: Path) -> S:
-    """A file that is one `model`, read as settings are. Raises `UserError` (2) that lists every mistake."""
+    """Loads a file that holds one section. Raises `UserError` (2) that lists every mistake."""
     tree, lines = read(path)
     return _validated(model, tree, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
 
@@ -59,6 +59,7 @@ def _validated(model: type[S], tree: dict[str, Any], where: dict[tuple[str, ...]
 
 
 def save_config(config: Config, path: Path) -> None:
+    """Writes the settings as YAML."""
     path.write_text(written(config.model_dump()), encoding="utf-8")
 
 
@@ -68,7 +69,7 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any, override: str)
             tree[key] = {}
         tree = tree[key]
         if not isinstance(tree, dict):
-            raise UserError(f"`{key}` holds a value, not a section (--set {override}); set it whole", USAGE)
+            raise UserError(f"`{key}` holds a value, not a section (--set {override}); set the section instead", USAGE)
     tree[keys[-1]] = value
 
 
@@ -81,7 +82,7 @@ def _explain(error: ValidationError, where: dict[tuple[str, ...], str], name: st
             near = difflib.get_close_matches(loc[-1], _fields(model, loc[:-1]), n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(_fields(model, loc[:-1]))}"
             yield f"unknown key `{key}` ({spot}); {hint}"
-        elif not loc:  # what two sections say together
+        elif not loc:  # two sections that contradict each other
             yield f"{problem['msg']} ({spot}); change one of them"
         else:
             yield f"`{key}` = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]} ({spot}); fix the value"

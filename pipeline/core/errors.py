@@ -1,7 +1,7 @@
-"""The one exception the command line turns into one line and an exit code.
+"""Defines `UserError`, which the command line turns into one line and an exit code.
 
 Everything a user can cause (a bad file, a bad config, a missing artifact, a missing device) is a `UserError`;
-any other exception is a bug of ours and keeps its traceback.
+any other exception is a bug in tpad and keeps its traceback.
 """
 
 USAGE = 2  # command line or config
@@ -11,13 +11,13 @@ ENVIRONMENT = 5  # device, package, disk
 
 
 class UserError(Exception):
-    """`what (where); what to do`, in one line, and the exit code of the contract (2, 3, 4 or 5)."""
+    """An error the user can fix: one line, `what (where); what to do`, and the exit code of the contract (2, 3, 4 or 5)."""
 
     def __init__(self, message: str, code: int) -> None:
-        # what a file or an id holds may be quoted in the message: it must not reach the terminal as control codes
+        # the message may quote a file or an id, whose control characters must not reach the terminal
         line = " ".join(message.split())
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
         self.code = code
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, int]]:
-        return type(self), (str(self), self.code)  # as it comes back from a worker process
+        return type(self), (str(self), self.code)  # to be pickled by a worker process

@@ -1,4 +1,4 @@
-"""Files and folders: checksums, one byte form of JSON, replacement in one step, errors of the disk."""
+"""Handles files: checksums, canonical JSON, atomic replacement, errors of the disk."""
 
 import errno
 import hashlib
@@ -20,12 +20,13 @@ LOCK_ERRORS = {errno.ENOTDIR, errno.EMFILE, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 def sha256_file(path: Path) -> str:
+    """Returns the sha256 of a file as hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_json(obj: Any) -> bytes:
-    """The one byte form of `obj`; NaN and infinity are refused (ValueError)."""
+    """Returns the only byte form of `obj` that tpad writes. Raises ValueError for NaN and infinity."""
     return (json.dumps(obj, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
@@ -40,8 +41,8 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`: fsynced and renamed onto it at the end, removed when the body fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process: two may replace one file
+    """Yields a temporary path beside `path`, which is synced and renamed to it at the end, or removed if the body fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # with the process id: two processes may replace one file
     try:
         yield temporary
         fsync_path(temporary)
@@ -53,27 +54,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, obj: Any) -> None:
+    """Writes canonical JSON, replacing the file atomically."""
     data = canonical_json(obj)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, link or folder, or nothing."""
+    """Removes a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif os.path.lexists(path):  # asked first: a read-only disk refuses to unlink even what is not there
+    elif os.path.lexists(path):  # checked first: a read-only disk refuses to unlink even a missing file
         path.unlink()
 
 
 def environment_error(error: BaseException, where: Path) -> UserError | None:
-    """A full disk, a read-only or forbidden folder as one line (5); None for what is no fault of the environment."""
+    """Turns an error of the disk or of permissions into `UserError` (5); None for other errors. `where`: the path if it names none."""
     number, name = None, where
     if isinstance(error, OSError):
         number = error.errno
         name = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else where
-    elif isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(found[1])
+    elif isinstance(error, SafetensorError) and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(match[1])
     if number is None or number not in DISK_ERRORS | LOCK_ERRORS:
         return None
     return UserError(f"{os.strerror(number).lower()} ({name}); free or unlock it, or use another --run, and start again", ENVIRONMENT)

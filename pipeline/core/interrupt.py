@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a training stops after the step in hand, at the same step in every process."""
+"""Stops a training on Ctrl-C or SIGTERM after the current step, at the same step in every process."""
 
 import signal
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 class Interrupt:
-    """`with Interrupt() as interrupt`: Ctrl-C and SIGTERM ask for a stop after the step in hand; a second one does not wait."""
+    """Catches Ctrl-C and SIGTERM in a `with` block: the first asks for a stop after the current step, a second one stops at once."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -23,15 +23,15 @@ class Interrupt:
         signal.signal(number, self._before[number])
 
     def agreed(self, accelerator: Any) -> bool:
-        """Whether any process was asked to stop: all must stop at the same step."""
+        """Returns whether any process was asked to stop, since all must stop at the same step."""
         if accelerator.num_processes == 1:
             return self.signal != 0
-        asked = torch.tensor(self.signal, device=accelerator.device)
-        self.signal = int(accelerator.gather(asked).max())
+        received = torch.tensor(self.signal, device=accelerator.device)
+        self.signal = int(accelerator.gather(received).max())
         return self.signal != 0
 
     def exit(self) -> SystemExit:
-        """130 or 143, as a shell expects of an interrupted program."""
+        """Returns the exit with status 130 or 143, as a shell expects of an interrupted program."""
         return SystemExit(128 + self.signal)
 
     def __exit__(self, *_: object) -> None:

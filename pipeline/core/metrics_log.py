@@ -1,4 +1,4 @@
-"""What every step of the distillation leaves in metrics.jsonl, and with the trackers."""
+"""Logs the metrics of every distillation step to metrics.jsonl and to accelerate's trackers."""
 
 import json
 from collections.abc import Mapping
@@ -11,25 +11,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Metrics:
-    """`metrics.jsonl`, one line a step, and any accelerate tracker. Written by the main process.
+class MetricsLog:
+    """Writes `metrics.jsonl`, one line a step, and to any accelerate tracker; in the main process only.
 
-    Losses with their weights; bounds without, in nats, but CLUB bounds in nats a dimension; held_out_... is of the probe.
-    Trackers are told of steps that never go back, or they would drop them: `before` are those of the phases that are over.
+    Losses are logged with their weights; bounds without, in nats, CLUB bounds in nats per dimension; held_out_... is of the probe.
+    Trackers drop steps that go back, so they get the step plus `before`, the number of steps in the earlier phases.
     """
 
     def __init__(self, path: Path, accelerator: "Accelerator") -> None:
         self.path, self.accelerator, self.before = path, accelerator, 0
 
     def resume(self, phase: str, start: int) -> None:
-        """Forgets the steps of `phase` from `start` on: they are about to be done again."""
+        """Removes the lines of `phase` from step `start` on, which is about to be repeated."""
         if self.accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if not ((entry := _entry(line)) is None or (entry["phase"] == phase and entry["step"] >= start))]
+            earlier = [line for line in lines if (entry := _entry(line)) and not (entry["phase"] == phase and entry["step"] >= start)]
             with replacing(self.path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                temporary.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
 
     def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
+        """Logs the values of one step."""
         plain = {name: round(float(value), 6) for name, value in values.items()}
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
@@ -41,15 +42,15 @@ def _entry(line: str) -> dict[str, Any] | None:
     try:
         return dict(json.loads(line))
     except ValueError:
-        return None  # the line a kill cut short
+        return None  # a line cut short by a kill
 
 
 def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, int | float | str | bool]:
-    """`distill.dim`: 64, ...: trackers know no sections."""
-    found: dict[str, int | float | str | bool] = {}
+    """Flattens nested settings to `distill.dim`: 64, ..., for trackers that know no sections."""
+    settings: dict[str, int | float | str | bool] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{key}.")
+            settings |= flat(value, f"{above}{key}.")
         else:
-            found[above + key] = value if isinstance(value, int | float | str) else str(value)
-    return found
+            settings[above + key] = value if isinstance(value, int | float | str) else str(value)
+    return settings

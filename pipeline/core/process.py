@@ -1,4 +1,4 @@
-"""What holds for a whole process: the memory it has freed, and whom it ends with."""
+"""Process-level settings: keep freed memory (glibc malloc), and exit when the parent process dies."""
 
 import ctypes
 import os
@@ -10,16 +10,18 @@ KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """glibc gives every large block back to the system when it is freed, and each page of the next one is a fault and zeroed again:
-    on a CPU that is a tenth of a training step, or of the export. Kept, the process holds its peak to its end, as it does in
-    PyTorch's own allocator on a GPU. Elsewhere than in glibc nothing is done."""
+    """Makes malloc keep freed memory instead of returning it to the system; does nothing without glibc.
+
+    Otherwise every large block is returned when it is freed, and the next one causes a page fault for each page: on a CPU a tenth of
+    a training step or of the export. The process then holds its peak memory to its end, as PyTorch's allocator does on a GPU.
+    """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def end_with(parent: int) -> None:
-    """This process does not outlive the one that it works for, whatever ends that."""
+    """Ends this process as soon as its parent process `parent` has ended, for whatever reason."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""What a long step tells while it runs: a bar on a terminal, a line every few seconds elsewhere. Always on stderr."""
+"""Shows the progress of a long step on stderr: a bar on a terminal, elsewhere a line every few seconds."""
 
 import sys
 import time
@@ -11,11 +11,11 @@ EVERY_SECONDS = 10.0
 
 
 class Steps:
-    """`with Steps("knowledge", total) as steps: ... steps.advance("loss 1.23")`. Silent unless `show`."""
+    """Counts steps: `with Steps("knowledge", total) as steps: ... steps.advance("loss 1.23")`. Silent unless `show`."""
 
     def __init__(self, name: str, total: int, done: int = 0, show: bool = True) -> None:
         self.name, self.total, self.done, self.show = name, total, done, show
-        self.first, self.began, self.told = done, time.monotonic(), time.monotonic()
+        self.first, self.start, self.printed = done, time.monotonic(), time.monotonic()
         self.note = ""
         self._bar: Progress | None = None
 
@@ -34,16 +34,17 @@ class Steps:
         return self
 
     def advance(self, note: str = "", by: int = 1) -> None:
+        """Counts `by` steps and shows `note`."""
         self.done, self.note = self.done + by, note
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=note)
-        elif time.monotonic() - self.told >= EVERY_SECONDS:
+        elif time.monotonic() - self.printed >= EVERY_SECONDS:
             self._line()
 
     def _line(self) -> None:
-        self.told = time.monotonic()
+        self.printed = time.monotonic()
         if self.show and self._bar is None:
-            rate = (self.done - self.first) / max(self.told - self.began, 1e-9)
+            rate = (self.done - self.first) / max(self.printed - self.start, 1e-9)
             print(
                 f"{self.name}: {self.done}/{self.total}, {rate:.1f}/s{', ' + self.note if self.note else ''}", file=sys.stderr, flush=True
             )
@@ -51,5 +52,5 @@ class Steps:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.done > self.first and not isinstance(error, Exception):  # an error is one line, its own
+        elif self.done > self.first and not isinstance(error, Exception):  # an error prints its own line
             self._line()

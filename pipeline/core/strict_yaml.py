@@ -18,7 +18,7 @@ from pipeline.core.errors import USAGE, UserError
 
 MAX_BYTES = 256 * 1024  # far more than any settings file needs
 MAX_DEPTH = 20
-Lines = dict[tuple[str, ...], int]  # key with the keys above it (an item of a list is named by its number) -> line
+Lines = dict[tuple[str, ...], int]  # key path (items of a list by number) -> line
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+)")
 
@@ -32,7 +32,7 @@ def written(tree: dict[str, Any]) -> str:
     yaml, text = _yaml(), io.StringIO()
     yaml.default_flow_style = False
     yaml.allow_unicode = False  # the library does not quote U+0085
-    yaml.width = MAX_BYTES  # one line a value
+    yaml.width = MAX_BYTES  # one line per value
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(tree, text)
     return text.getvalue()
@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
 
 
 def _compose(text: str, name: str) -> Node | None:
-    """The nodes of a text, after a look at its events: an alias can repeat what is large, and nodes are built by recursion."""
+    """Parses a text to nodes. Checks its events first: an alias can repeat large content, and nodes are built by recursion."""
     depth = 0
     try:
         for event in _yaml().parse(text):
@@ -85,7 +85,7 @@ def _compose(text: str, name: str) -> Node | None:
 
 
 def _value(node: Node, name: str, above: tuple[str, ...], lines: Lines) -> Any:
-    """The value of a node. Adds the line of every key and item below it to `lines`."""
+    """Returns the value of a node, and adds the line of every key and item below it to `lines`."""
     if isinstance(node, MappingNode):
         section: dict[str, Any] = {}
         for key, value in node.value:
@@ -110,7 +110,7 @@ def _value(node: Node, name: str, above: tuple[str, ...], lines: Lines) -> Any:
 
 
 def _word(text: str) -> Any:
-    """The value of a scalar without quotes. Nothing is a number here that the writer would not quote as a text."""
+    """Returns the value of a scalar without quotes. Only what the writer would quote as a text is read as a number."""
     if text in ("", "~", "null", "Null", "NULL"):
         return None
     if text in ("true", "false"):

@@ -1,4 +1,4 @@
-"""Which items may be recommended at a time: the columns `available_from` and `available_until` of items.parquet.
+"""Reads when items may be recommended: the columns `available_from` and `available_until` of items.parquet.
 
 An item is a candidate from `available_from` on and before `available_until`. An empty cell sets no limit. Without a value in
 either column every item is always a candidate, and nothing is computed.
@@ -19,28 +19,34 @@ ALWAYS, NEVER = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # seconds
 
 
 class Availability(NamedTuple):
+    """The time limits of N items."""
+
     begin: np.ndarray  # (N,) int64 Unix seconds: from then on an item may be recommended; ALWAYS: no limit
     end: np.ndarray  # (N,) int64 Unix seconds: from then on it may not; NEVER: no limit
 
     @classmethod
     def unlimited(cls, items: int) -> "Availability":
+        """Returns limits that exclude nothing, for `items` items."""
         return cls(np.full(items, ALWAYS), np.full(items, NEVER))
 
     def at(self, time: int) -> np.ndarray:
-        """(N,) bool: which items may be recommended at `time`, Unix seconds."""
+        """Returns (N,) bool: whether each item may be recommended at `time`, Unix seconds."""
         open_: np.ndarray = (self.begin <= time) & (time < self.end)
         return open_
 
     def without(self, excluded: np.ndarray) -> "Availability":
-        """The same, but for the items `excluded` (N,) bool, which may never be recommended."""
+        """Returns limits in which the items `excluded` (N,) bool may never be recommended."""
         return Availability(np.where(excluded, NEVER, self.begin), self.end)
 
     def take(self, rows: np.ndarray) -> "Availability":
+        """Returns the limits of the items `rows`."""
         return Availability(self.begin[rows], self.end[rows])
 
     def columns(self) -> dict[str, pa.Array]:
-        """As columns of timestamps, empty where there is no limit: of a plain number above `MILLISECONDS`, as the seconds of the year 9999
-        are, nobody could tell the unit."""
+        """Returns columns of timestamps, empty where there is no limit.
+
+        Not plain numbers: seconds above `MILLISECONDS`, such as those of the year 9999, would be read as milliseconds.
+        """
         return {
             AVAILABLE_FROM: pa.array(self.begin, pa.timestamp("s"), mask=self.begin == ALWAYS),
             AVAILABLE_UNTIL: pa.array(self.end, pa.timestamp("s"), mask=self.end == NEVER),
@@ -48,7 +54,7 @@ class Availability(NamedTuple):
 
 
 def read_availability(path: Path, table: pa.Table) -> Availability | None:
-    """The limits in a table of items; None where it has none. Raises `UserError` (3)."""
+    """Reads the limits from a table of items; None where it has none. Raises `UserError` (3)."""
     if not set(COLUMNS) & set(table.column_names):
         return None
     begin, end = (
@@ -64,7 +70,7 @@ def read_availability(path: Path, table: pa.Table) -> Availability | None:
 
 
 def _seconds(path: Path, column: pa.ChunkedArray, name: str, missing: int) -> np.ndarray:
-    """(N,) int64; `missing` for an empty cell."""
+    """Reads a column as (N,) int64 Unix seconds; `missing` for an empty cell."""
     seconds = np.full(len(column), missing)
     filled: np.ndarray = (
         pc.is_valid(column).to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else pc.is_valid(column).to_numpy()

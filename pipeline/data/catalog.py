@@ -1,9 +1,8 @@
-"""The items of a data folder: read and checked.
+"""Loads and checks the items of a data folder.
 
-`items.parquet` is what users and `tpad prepare` hand over, so everything about it is checked here, once, and a fault is one line
-with file and row (as `session_log` does for the sessions). Texts are held in memory, unless the catalogue is loaded to be
-streamed; images are not: they are read by row group through a cache of limited size, so a catalogue may be larger than
-memory (row groups of gigabytes will be felt, though).
+`items.parquet` comes from users or `tpad prepare`, so it is checked completely here, and an error is one line with file and row (as
+in `session_log.py` for the sessions). Texts are held in memory, unless the catalogue is loaded as a stream. Images are not: they are
+read by row group through a cache of limited size, so a catalogue may be larger than memory (but row groups of gigabytes are slow).
 """
 
 import hashlib
@@ -42,17 +41,17 @@ from pipeline.data.parquet_checks import (
     unreadable,
 )
 
-CACHE_BYTES = 256 * 1024 * 1024  # of image row groups ...
-STREAM_BYTES = 16 * 1024 * 1024  # ... and of the columns of a catalogue that is gone through once, in order
+CACHE_BYTES = 256 * 1024 * 1024  # cache of image row groups ...
+STREAM_BYTES = 16 * 1024 * 1024  # ... and of each column of a streamed catalogue, which is read once, in order
 
 
 class _Column:
-    """A column of a Parquet file, read by row group, the last few kept."""
+    """A column of a Parquet file, read by row group; the last few groups are cached."""
 
     def __init__(self, path: Path, file: pq.ParquetFile, name: str, cache_bytes: int) -> None:
         self.path, self.metadata, self.name, self.cache_bytes = path, file.metadata, name, cache_bytes
         self.ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]).tolist()
-        self.kept: dict[int, pa.ChunkedArray] = {}  # in order of use
+        self.cached: dict[int, pa.ChunkedArray] = {}  # in order of use
         self.state = _file_state(path)
 
     def __getitem__(self, row: int) -> pa.Scalar:
@@ -60,7 +59,7 @@ class _Column:
         return self._group(group)[row - (self.ends[group - 1] if group else 0)]
 
     def _group(self, number: int) -> pa.ChunkedArray:
-        column = self.kept.pop(number, None)
+        column = self.cached.pop(number, None)
         if column is None:
             if _file_state(self.path) != self.state:
                 raise UserError(f"the items changed while in use ({self.path}); start the command again", DATA)
@@ -70,14 +69,14 @@ class _Column:
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(self.path, error) from None
             room = self.cache_bytes - column.nbytes
-            while self.kept and sum(kept.nbytes for kept in self.kept.values()) > room:
-                self.kept.pop(next(iter(self.kept)), None)
-        self.kept[number] = column
+            while self.cached and sum(group.nbytes for group in self.cached.values()) > room:
+                self.cached.pop(next(iter(self.cached)), None)
+        self.cached[number] = column
         return column
 
 
 def _file_state(path: Path) -> tuple[int, int, int] | None:
-    """By which it is known again; None where there is no such file."""
+    """Returns what changes when the file is replaced; None where there is no such file."""
     try:
         state = path.stat()
     except OSError:
@@ -86,19 +85,19 @@ def _file_state(path: Path) -> tuple[int, int, int] | None:
 
 
 def _present(file: pq.ParquetFile, folder: Path) -> tuple[np.ndarray, bytes]:
-    """(N,) bool: which items have an image; and of those that are files of their own the paths and sizes."""
+    """Returns (N,) bool, which items have an image, and the paths and sizes of images in separate files."""
     present, linked = [np.zeros(0, bool)], []
     for batch in file.iter_batches(1024, columns=["image"], use_threads=False):
         images = batch.column(0)
-        held, named = _filled(images, "bytes"), _filled(images, "path")
-        present.append(held | named)
-        alone = pc.struct_field(images, "path").filter(pa.array(named & ~held)) if (named & ~held).any() else []
-        linked += [f"{path} {_size(folder / str(path))}\n".encode() for path in alone]
+        embedded, named = _filled(images, "bytes"), _filled(images, "path")
+        present.append(embedded | named)
+        paths = pc.struct_field(images, "path").filter(pa.array(named & ~embedded)) if (named & ~embedded).any() else []
+        linked += [f"{path} {_size(folder / str(path))}\n".encode() for path in paths]
     return np.concatenate(present), b"".join(linked)
 
 
 def _size(path: Path) -> int:
-    """In bytes; -1 where there is no such file."""
+    """Returns the size in bytes; -1 where there is no such file."""
     try:
         return path.stat().st_size
     except (OSError, ValueError):
@@ -106,8 +105,9 @@ def _size(path: Path) -> int:
 
 
 def _filled(images: pa.StructArray, name: str) -> np.ndarray:
-    at = images.type.get_field_index(name)
-    if at < 0 or pa.types.is_null(images.type.field(at).type):
+    """Returns (n,) bool: where the field `name` is not empty."""
+    index = images.type.get_field_index(name)
+    if index < 0 or pa.types.is_null(images.type.field(index).type):
         return np.zeros(len(images), bool)
     length = pc.binary_length(pc.struct_field(images, name))
     filled: np.ndarray = pc.fill_null(pc.greater(length, 0), False).to_numpy(zero_copy_only=False)
@@ -119,18 +119,18 @@ def _filled(images: pa.StructArray, name: str) -> np.ndarray:
 
 @dataclass
 class Catalog:
-    """The items in file order: `row` of an item is its position there, `item_id` the user's name for it."""
+    """The items in file order. `row` of an item is its position there, `item_id` the user's name for it."""
 
     path: Path
-    sha256: str  # of the file, and of the sizes of pictures beside it
+    sha256: str  # of the file, and of the sizes of image files beside it
     item_ids: list[str]
-    columns: list[str]  # those that can be read as text: every one but item_id, image, availability and binary ones
-    text_columns: list[str]  # of them, those that are texts, or lists of texts
+    columns: list[str]  # columns that can be read as text: all but item_id, image, availability and binary ones
+    text_columns: list[str]  # of these, columns of texts or lists of texts
     _texts: Mapping[str, pa.Array | _Column] = field(repr=False)
     _images: _Column | None = field(repr=False)
-    _present: np.ndarray = field(repr=False)  # (N,) bool: who has an image
+    _present: np.ndarray = field(repr=False)  # (N,) bool: which items have an image
     availability: Availability | None = None  # None: every item may always be recommended
-    by_path: bool = False  # some images are files beside the catalogue, of which its sha256 knows no more than the size
+    by_path: bool = False  # some images are separate files, of which `sha256` covers the size only
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -142,35 +142,39 @@ class Catalog:
 
     @cached_property
     def titles(self) -> list[str]:
+        """The title of every item."""
         return [self.text(row, "title") for row in range(len(self))]
 
     def only(self, item_ids: list[str]) -> "Catalog":
-        """These of the items, in this order, with their texts and no image. Not of a catalogue that is streamed."""
+        """Returns the items `item_ids`, in this order, with their texts and without images. Not for a streamed catalogue."""
         rows = np.array([self.row[item] for item in item_ids], np.int64)
         texts = {name: column.take(pa.array(rows)) for name, column in self._texts.items() if isinstance(column, pa.Array)}
         available = self.availability and self.availability.take(rows)
         return replace(self, item_ids=item_ids, _texts=texts, _images=None, _present=np.zeros(len(item_ids), bool), availability=available)
 
     def attributes(self) -> dict[str, pa.Array]:
-        """What items can be told apart by, all but title and description: a text each, or a list of texts. Not of a streamed one."""
-        found = {}
+        """Returns the columns beside title and description, each as texts or lists of texts. Not for a streamed catalogue."""
+        attributes = {}
         for name in self.columns:
             column = self._texts[name]
             if name not in ("title", "description") and isinstance(column, pa.Array):
                 if inner(column.type) != column.type:
                     texts = [[text for text in map(plain_text, values or []) if text] for values in column.to_pylist()]
-                    found[name] = pa.array(texts, pa.list_(pa.string()))
+                    attributes[name] = pa.array(texts, pa.list_(pa.string()))
                 else:
-                    found[name] = pa.array([plain_text(value) or None for value in column.to_pylist()], pa.string())
-        return found
+                    attributes[name] = pa.array([plain_text(value) or None for value in column.to_pylist()], pa.string())
+        return attributes
 
     def text(self, row: int, column: str) -> str:
+        """Returns the value of a column as text; empty where there is none."""
         return plain_text(self._texts[column][row].as_py())
 
     def has_image(self, row: int) -> bool:
+        """Returns whether the item names an image, which may turn out not to be decodable."""
         return bool(self._present[row])
 
     def image_bytes(self, row: int) -> bytes | None:
+        """Returns the bytes of the image file; None without an image. Raises `ImageError` for a file that cannot be read."""
         if self._images is None or not self._present[row]:
             return None
         record = self._images[row].as_py()
@@ -178,15 +182,15 @@ class Catalog:
         return data if data or path is None else read_image_file(self.path.parent, path, self._where(row))
 
     def image_size(self, row: int) -> tuple[int, int]:
-        """Width and height by the file's first bytes; (0, 0) where these say nothing."""
+        """Returns width and height from the file's header; (0, 0) for one that cannot be read."""
         try:
             with Image.open(io.BytesIO(self.image_bytes(row) or b""), formats=FORMATS) as image:
                 return image.size
-        except Exception:  # `image` has the words for it
+        except Exception:  # `image` reports it
             return 0, 0
 
     def image(self, row: int) -> Image.Image | None:
-        """None without an image; `ImageError` for one that cannot be decoded."""
+        """Decodes the image; None without one. Raises `ImageError` for one that cannot be decoded."""
         data = self.image_bytes(row)
         return None if data is None else decode_image(data, self._where(row))
 
@@ -195,7 +199,7 @@ class Catalog:
 
 
 def plain_text(value: Any) -> str:
-    """An attribute as a person would write it."""
+    """Formats a value as a person would write it."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
@@ -212,7 +216,10 @@ def plain_text(value: Any) -> str:
 
 
 def load_catalog(data: Path, stream: bool = False) -> Catalog:
-    """The items of a data folder. With `stream` little but the item_ids is held in memory: for one pass in row order."""
+    """Loads the items of a data folder. Raises `UserError` (3).
+
+    With `stream` little more than the item_ids is held in memory: for one pass in row order.
+    """
     path = data / ITEMS
     file = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`")
     schema = file.schema_arrow

@@ -17,12 +17,15 @@ UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def is_clock(kind: pa.DataType) -> bool:
+    """Returns whether a column of this type can hold times."""
     return bool((pa.types.is_integer(kind) and kind != pa.uint64()) or pa.types.is_timestamp(kind))
 
 
 def read_clock(path: Path, column: pa.ChunkedArray, name: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """Times of a column without gaps: (E,) int64 ticks, and how many ticks make a second. `rows` (E,): where each stands in the file, if
-    not at its own place. Raises `UserError` (3)."""
+    """Reads the times of a column without gaps: (E,) int64 ticks, and the number of ticks in a second. Raises `UserError` (3).
+
+    `rows` (E,): the row of each time in the file, if it is not its position.
+    """
     row = pc.index(pc.is_null(column), True).as_py()
     if row >= 0:
         raise UserError(f"{name} is empty ({path} row {row}); every row needs one", DATA)

@@ -1,4 +1,4 @@
-"""Item embeddings: the schema of their parts, and the version that is current, read whole. No torch."""
+"""Defines the Parquet schema of the item embeddings, and reads the current version. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,22 +13,24 @@ from pipeline.core.artifact import MANIFEST, Version, damaged, following
 from pipeline.core.config import Config
 from pipeline.core.files import replacing
 
-REFIT = "refit"  # folder in that of a run: the MLLM that has seen all sessions (distill.refit), and its embeddings
-ROW_GROUP = 1024  # rows: fixed, so that the same rows always give the same bytes
+REFIT = "refit"  # subfolder of a run: the MLLM trained on all sessions (distill.refit), and its embeddings
+ROW_GROUP = 1024  # rows in a row group: fixed, so that the same rows always give the same bytes
 HALVES = ("knowledge", "transition")
 Dtype = Literal["float32", "float16", "int8"]
 VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
 
 def published_in(config: Config) -> str:
-    """The folder, in that of a run, with the embeddings that a published session model reads."""
+    """Returns the subfolder of a run with the embeddings that a published session model reads."""
     return REFIT if config.distill.refit else "."
 
 
 def embeddings_schema(dim: int, dtype: Dtype, halves: Sequence[str] = HALVES) -> pa.Schema:
-    """Columns of an embeddings part, in this order; D = `dim` is the length of each half. An int8 half times its row's scale.
+    """Returns the columns of an embeddings part, in this order; `dim` is the dimension D of each half.
 
-    An ablation may have one half only; its manifest lists it as `halves`."""
+    Values of type int8 are to be multiplied by their row's scale. An ablation may have one half only, listed in its manifest as
+    `halves`.
+    """
     vector = pa.list_(pa.field("element", VECTOR_TYPES[dtype], nullable=False), dim)
     scales = {f"{half}_scale": pa.float32() for half in halves if dtype == "int8"}
     columns = {
@@ -38,13 +40,13 @@ def embeddings_schema(dim: int, dtype: Dtype, halves: Sequence[str] = HALVES) ->
         "has_image": pa.bool_(),
         "has_text": pa.bool_(),
         "n_tokens": pa.int32(),
-        "content_sha256": pa.binary(32),  # of what the model was shown: equal content needs no second look
+        "content_sha256": pa.binary(32),  # of the content shown to the model: an update copies rows of equal content
     }
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
 def vector_columns(half: str, values: np.ndarray, schema: pa.Schema) -> dict[str, pa.Array]:
-    """The columns of `schema` that hold `values` (N, D) float32 of a half."""
+    """Returns the columns of `schema` for the vectors `values` (N, D) float32 of a half."""
     columns = {}
     kind = schema.field(half).type
     if kind.value_type == pa.int8():
@@ -56,7 +58,7 @@ def vector_columns(half: str, values: np.ndarray, schema: pa.Schema) -> dict[str
 
 
 def vectors_of(table: pa.Table, half: str) -> np.ndarray:
-    """(N, D) of a half, in the type of the file; int8 times its scale, as float32."""
+    """Returns the vectors (N, D) of a half in the type of the file; int8 as float32, multiplied by the scales."""
     dim = table.schema.field(half).type.list_size
     values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[half].chunks]
     vectors = np.concatenate(values).reshape(-1, dim) if values else np.empty((0, dim), np.float32)
@@ -64,7 +66,7 @@ def vectors_of(table: pa.Table, half: str) -> np.ndarray:
 
 
 def write_part(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file whose bytes depend on nothing but the rows (and the version of pyarrow); whole or absent."""
+    """Writes a part atomically. Its bytes depend on nothing but the rows (and the version of pyarrow)."""
     plain = table.replace_schema_metadata(None).combine_chunks()
     with replacing(path) as temporary:
         pq.write_table(
@@ -80,8 +82,10 @@ def write_part(path: Path, table: pa.Table) -> None:
 
 @dataclass(frozen=True)
 class Embeddings:
+    """The embeddings of N items, in catalogue order."""
+
     item_ids: list[str]
-    vectors: dict[str, np.ndarray]  # of each half, (N, D) float32, whatever the files hold
+    vectors: dict[str, np.ndarray]  # half -> (N, D) float32, whatever the type in the files
     has_image: np.ndarray  # (N,) bool
     has_text: np.ndarray  # (N,) bool
     version: Version
@@ -96,7 +100,7 @@ class Embeddings:
 
 
 def halves_of(manifest: dict[str, Any]) -> tuple[str, ...]:
-    """Those that an embeddings version has: both, unless it says otherwise."""
+    """Returns the halves of an embeddings version: both, unless the manifest lists one. Raises ValueError for a wrong list."""
     halves = tuple(manifest.get("halves", HALVES))
     if not halves or halves != tuple(half for half in HALVES if half in halves):
         raise ValueError(f"halves: {halves}")
@@ -104,9 +108,10 @@ def halves_of(manifest: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read_embeddings(root: Path) -> Embeddings:
-    """The current embeddings, in catalogue order. Their manifest has `dim`, `dtype`, `rows` (N) and `parts`: [{name, rows}].
+    """Reads the current embeddings, in catalogue order. Raises `UserError` (4).
 
-    `halves` stands there too, where it is one only."""
+    Their manifest has `dim`, `dtype`, `rows` (N), `parts`: [{name, rows}] and, if there is only one half, `halves`.
+    """
     hint = "run `tpad export-embeddings` first"
     return following(root, "embeddings", hint, lambda version: _embeddings(version, hint))
 
@@ -135,12 +140,12 @@ def _embeddings(version: Version, hint: str) -> Embeddings:
             values[span] = table[flag].to_numpy()
         item_ids += table["item_id"].to_pylist()
     if len(set(item_ids)) != rows:
-        raise damaged("an item_id stands twice", version.path, hint)
+        raise damaged("an item_id is duplicated", version.path, hint)
     return Embeddings(item_ids, vectors, flags["has_image"], flags["has_text"], version)
 
 
 def read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:
-    """A part, every page against its checksum, of exactly these columns and rows. Raises `UserError` (4)."""
+    """Reads a part and verifies checksums, columns and number of rows. Raises `UserError` (4)."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()

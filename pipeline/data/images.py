@@ -1,4 +1,4 @@
-"""Pictures of items, whose files may be anything: decoded safely, to RGB, upright, or refused in one line."""
+"""Decodes image files of any origin safely to upright RGB, or refuses them in one line."""
 
 import io
 import warnings
@@ -16,16 +16,16 @@ MAX_SIDE = 4096  # pixels; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its si
 
 
 class ImageError(UserError):
-    """Of one picture: what `data.on_bad_image` decides about. A file of items that cannot be read is none of these."""
+    """One image cannot be used; `data.on_bad_image` decides what happens. Not raised for an unreadable items.parquet."""
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """A JPEG, PNG or WebP as RGB: first frame, upright, transparency on white. Anything odd is an `ImageError` at `where`."""
+    """Decodes a JPEG, PNG or WebP to RGB: first frame, upright, transparency on white. Raises `ImageError`, which names `where`."""
     if len(data) > MAX_IMAGE_BYTES:
         raise _bad_image(f"{len(data) / 1e6:.0f} MB, more than {MAX_IMAGE_BYTES // 2**20} MB are not read", where)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks about odd metadata, which is not used
+            warnings.simplefilter("ignore")  # about odd metadata, which is not used
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
@@ -45,15 +45,15 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         raise _bad_image(f"damaged: {error or type(error).__name__}", where) from None
 
 
-def _bad_image(what: str, where: str) -> ImageError:
+def _bad_image(fault: str, where: str) -> ImageError:
     way_out = "replace it, or set data.on_bad_image (of `tpad prepare`: --on-bad-image) to text_only"
-    return ImageError(f"image cannot be used: {what} ({where}); {way_out}", DATA)
+    return ImageError(f"image cannot be used: {fault} ({where}); {way_out}", DATA)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the picture itself is sound; only its orientation tag cannot be read
+    except Exception:  # the image is valid; only its orientation tag cannot be read
         return image
 
 
@@ -69,7 +69,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image_file(folder: Path, path: str, where: str) -> bytes:
-    """The bytes of an image named relative to `folder`, which the path and its links may not leave."""
+    """Reads an image file by its path relative to `folder`, which neither the path nor its links may leave. Raises `ImageError`."""
     parts = PurePosixPath(path)
     if "://" in path or "\\" in path or "\0" in path or parts.is_absolute() or ".." in parts.parts:
         raise _bad_image(f"path {path[:100]!r} is not relative and inside the folder of the items", where)

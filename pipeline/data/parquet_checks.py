@@ -1,4 +1,4 @@
-"""What any Parquet file of ours must be: readable, with the columns and types that are needed, and ids that are sound."""
+"""Checks Parquet files: readable, with the required columns and types, and valid ids."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,16 @@ CONTROL = "[\\x00-\\x1f\\x7f\\x{80}-\\x{9f}\\x{2028}\\x{2029}]"  # in the syntax
 
 
 def raise_duplicate(item_ids: list[str], where: Callable[[int], str]) -> None:
+    """Raises `UserError` (3) for the first duplicate; `where(row)` names a row."""
     first: dict[str, int] = {}
     for row, item_id in enumerate(item_ids):
         if item_id in first:
-            raise UserError(f"item_id {item_id!r} stands twice ({where(row)} and {where(first[item_id])}); keep one of them", DATA)
+            raise UserError(f"item_id {item_id!r} is duplicated ({where(row)} and {where(first[item_id])}); keep one of them", DATA)
         first[item_id] = row
 
 
 def open_parquet(path: Path, hint: str) -> pq.ParquetFile:
+    """Opens a Parquet file. Raises `UserError` (3); `hint` says what to do about a missing one."""
     if not path.is_file():
         raise UserError(f"{path.name} not found ({path}); {hint}", DATA)
     try:
@@ -34,19 +36,20 @@ def open_parquet(path: Path, hint: str) -> pq.ParquetFile:
 
 
 def parquet_file(path: Path, metadata: Any) -> pq.ParquetFile:
-    # without pre_buffer, which would hold all row groups that were read
+    """Opens a Parquet file for reading by row group; without pre_buffer, which would hold all groups read so far."""
     return pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, pre_buffer=False, buffer_size=2**20)
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
+    """Returns the error (3) for a damaged Parquet file."""
     return UserError(f"not readable as Parquet: {str(error).rstrip('.')[:200]} ({path}); write the file again", DATA)
 
 
 def need_columns(path: Path, schema: pa.Schema, wanted: dict[str, Any]) -> None:
-    """`wanted`: column -> test of its Arrow type."""
+    """Raises `UserError` (3) for a missing, duplicated or wrong column. `wanted`: column -> test of its Arrow type."""
     for name in schema.names:
         if schema.names.count(name) > 1:
-            raise UserError(f"column `{name}` stands twice ({path}); keep one", DATA)
+            raise UserError(f"column `{name}` is duplicated ({path}); keep one", DATA)
     for name, fits in wanted.items():
         if name not in schema.names:
             raise UserError(f"column `{name}` is missing ({path} has {', '.join(schema.names[:20])}); {PREPARE}", DATA)
@@ -61,7 +64,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def inner(kind: pa.DataType) -> pa.DataType:
-    """Of the values in a list; of anything else its own."""
+    """Returns the type of a list's values; any other type as it is."""
     return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
 
 
@@ -70,7 +73,7 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """struct<bytes: binary, path: string>, either of which may be absent."""
+    """Returns whether the type is struct<bytes: binary, path: string>, of which either field may be absent."""
     if not pa.types.is_struct(kind):
         return False
     parts = {part.name: part.type for part in kind}
@@ -79,6 +82,7 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def has_binary(kind: pa.DataType) -> bool:
+    """Returns whether the type is binary or contains binary values."""
     if pa.types.is_dictionary(kind):
         return is_binary(kind.value_type)
     nested = [kind.field(i).type for i in range(kind.num_fields)]
@@ -86,6 +90,7 @@ def has_binary(kind: pa.DataType) -> bool:
 
 
 def check_ids(ids: pa.ChunkedArray, name: str, where: Callable[[int], str]) -> None:
+    """Raises `UserError` (3) for an empty, long or unprintable id; `where(row)` names a row."""
     ids = ids.cast(pa.large_string())
     faults = {
         "is empty": pc.fill_null(pc.equal(pc.binary_length(pc.utf8_trim_whitespace(ids)), 0), True),

@@ -1,16 +1,15 @@
-"""The sample shop: drawn products, titles, and sessions from a law that is known, so the best possible score is known.
+"""Generates the sample shop: drawn products, titles, and sessions from a known law, so that the best possible score is known.
 
-A product has a kind (in its title and its silhouette), a style (only in its text) and a colour (only in its picture).
-It also has a model's name (only in its title) and a motif (in its picture, and in a column to learn to write), which play
-no part in what follows what. What a visitor opens next follows, from the last item (or, less often,
-an earlier one):
+A product has a kind (in its title and its silhouette), a style (only in its text) and a colour (only in its image). It also has a
+model name (only in its title) and a motif (in its image, and in a column to generate), which do not influence what follows. The
+next item of a session follows from the last item (or, less often, from an earlier one):
 
     P(j | i) = rule * R(j | i) + companion * C(j | i) + noise * popularity(j)
 
-R multiplies one affinity table per property (kinds that go together, the same or the partner style or colour):
-seen by whoever reads text and pictures. C is a few companions drawn for each item without any reason: seen only in
-the log. Items launched late, at the first validation or test session, never occur in a training session (cold); they have no companions.
-`ceiling.json` holds what the true law itself scores on the test sessions.
+R multiplies one affinity table per property (kinds that go together, the same or the partner style or colour); it can be learned
+from texts and images. C is a few companions drawn at random for each item; it can only be learned from the log. Items launched late,
+at the first validation or test session, never occur in a training session (cold); they have no companions.
+`ceiling.json` holds the score of the true law on the test sessions.
 """
 
 import io
@@ -87,7 +86,7 @@ SHAPES: dict[str, list[tuple[str, tuple[float, ...]]]] = {
 
 @dataclass(frozen=True)
 class Law:
-    """The shop's properties and its law over N items."""
+    """The properties of N items, and the law of their sessions."""
 
     kind: np.ndarray  # (N,)
     style: np.ndarray
@@ -101,8 +100,10 @@ class Law:
 
 
 def build_law(config: ShopConfig, unseen: dict[str, np.ndarray] | None = None) -> Law:
-    """The shop's law; with `unseen` that of someone who knows it but cannot see a property of some items, (N,) bool by the
-    property's name (kind, style or colour): what goes with these is averaged over its values."""
+    """Builds the shop's law.
+
+    `unseen`: property (kind, style or colour) -> (N,) bool, the items of which it is unknown; the law then averages over its values.
+    """
     rng = np.random.default_rng(config.seed)
     unseen = unseen or {}
     n = config.items
@@ -133,7 +134,7 @@ def build_law(config: ShopConfig, unseen: dict[str, np.ndarray] | None = None) -
 
 
 def _affinity(size: int, shares: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """(size, size): row a gives `shares` to a itself and to fixed others, and spreads what is left evenly."""
+    """Draws an affinity table (size, size): row a gives `shares` to a itself and to fixed others, and spreads the rest evenly."""
     table = np.full((size, size), (1 - sum(shares)) / size)
     step = rng.permutation(np.arange(1, size))
     for offset, share in zip((0, *step), shares, strict=False):
@@ -142,7 +143,7 @@ def _affinity(size: int, shares: tuple[float, ...], rng: np.random.Generator) ->
 
 
 def _going_together(values: np.ndarray, affinity: np.ndarray, unseen: np.ndarray | None) -> np.ndarray:
-    """(N,) values -> (N, N) affinities of all pairs"""
+    """Returns (N, N), the affinities of all pairs of items, from their values (N,)."""
     pairs: np.ndarray = affinity[np.ix_(values, values)]
     if unseen is not None:
         share = np.eye(len(affinity))[values]
@@ -172,7 +173,7 @@ def draw_shop(out: Path, shop: ShopConfig, data: DataConfig) -> None:
 
 
 def _held_out(shop: ShopConfig, share: float) -> int:
-    """Sessions of a held-out part, as `split_by_time` counts them."""
+    """Returns the number of sessions in a held-out part, as `split_by_time` counts them."""
     return max(1, int(shop.sessions * share + 0.5)) if share > 0 else 0
 
 
@@ -181,7 +182,7 @@ def _item_id(row: int) -> str:
 
 
 def _sessions(law: Law, shop: ShopConfig, data: DataConfig) -> tuple[list[np.ndarray], np.ndarray]:
-    """Sessions in order of time, as rows of items, and their start times in seconds."""
+    """Draws the sessions in order of time, as rows of items, and their start times in seconds."""
     rng = np.random.default_rng(shop.seed + 1)
     count = shop.sessions
     launch = count - _held_out(shop, data.test) - (_held_out(shop, data.valid) if shop.launch == "validation" else 0)
@@ -204,7 +205,7 @@ def _sessions(law: Law, shop: ShopConfig, data: DataConfig) -> tuple[list[np.nda
 
 
 def ceiling(law: Law, sessions: list[np.ndarray], max_prefix: int) -> dict[str, dict[str, float]]:
-    """HR@K and MRR@K of the true law, which ranks every item after every prefix of the test sessions."""
+    """Returns HR, MRR and NDCG of the true law, which ranks all items for every prefix of the test sessions."""
     ranks, cold = [], []
     for session in sessions:
         for n in range(1, len(session)):
@@ -217,11 +218,11 @@ def ceiling(law: Law, sessions: list[np.ndarray], max_prefix: int) -> dict[str, 
     rank, is_cold = np.array(ranks), np.array(cold)
     cases = {"all": np.ones(len(rank), bool), "warm": ~is_cold, "cold": is_cold}
     return {
-        name: {f"HR@{k}": float((rank[of] <= k).mean()) for k in (5, 10, 20)}
-        | {f"MRR@{k}": float((1 / rank[of] * (rank[of] <= k)).mean()) for k in (5, 10, 20)}
-        | {f"NDCG@{k}": float((1 / np.log2(1 + rank[of]) * (rank[of] <= k)).mean()) for k in (5, 10, 20)}
-        for name, of in cases.items()
-        if of.any()
+        name: {f"HR@{k}": float((rank[mask] <= k).mean()) for k in (5, 10, 20)}
+        | {f"MRR@{k}": float((1 / rank[mask] * (rank[mask] <= k)).mean()) for k in (5, 10, 20)}
+        | {f"NDCG@{k}": float((1 / np.log2(1 + rank[mask]) * (rank[mask] <= k)).mean()) for k in (5, 10, 20)}
+        for name, mask in cases.items()
+        if mask.any()
     }
 
 
@@ -244,7 +245,7 @@ def _items_table(law: Law, shop: ShopConfig) -> pa.Table:
 
 
 def draw_product(kind: str, colour: tuple[int, int, int], motif: str, size: int, rng: np.random.Generator) -> bytes:
-    """A PNG of size x size pixels: the kind's silhouette, in the colour, with the motif; place, scale and shade vary a little."""
+    """Draws a PNG of size x size pixels: the kind's silhouette, in the colour, with the motif; position, scale and shade vary a little."""
     scale, shade = size * rng.uniform(0.88, 0.96), rng.uniform(0.9, 1.05)
     left, top = rng.uniform(0, size - scale, size=2)
     mask = Image.new("L", (size, size))
@@ -265,8 +266,8 @@ def draw_product(kind: str, colour: tuple[int, int, int], motif: str, size: int,
         if motif == "dots":
             for b in range(0, size, pitch):
                 pen.ellipse((a, b, a + pitch // 2, b + pitch // 2), fill=dark)
-    picture = Image.new("RGB", (size, size), (250, 250, 250))  # as a studio does: nothing but the product tells items apart
-    picture.paste(surface, mask=mask)
+    image = Image.new("RGB", (size, size), (250, 250, 250))  # a plain background, as in a studio: only the product differs
+    image.paste(surface, mask=mask)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()

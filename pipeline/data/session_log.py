@@ -1,4 +1,4 @@
-"""`sessions.parquet`: events grouped to sessions, in order, each of an item of the catalogue."""
+"""Loads `sessions.parquet`: ordered sessions of events, each with an item of the catalogue."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -16,59 +16,64 @@ from pipeline.data.parquet_checks import ITEMS, SESSIONS, check_ids, is_text, ne
 
 @dataclass(frozen=True)
 class SessionLog:
-    """Sessions of two events or more, by (start, session_id); inside a session by (timestamp, row of the file)."""
+    """Sessions of two events or more, ordered by (start, session_id); their events by (timestamp, row of the file)."""
 
     session_ids: list[str]
-    rows: np.ndarray  # (E,) int32, the items' rows, session after session
-    offsets: np.ndarray  # (S + 1,) int64, where each session begins
+    rows: np.ndarray  # (E,) int32, row of each event's item, session after session
+    offsets: np.ndarray  # (S + 1,) int64, first event of each session
     start: np.ndarray  # (S,) int64 seconds
     times: np.ndarray  # (E,) int64 seconds, of each event
-    dropped: int = 0  # sessions of one event, left out: nothing follows in them
-    users: list[str] = field(default_factory=list)  # (S,) whose each is, where the file says so; else empty
-    last_out: bool = False  # a part of the protocol last-out: held out is the last item of each session, not the session
+    dropped: int = 0  # sessions of one event, which are left out
+    users: list[str] = field(default_factory=list)  # (S,) user of each session; empty if the file has no users
+    last_out: bool = False  # of the protocol last-out, which holds out the last item of each session instead of sessions
 
     def __len__(self) -> int:
         return len(self.session_ids)
 
     def session(self, i: int) -> np.ndarray:
+        """Returns the item rows of the i-th session."""
         rows: np.ndarray = self.rows[self.offsets[i] : self.offsets[i + 1]]
         return rows
 
-    def select(self, which: np.ndarray) -> "SessionLog":
-        """The sessions at the positions `which`, in that order."""
-        which = np.asarray(which, dtype=np.int64)
-        lengths = np.diff(self.offsets)[which]
+    def select(self, positions: np.ndarray) -> "SessionLog":
+        """Returns the sessions at `positions`, in that order."""
+        positions = np.asarray(positions, dtype=np.int64)
+        lengths = np.diff(self.offsets)[positions]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        events = np.arange(offsets[-1]) + np.repeat(self.offsets[which] - offsets[:-1], lengths)
-        return replace(self._named(which), rows=self.rows[events], times=self.times[events], offsets=offsets, dropped=0)
+        events = np.arange(offsets[-1]) + np.repeat(self.offsets[positions] - offsets[:-1], lengths)
+        return replace(self._without_events(positions), rows=self.rows[events], times=self.times[events], offsets=offsets, dropped=0)
 
     def keep(self, events: np.ndarray) -> "SessionLog":
-        """With these events (E,) bool alone; a session that keeps fewer than two goes. ValueError where none is left."""
+        """Returns the log with the events (E,) bool only, without sessions of fewer than two. Raises ValueError if none is left."""
         lengths = np.diff(self.offsets)
         count = np.bincount(np.repeat(np.arange(len(self)), lengths)[events], minlength=len(self))
-        which = np.flatnonzero(count >= 2)
-        if not len(which):
+        sessions = np.flatnonzero(count >= 2)
+        if not len(sessions):
             raise ValueError("no session of two events")
-        offsets = np.concatenate([[0], np.cumsum(count[which])]).astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(count[sessions])]).astype(np.int64)
         events = events & np.repeat(count >= 2, lengths)
-        return replace(self._named(which), rows=self.rows[events], times=self.times[events], offsets=offsets)
+        return replace(self._without_events(sessions), rows=self.rows[events], times=self.times[events], offsets=offsets)
 
-    def moved(self, place: np.ndarray, training: bool = False) -> "SessionLog":
-        """With the items' new rows `place` (N,), without the events of those at -1; whether this is the part for training. ValueError
-        where no session is left."""
-        rows = place[self.rows].astype(np.int32)
-        kept = rows >= 0
-        if self.last_out and not training:  # another last item in its place would be one that was trained on
-            kept &= np.repeat(kept[self.offsets[1:] - 1], np.diff(self.offsets))
-        return replace(self, rows=rows).keep(kept)
+    def moved(self, new_rows: np.ndarray, training: bool = False) -> "SessionLog":
+        """Returns the log with the item rows mapped by `new_rows` (N,), without events mapped to -1. Raises ValueError if none is left.
 
-    def _named(self, which: np.ndarray) -> "SessionLog":
-        """What is known of the sessions `which`, beside their events."""
-        names, users = ([of[i] for i in which] if of else [] for of in (self.session_ids, self.users))
-        return replace(self, session_ids=names, users=users, start=self.start[which])
+        `training`: whether this is the training part.
+        """
+        rows = new_rows[self.rows].astype(np.int32)
+        remaining = rows >= 0
+        if self.last_out and not training:  # the item before the last one was trained on, so it cannot become the target
+            remaining &= np.repeat(remaining[self.offsets[1:] - 1], np.diff(self.offsets))
+        return replace(self, rows=rows).keep(remaining)
+
+    def _without_events(self, sessions: np.ndarray) -> "SessionLog":
+        """Returns ids, users and starts of `sessions`; the events are still those of the whole log."""
+        ids = [self.session_ids[i] for i in sessions]
+        users = [self.users[i] for i in sessions] if self.users else []
+        return replace(self, session_ids=ids, users=users, start=self.start[sessions])
 
     def ids_sha256(self) -> str:
-        digest = hashlib.sha256(b"last-out" if self.last_out else b"")  # there the ids do not tell what of a session was seen
+        """Returns a hash of the session ids, which identifies the training sessions in manifests."""
+        digest = hashlib.sha256(b"last-out" if self.last_out else b"")  # last-out: all parts have the same ids
         for session_id in sorted(self.session_ids):
             text = session_id.encode()
             digest.update(len(text).to_bytes(8, "little") + text)
@@ -76,6 +81,7 @@ class SessionLog:
 
 
 def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
+    """Loads the sessions of a data folder. Raises `UserError` (3)."""
     path = data / SESSIONS
     schema = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`").schema_arrow
     need_columns(path, schema, {"session_id": is_text, "item_id": is_text, "timestamp": is_clock})
@@ -106,12 +112,12 @@ def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
 
 
 def _codes(path: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[str]]:
-    """(E,) position of each value in the list of the distinct ones."""
+    """Returns (E,) the position of each value in the list of distinct values, and that list."""
     check_ids(column, name, lambda row: f"{path} row {row}")
     encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    whole = encoded.unify_dictionaries().combine_chunks()
-    whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
-    return whole.indices.to_numpy().astype(np.int64), whole.dictionary.to_pylist()
+    array = encoded.unify_dictionaries().combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.indices.to_numpy().astype(np.int64), array.dictionary.to_pylist()
 
 
 def _sessions(
@@ -120,10 +126,10 @@ def _sessions(
     count = np.bincount(session, minlength=len(ids))
     start = np.full(len(ids), np.iinfo(np.int64).max)
     np.minimum.at(start, session, clock)
-    kept = np.flatnonzero(count >= 2)
-    if not len(kept):
+    long = np.flatnonzero(count >= 2)
+    if not len(long):
         raise UserError(f"no session has two events ({path}, {len(ids)} sessions); check that session_id groups events", DATA)
-    order = pa.table({"start": start[kept], "id": [ids[i] for i in kept], "session": kept})
+    order = pa.table({"start": start[long], "id": [ids[i] for i in long], "session": long})
     order = order.sort_by([("start", "ascending"), ("id", "ascending")])
     sessions = order["session"].to_numpy()
     rank = np.full(len(ids), -1)
@@ -133,5 +139,5 @@ def _sessions(
     offsets = np.concatenate([[0], np.cumsum(count[sessions])]).astype(np.int64)
     names = order["id"].to_pylist()
     users = [] if user is None else user.take(events[offsets[:-1]]).to_pylist()  # of the first event
-    users = [whose or name for whose, name in zip(users, names, strict=False)]
-    return SessionLog(names, rows[events], offsets, start[sessions] // unit, clock[events] // unit, int(len(ids) - len(kept)), users)
+    users = [user_id or name for user_id, name in zip(users, names, strict=False)]
+    return SessionLog(names, rows[events], offsets, start[sessions] // unit, clock[events] // unit, int(len(ids) - len(long)), users)

@@ -18,7 +18,7 @@ from pipeline.core.artifact import locked, published, stage
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.core.metrics_log import Metrics, flat
+from pipeline.core.metrics_log import MetricsLog, flat
 from pipeline.core.prefetch import telling_of_dead_workers
 from pipeline.core.process import keep_freed_memory
 from pipeline.data.catalog import load_catalog
@@ -34,12 +34,12 @@ from pipeline.distill.phases import PHASES, Align, Knowledge, Phase, Tensors
 from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import below, train_phase
 from pipeline.distill.variants import VARIANTS, Variant, merged, side_by_side, varied
-from pipeline.distill.vision_features import precompute_vision
+from pipeline.distill.vision_features import fill_vision_cache
 from pipeline.mllm import prompts
 from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 from pipeline.mllm.neighbour_titles import load_neighbours
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import load_templates
 from pipeline.mllm.prompts import Prompts, check_columns
 from pipeline.mllm.saved_mllm import save_mllm
@@ -77,9 +77,9 @@ class Machinery:
 
     group: Group
     backbone: Backbone
-    encoder: Encoder
+    encoder: PromptProcessor
     base: Tensors  # the backbone's trainable weights before training
-    metrics: Metrics
+    metrics: MetricsLog
 
     @property
     def accelerator(self) -> Accelerator:
@@ -193,13 +193,12 @@ def start(inputs: Inputs, run: Path, group: Group, backbone: Backbone) -> Machin
     """Starts the trackers, and runs the vision tower in advance where its output is cached."""
     config, accelerator = inputs.config, group.accelerator
     accelerator.init_trackers("tpad", flat(config.model_dump(mode="json")))
-    metrics = Metrics(run / "distill" / "metrics.jsonl", accelerator)
-    encoder = Encoder(config.backbone, backbone, inputs.views.catalog)
+    metrics = MetricsLog(run / "distill" / "metrics.jsonl", accelerator)
     base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
     if inputs.variant.frozen:
         backbone.model.requires_grad_(False)
-    if config.distill.vision_cache_gb:
-        precompute_vision(config, run, backbone, inputs.views, encoder, group)
+    cache = fill_vision_cache(config, run, backbone, inputs.views, group) if config.distill.vision_cache_gb else None
+    encoder = PromptProcessor(config.backbone, backbone, inputs.views.catalog, vision_cache=cache)
     return Machinery(group, backbone, encoder, base, metrics)
 
 

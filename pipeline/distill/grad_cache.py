@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.vision_tower import see
+from pipeline.mllm.vision_tower import run_vision_tower
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
-Chunk = dict[str, Tensors]  # as `Encoder.collate` makes it
+Chunk = dict[str, Tensors]  # as `PromptProcessor.collate` makes it
 
 
 def split(sequences: Mapping[str, Sequence[T]], size: int | None) -> list[dict[str, list[T]]]:
@@ -36,12 +36,12 @@ def split(sequences: Mapping[str, Sequence[T]], size: int | None) -> list[dict[s
     return chunks
 
 
-def run_vision_tower(mllm: Mllm, chunks: Sequence[Chunk], accelerator: Accelerator) -> None:
+def precompute_vision(mllm: Mllm, chunks: Sequence[Chunk], accelerator: Accelerator) -> None:
     """Replaces the images of each chunk by the output of the frozen vision tower."""
     for chunk in chunks:
         with torch.no_grad(), accelerator.autocast():
-            if (vision := see(mllm.backbone.model, chunk)) is not None:
-                chunk |= {"pictures": {}, "kept": vision.pack()}
+            if (vision := run_vision_tower(mllm.backbone.model, chunk)) is not None:
+                chunk |= {"images": {}, "cached": vision.pack()}
 
 
 def features(mllm: Mllm, chunks: Sequence[Chunk], heads: Any, seeds: Sequence[int]) -> Tensors:

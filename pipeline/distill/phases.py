@@ -26,7 +26,7 @@ from pipeline.distill.experimental.hook import LossInputs, Option
 from pipeline.distill.grad_cache import Chunk, split
 from pipeline.distill.process_group import Group
 from pipeline.distill.windows import Window, window_starts
-from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.processor import Encoded, PromptProcessor
 from pipeline.mllm.prompts import Prompts, View
 from pipeline.objectives.contrastive import info_nce, relation_loss
 
@@ -60,7 +60,7 @@ class Phase:
 
     config: Config
     prompts: Prompts
-    encoder: Encoder
+    encoder: PromptProcessor
     train: SessionLog
     group: Group
     tables: Tensors  # of earlier phases: "knowledge" k(v) and "transition" t(v), each (N, D)

@@ -20,12 +20,12 @@ from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimiz
 from pipeline.core.config import PhaseConfig
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.interrupt import Interrupt
-from pipeline.core.metrics_log import Metrics
+from pipeline.core.metrics_log import MetricsLog
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.core.progress import Steps
 from pipeline.distill import fsdp
 from pipeline.distill.feature_table import item_features
-from pipeline.distill.grad_cache import Chunk, backward, features, run_vision_tower
+from pipeline.distill.grad_cache import Chunk, backward, features, precompute_vision
 from pipeline.distill.head_init import start_heads
 from pipeline.distill.phases import DROPOUT, Critics, Phase, Tensors
 from pipeline.mllm.model import Mllm, load_trainable, trainable_state
@@ -34,7 +34,7 @@ from pipeline.mllm.vision_tower import is_frozen
 TOKEN_SUMS = ("nll", "divergence")  # outputs that are sums over answer tokens, and enter the losses as means
 
 
-def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: Metrics) -> None:
+def train_phase(phase: Phase, mllm: Mllm, accelerator: Accelerator, checkpoints: Checkpoints, metrics: MetricsLog) -> None:
     """Trains `mllm` in place, from the newest checkpoint if there is one, to the phase's last step."""
     steps, settings = phase.settings.steps, phase.config.distill
     training = Training(phase, mllm, accelerator, checkpoints)
@@ -131,7 +131,7 @@ class Training:
             outputs: Tensors = self.model(chunks[0], self.phase.heads)
             return outputs
         if self.vision_is_frozen:
-            run_vision_tower(self.mllm, chunks, self.accelerator)
+            precompute_vision(self.mllm, chunks, self.accelerator)
         return features(self.mllm, chunks, self.phase.heads, seeds)
 
     def _token_means(self, outputs: Tensors, chunks: list[Chunk]) -> Tensors:

@@ -1,4 +1,4 @@
-"""What is published beside the vectors: the manifest, the README card, and copies as .npy."""
+"""Writes what is published beside the vectors: the manifest, the README card, and copies as .npy."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def manifest_of(
     shown: list[str],
     catalog: Catalog | None,
 ) -> dict[str, Any]:
-    """`catalog`: where items may have been skipped, and must be listed."""
+    """Returns the manifest of the parts in `folder`. `catalog`: given where items may have been skipped, to list them."""
     counts = {name: pq.read_metadata(folder / name).num_rows for name in parts}
     manifest = facts | {
         "rows": sum(counts.values()),
@@ -40,12 +40,13 @@ def manifest_of(
     if (halves := [half for half in HALVES if half in settings["heads"]]) != list(HALVES):
         manifest["halves"] = halves
     if catalog is not None:
-        there = {item for name in parts for item in pq.read_table(folder / name, columns=["item_id"])["item_id"].to_pylist()}
-        manifest["skipped"] = [item for item in catalog.item_ids if item not in there]
+        exported = {item for name in parts for item in pq.read_table(folder / name, columns=["item_id"])["item_id"].to_pylist()}
+        manifest["skipped"] = [item for item in catalog.item_ids if item not in exported]
     return manifest
 
 
 def card(manifest: dict[str, Any]) -> str:
+    """Returns the README of a version, in Markdown."""
     dim, dtype = manifest["dim"], manifest["dtype"]
     scale = " (int8; multiply a row by its `knowledge_scale` or `transition_scale`)" if dtype == "int8" else ""
     revision = f", revision {manifest['revision']}" if manifest["revision"] else ""
@@ -72,7 +73,7 @@ has seen training sessions only. `manifest.json` has the sha256 of every file he
 
 
 def write_arrays(folder: Path, manifest: dict[str, Any]) -> None:
-    """knowledge.npy and transition.npy (N, D), and item_ids.txt, a line each; written part by part."""
+    """Writes knowledge.npy and transition.npy (N, D), and item_ids.txt with one id a line, part by part."""
     dtype = np.dtype("float32" if manifest["dtype"] == "int8" else manifest["dtype"])
     shape = (manifest["rows"], manifest["dim"])
     names = [part["name"] for part in manifest["parts"]]

@@ -1,13 +1,15 @@
-"""Batch export: every item through the unified MLLM once, into a published version of `run/embeddings`.
+"""Embeds every item of the catalogue with the unified MLLM and publishes the result as a version of `run/embeddings`.
 
-The catalogue is cut into parts of fixed rows. A part is computed whole (`exporter.py`), by one process (`part_claims.py`), in
-batches that do not reach beyond it (`item_batches.py`), so its bytes do not depend on how many processes there are or how often
-they were interrupted. Here it is decided what must be computed, and how the result is published.
+`export` has three steps: plan what must be computed (`plan_export`), compute it (`exporter.py`) and publish it (`_publish`).
+
+The catalogue is cut into parts of fixed rows. A part is computed by one process (`part_claims.py`), in batches that do not cross
+its bounds (`item_batches.py`), so its bytes depend neither on the number of processes nor on interruptions.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,23 @@ from pipeline.core.config import BackboneConfig, Config, DataConfig
 from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
 from pipeline.core.files import canonical_json
 from pipeline.core.process import keep_freed_memory
-from pipeline.data.catalog import load_catalog
+from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import HALVES
 from pipeline.export.card import card, manifest_of, write_arrays
-from pipeline.export.exporter import Exporter, Work, is_part
-from pipeline.export.item_batches import Source
-from pipeline.export.part_claims import Shards, current_pointer
-from pipeline.export.unchanged_rows import Base
+from pipeline.export.exporter import Exporter, ExportStats, is_part
+from pipeline.export.item_batches import ItemBatches
+from pipeline.export.part_claims import PartClaims, current_pointer
+from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm import early_exit, prompts
-from pipeline.mllm.neighbour_titles import load_neighbours
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.neighbour_titles import Neighbours, load_neighbours
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import Templates
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.saved_mllm import load_mllm
-from pipeline.mllm.vision_cache import Cache
+from pipeline.mllm.vision_cache import VisionCache
 
 COMPILED_LENGTHS = 32  # sequences are padded to multiples of this for torch.compile
-RECIPE = {  # what else than its content makes an item's vector, and how to say that it changed
+RECIPE = {  # what an item's vector depends on beside its content -> its name in messages
     "mllm_sha256": "the MLLM",
     "prompts_version": "the prompts",
     "dtype": "the type of the vectors",
@@ -48,27 +50,66 @@ RECIPE = {  # what else than its content makes an item's vector, and how to say 
 
 @dataclass(frozen=True)
 class Exported:
-    version: Version | None  # None: parts are left, to other --shard runs
+    """The result of an export."""
+
+    version: Version | None  # None: parts are left, for other --shard runs
     rows: int
     dim: int
-    made: bool  # False: the published version already was of this model and catalogue
-    work: Work = field(default_factory=Work)
-    left: int = 0  # parts not there yet
+    made: bool  # False: the published version was up to date
+    work: ExportStats = field(default_factory=ExportStats)
+    left: int = 0  # parts that do not exist yet
     parts: int = 0
     notes: list[str] = field(default_factory=list)
 
 
-def export(config: Config, run: Path, data: Path, update: bool = False, share: tuple[int, int] = (1, 1)) -> Exported:
-    """Item embeddings e(v) = [k(v) ; p(v)] of a data folder's items by `run/mllm`. Raises `UserError`.
+@dataclass(frozen=True)
+class Plan:
+    """What an export computes, from which model and items: all that is decided before the model is loaded."""
 
-    `update` keeps the vectors of unchanged items; `share` (i, n) does the i-th of n shares only, and publishes if that is all.
+    model: Version
+    settings: dict[str, Any]  # of the MLLM, as in its mllm.json
+    backbone: BackboneConfig
+    data: DataConfig  # as in training
+    catalog: Catalog
+    neighbours: Neighbours | None
+    halves: list[str]
+    layers: int | None
+    facts: dict[str, Any]  # manifest entries that identify the version, with its fingerprint
+    pointer: bytes  # the file `current` before anything was read
+    previous: PreviousVersion | None  # the version to update
+    parts: dict[str, np.ndarray]  # file name -> rows
+    notes: list[str]
+
+
+def export(config: Config, run: Path, data: Path, update: bool = False, share: tuple[int, int] = (1, 1)) -> Exported:
+    """Exports the item embeddings e(v) = [k(v) ; p(v)] of a data folder's items, by the MLLM of `run/mllm`. Raises `UserError`.
+
+    `update` copies the vectors of unchanged items; `share` (i, n) computes the i-th of n shares only, and publishes if it is the last.
     """
     keep_freed_memory()
-    with environment(run / "embeddings"):
-        return _export(config, run, data, update, share)
+    root = run / "embeddings"
+    with environment(root):
+        while True:
+            plan = plan_export(config, run, data, update)
+            if isinstance(plan, Version):
+                return Exported(plan, plan.manifest["rows"], plan.manifest["dim"], made=False)
+            skips = config.data.on_bad_image == "skip"
+            claims = PartClaims(root, "embeddings", plan.facts["fingerprint"], partial(_is_complete, plan, skips))
+            with claims:
+                if not claims.begin(plan.pointer):
+                    continue  # another process published meanwhile: plan again, from its version
+                exporter = _exporter(config, run, plan, claims)
+                names = list(plan.parts)[share[0] - 1 :: share[1]]
+                exporter.run(names, wait=share == (1, 1))
+            return _publish(config, plan, claims, exporter)
 
 
-def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[int, int]) -> Exported:
+def _is_complete(plan: Plan, skips: bool, path: Path, name: str) -> bool:
+    return is_part(path, plan.catalog, plan.parts[name], skips)
+
+
+def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | Version:
+    """Decides what must be computed. Returns the published version if it is up to date. Raises `UserError`."""
     root = run / "embeddings"
     model = open_verified(run / "mllm", "mllm", "run `tpad distill` first")
     settings = json.loads((model.path / "mllm.json").read_text(encoding="utf-8"))
@@ -77,26 +118,27 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
             f"the MLLM was trained with prompts of version {settings['prompts']} ({model.path}); run `tpad distill` again", ARTIFACT
         )
     trained = BackboneConfig.model_validate(settings["backbone"])
-    backbone_config = trained.model_copy(
+    backbone = trained.model_copy(
         update={"max_pixels": config.export.max_pixels or trained.max_pixels, "attention": config.export.attention or trained.attention}
     )
     catalog = load_catalog(data, stream=True)
     halves = [half for half in HALVES if half in settings["heads"]]  # an ablation may have one
-    depth = layers_run(config.export.layers, model.path)
-    named = config.data.neighbours.run
-    if named is not None and settings.get("neighbours") is None:
+    layers = layers_run(config.export.layers, model.path)
+    neighbours_run = config.data.neighbours.run
+    if neighbours_run is not None and settings.get("neighbours") is None:
         raise UserError(
-            f"the MLLM was trained without neighbours (data.neighbours.run = {named}); set null, or run `tpad distill` with them", USAGE
+            f"the MLLM was trained without neighbours (data.neighbours.run = {neighbours_run}); set null, or run `tpad distill` with them",
+            USAGE,
         )
     data_config = DataConfig.model_validate(settings["data"])
-    near = data_config.neighbours.model_copy(update={"run": named})
+    near = data_config.neighbours.model_copy(update={"run": neighbours_run})
     neighbours = load_neighbours(near, catalog, model.manifest["sessions_sha256"])
     recipe = {
         "mllm_sha256": model.manifest_sha256,
         "prompts_version": prompts.VERSION,
         "dtype": config.export.dtype,
-        "max_pixels": backbone_config.max_pixels,
-        "layers": depth,
+        "max_pixels": backbone.max_pixels,
+        "layers": layers,
         "on_bad_image": config.data.on_bad_image,
         "neighbours": neighbours and neighbours.sha256,
     }
@@ -104,82 +146,85 @@ def _export(config: Config, run: Path, data: Path, update: bool, share: tuple[in
         "shard_rows": config.export.shard_rows,
         "token_budget": config.export.token_budget,
         "format": config.export.format,
-        "attention": backbone_config.attention,
+        "attention": backbone.attention,
         "compile": config.export.compile,
     }
-    facts = recipe | layout | {"catalogue_sha256": catalog.sha256}
+    facts: dict[str, Any] = recipe | layout | {"catalogue_sha256": catalog.sha256}
     pointer = current_pointer(root)
-    before = published(root, "embeddings")
-    if before is not None and all(before.manifest.get(key) == value for key, value in facts.items()) and not (update and catalog.by_path):
-        return Exported(before, before.manifest["rows"], before.manifest["dim"], made=False)
-    notes, base = [], None
-    if update and before is not None:
-        changed = [what for key, what in RECIPE.items() if before.manifest.get(key) != recipe[key]]
+    current = published(root, "embeddings")
+    unchanged = current is not None and all(current.manifest.get(key) == value for key, value in facts.items())
+    if current is not None and unchanged and not (update and catalog.by_path):
+        return current
+    notes, previous = [], None
+    if update and current is not None:
+        changed = [name for key, name in RECIPE.items() if current.manifest.get(key) != recipe[key]]
         if changed:
             notes.append(f"a full export, not an update: {' and '.join(changed)} changed")
         else:
-            base = Base(before, catalog.item_ids)
+            previous = PreviousVersion(current, catalog.item_ids)
     elif update:
         notes.append("a full export: there is nothing to update yet")
-    fingerprint = hashlib.sha256(canonical_json(facts | {"base": base and base.version.manifest_sha256})).hexdigest()
-    facts["fingerprint"] = fingerprint
+    base = previous and previous.version.manifest_sha256
+    facts["fingerprint"] = hashlib.sha256(canonical_json(facts | {"base": base})).hexdigest()
+    if model.manifest["catalogue_sha256"] != catalog.sha256:  # new items need no new MLLM: their content is enough
+        facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
     bounds = range(0, len(catalog), config.export.shard_rows)
     parts = {f"part-{n:05d}.parquet": np.arange(first, min(first + bounds.step, len(catalog))) for n, first in enumerate(bounds)}
-    skips = config.data.on_bad_image == "skip"
-    shards = Shards(root, "embeddings", fingerprint, lambda path, name: is_part(path, catalog, parts[name], skips))
-    with shards:
-        if not shards.begin(pointer):
-            return _export(config, run, data, update, share)
+    return Plan(model, settings, backbone, data_config, catalog, neighbours, halves, layers, facts, pointer, previous, parts, notes)
 
-        mllm, backbone, _ = load_mllm(model.path, backbone_config, merge=True)
-        if depth is not None:
-            early_exit.stop_after(mllm, depth)
-        if model.manifest["catalogue_sha256"] != catalog.sha256:
-            # new items are welcome: their content is all the model needs
-            facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
-        encoder = Encoder(backbone_config, backbone, catalog, cache_bytes=0)
-        if (run / "vision").is_dir():  # what `tpad distill` has kept, as far as it is of this vision tower and image budget
-            encoder.kept = Cache(run / "vision", backbone, backbone_config.max_pixels)
-        source = Source(
-            catalog,
-            Prompts(
-                catalog,
-                data_config.model_copy(update={"on_bad_image": "error"}),
-                Templates.model_validate(settings["templates"]),
-                neighbours,
-            ),
-            encoder,
-            config.export.token_budget,
-            config.data.on_bad_image,
-            COMPILED_LENGTHS if config.export.compile else 1,
-        )
-        exporter = Exporter(config.export, shards, parts, source, mllm, base, settings["dim"], halves)
-        names = list(parts)[share[0] - 1 :: share[1]]
-        exporter.run(names, wait=share == (1, 1))
-    if left := shards.left(list(parts)):
-        return Exported(None, len(catalog), settings["dim"], True, exporter.work, len(left), len(parts), notes)
+
+def _exporter(config: Config, run: Path, plan: Plan, claims: PartClaims) -> Exporter:
+    """Loads the MLLM, its adapters merged, and returns what computes the parts."""
+    mllm, backbone, _ = load_mllm(plan.model.path, plan.backbone, merge=True)
+    if plan.layers is not None:
+        early_exit.stop_after(mllm, plan.layers)
+    # the features that `tpad distill` has cached, as far as they are of this vision tower and image budget
+    vision_cache = VisionCache(run / "vision", backbone, plan.backbone.max_pixels) if (run / "vision").is_dir() else None
+    source = ItemBatches(
+        plan.catalog,
+        Prompts(
+            plan.catalog,
+            plan.data.model_copy(update={"on_bad_image": "error"}),
+            Templates.model_validate(plan.settings["templates"]),
+            plan.neighbours,
+        ),
+        PromptProcessor(plan.backbone, backbone, plan.catalog, cache_bytes=0, vision_cache=vision_cache),
+        config.export.token_budget,
+        config.data.on_bad_image,
+        COMPILED_LENGTHS if config.export.compile else 1,
+    )
+    return Exporter(config.export, claims, plan.parts, source, mllm, plan.previous, plan.settings["dim"], plan.halves)
+
+
+def _publish(config: Config, plan: Plan, claims: PartClaims, exporter: Exporter) -> Exported:
+    """Publishes the version if all parts exist."""
+    names, dim = list(plan.parts), plan.settings["dim"]
+    if left := claims.left(names):
+        return Exported(None, len(plan.catalog), dim, True, exporter.stats, len(left), len(names), plan.notes)
 
     def finish() -> dict[str, Any]:
-        folder = shards.staging.path
-        manifest = manifest_of(folder, list(parts), facts, settings, model, source.views.shown, catalog if skips else None)
+        folder, skips = claims.staging.path, config.data.on_bad_image == "skip"
+        shown = exporter.source.prompts.shown
+        manifest = manifest_of(folder, names, plan.facts, plan.settings, plan.model, shown, plan.catalog if skips else None)
         if not manifest["rows"]:
             raise UserError(
-                f"every item would be left out for its picture ({catalog.path}); replace them, or set data.on_bad_image to text_only", DATA
+                f"every item would be left out for its image ({plan.catalog.path}); replace them, or set data.on_bad_image to text_only",
+                DATA,
             )
         (folder / "README.md").write_text(card(manifest), encoding="utf-8")
         if config.export.format == "npy":
             write_arrays(folder, manifest)
         return manifest
 
-    version = shards.publish(finish, config.export.keep)
-    return Exported(version, version.manifest["rows"], settings["dim"], True, exporter.work, 0, len(parts), notes)
+    version = claims.publish(finish, config.export.keep)
+    return Exported(version, version.manifest["rows"], dim, True, exporter.stats, 0, len(names), plan.notes)
 
 
 def layers_run(wanted: int | None, mllm: Path) -> int | None:
     """Checks `export.layers` against the depth of the published MLLM's decoder; None: all layers."""
     if wanted is None:
         return None
-    depth = AutoConfig.from_pretrained(mllm).get_text_config(decoder=True).num_hidden_layers
+    depth = AutoConfig.from_pretrained(mllm, trust_remote_code=False).get_text_config(decoder=True).num_hidden_layers
     if wanted > depth:
         raise UserError(f"the MLLM has {depth} layers (export.layers = {wanted}); give no more, or null for all", USAGE)
     return None if wanted == depth else wanted

@@ -1,8 +1,8 @@
-"""What the export feeds the model: rows measured, cut into batches by real tokens, decoded and tokenised ahead of it.
+"""Prepares the input of the export: measures items, and loads batches of them ahead of the model.
 
-Two jobs, so that nothing is decoded before its turn: `measure` takes the lengths of rows (tokens of the text, grid of the
-picture), by which a part is `cut` into batches; `load` decodes and collates one batch. All are functions of the rows alone,
-in whatever process they run, and so are the bytes of a part.
+Two jobs, so that no image is decoded before its batch is due. `measure` hashes the content of rows and counts their tokens (from
+the text and the image's size), by which a part is cut into batches; `load` decodes, tokenises and collates one batch. Both are
+functions of the rows alone, whichever process runs them, and so the bytes of a part are too.
 """
 
 import hashlib
@@ -20,102 +20,108 @@ from torch import Tensor
 from pipeline.core.process import end_with
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import ImageError
-from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.processor import Encoded, PromptProcessor
 from pipeline.mllm.prompts import Prompts, View
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`at` (B,) positions in the part, without those of pictures that cannot be decoded, where these are skipped."""
+    """A loaded batch of B items of one part; without items whose image cannot be decoded, if these are skipped."""
 
-    at: np.ndarray
-    tensors: dict[str, dict[str, Tensor]]  # as `Mllm` takes them
+    positions: np.ndarray  # (B,) in the part
+    tensors: dict[str, dict[str, Tensor]]  # input of `Mllm`
     n_tokens: np.ndarray  # (B,)
     has_image: np.ndarray  # (B,) bool
     has_text: np.ndarray  # (B,) bool
     faults: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # it took to encode ...
-    decoding: float = 0.0  # ... of which on pictures
+    seconds: float = 0.0  # spent on loading ...
+    decoding: float = 0.0  # ... of these, on images
 
 
 @dataclass
-class Source:
-    """The items as the model is shown them."""
+class ItemBatches:
+    """Measures and loads the items of a catalogue, as the model is shown them."""
 
     catalog: Catalog
-    views: Prompts  # that takes every picture for decodable: it turns out when its batch is loaded
-    encoder: Encoder
+    prompts: Prompts  # takes every image as decodable: `load` finds those that are not
+    processor: PromptProcessor
     token_budget: int
     on_bad_image: Literal["error", "skip", "text_only"]
     round_to: int = 1  # lengths are padded to multiples of this
 
     def measure(self, rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Contents (n, 32), and how many tokens the rows have that must be computed; zero where the content is as in `known` (n, 32),
-        that of the version which is updated (zeros where it has none)."""
+        """Returns the content hashes (n, 32) of n rows and their lengths in tokens (n,).
+
+        The length is 0 where the hash equals that in `known` (n, 32), the content of the previous version (zeros where it has none).
+        """
         contents = np.stack([self._content(int(row)) for row in rows])
         fresh = ~(contents == known).all(1)
-        lengths = [self.encoder.length(self.views.item(int(row))) if new else 0 for row, new in zip(rows, fresh, strict=True)]
+        lengths = [self.processor.length(self.prompts.item(int(row))) if new else 0 for row, new in zip(rows, fresh, strict=True)]
         return contents, np.array(lengths, np.int64)
 
     def _content(self, row: int) -> np.ndarray:
-        text = self.views.text(row).encode()
+        """Returns the sha256 (32,) of text, image bytes and, for an incomplete item, its neighbours' titles."""
+        text = self.prompts.text(row).encode()
         try:
             image = self.catalog.image_bytes(row)
-        except ImageError:  # a file that is not there: `load` says so, and does as it is told
+        except ImageError:  # the file is missing: `load` reports it, and skips the item or its image
             if self.on_bad_image == "error":
                 raise
             image = None
-        lacks = not text or image is None or self.on_bad_image == "text_only"  # or may turn out to
-        similar = self.views.similar(row).encode() if lacks else b""
+        lacks = not text or image is None or self.on_bad_image == "text_only"  # or its image may turn out to be bad
+        similar = self.prompts.similar(row).encode() if lacks else b""
         sizes = b"%d %d " % (len(text), -1 if image is None else len(image))
         digest = hashlib.sha256(sizes + text + (image or b"") + similar).digest()
         return np.frombuffer(digest, np.uint8)
 
-    def load(self, rows: np.ndarray, at: np.ndarray) -> Batch:
-        began, before = time.perf_counter(), self.encoder.picture_seconds
-        found: list[tuple[int, Encoded, bool, bool]] = []
+    def load(self, rows: np.ndarray, positions: np.ndarray) -> Batch:
+        """Decodes, tokenises and collates the items at `positions` (B,) of a part's `rows`."""
+        start, before = time.perf_counter(), self.processor.images.seconds
+        loaded: list[tuple[int, Encoded, bool, bool]] = []
         faults = []
-        for place in at.tolist():
-            row = int(rows[place])
-            view, shown = View(image=self.catalog.has_image(row), text=True), None
+        for position in positions.tolist():
+            row = int(rows[position])
+            view, sequence = View(image=self.catalog.has_image(row), text=True), None
             try:
-                shown = self.encoder.encode(self.views.item(row, view))
+                sequence = self.processor.encode(self.prompts.item(row, view))
             except ImageError as error:
                 if self.on_bad_image == "error":
                     raise
                 faults.append(str(error))
                 if self.on_bad_image == "text_only":
                     view = View(image=False, text=True)
-                    shown = self.encoder.encode(self.views.item(row, view))
-            if shown is not None:
-                found.append((place, shown, view.image, bool(self.views.text(row))))
-        if not found:
+                    sequence = self.processor.encode(self.prompts.item(row, view))
+            if sequence is not None:
+                loaded.append((position, sequence, view.image, bool(self.prompts.text(row))))
+        if not loaded:
             return Batch(np.empty(0, np.int64), {}, np.empty(0, np.int32), np.empty(0, bool), np.empty(0, bool), faults)
-        places, sequences, has_image, has_text = zip(*found, strict=True)
-        tensors = self.encoder.collate({"items": sequences}, self.round_to)
-        del tensors["items"]["attention_mask"]  # padding is on the right and attention causal: no token ever looks at it
-        n_tokens = np.array([len(shown) for shown in sequences], np.int32)
-        seconds, decoding = time.perf_counter() - began, self.encoder.picture_seconds - before
-        return Batch(np.array(places), tensors, n_tokens, np.array(has_image), np.array(has_text), faults, seconds, decoding)
+        shown, sequences, has_image, has_text = zip(*loaded, strict=True)
+        tensors = self.processor.collate({"items": sequences}, self.round_to)
+        del tensors["items"]["attention_mask"]  # padding is on the right and attention is causal, so no token attends to it
+        n_tokens = np.array([len(sequence) for sequence in sequences], np.int32)
+        seconds, decoding = time.perf_counter() - start, self.processor.images.seconds - before
+        return Batch(np.array(shown), tensors, n_tokens, np.array(has_image), np.array(has_text), faults, seconds, decoding)
 
 
-# --- work ahead of the model
+# --- in the workers
 
 
-_source: Source | None = None  # of a worker
+_source: ItemBatches | None = None  # set in each worker when it starts
 
 
 def measure(rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs `ItemBatches.measure` in a worker."""
     assert _source is not None
     return _source.measure(rows, known)
 
 
-def load(rows: np.ndarray, at: np.ndarray) -> Batch:
+def load(rows: np.ndarray, positions: np.ndarray) -> Batch:
+    """Runs `ItemBatches.load` in a worker."""
     assert _source is not None
-    return _source.load(rows, at)
+    return _source.load(rows, positions)
 
 
-def _begin(source: Source, parent: int | None) -> None:
+def _begin(source: ItemBatches, parent: int | None) -> None:
     global _source
     _source = source
     if parent is not None:
@@ -123,10 +129,10 @@ def _begin(source: Source, parent: int | None) -> None:
         end_with(parent)
 
 
-def loader(source: Source, workers: int) -> Executor:
-    """Where `measure` and `load` run: so many processes, or a thread of this one."""
+def loader(source: ItemBatches, workers: int) -> Executor:
+    """Starts the workers that run `measure` and `load`: `workers` processes, or with 0 a thread of this one."""
     if workers == 0:
         return ThreadPoolExecutor(1, initializer=_begin, initargs=(source, None))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (source, os.getpid()))
-    pool.submit(int).result()  # forks them now, before there is a busy device
+    pool.submit(int).result()  # forks them now, before the device is in use
     return pool

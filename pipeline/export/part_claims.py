@@ -1,10 +1,10 @@
-"""One version made by any number of processes, on one machine or on several that share the folder, without a word between them.
+"""Lets several processes write the parts of one version, on one machine or on several that share the folder.
 
-The version is a list of parts. Each process takes the next part that is neither there nor claimed, and adds it whole.
-A claim is a file that its owner holds a lock on and touches every few seconds: it is free as soon as the owner is gone
-(where locks reach), and where they do not, or the owner hangs, once it has not been touched for `STALE_SECONDS`. Two
-processes at work on one part after all are a waste and nothing worse: parts are functions of the inputs, the first one
-added stays. Whoever finds all parts there publishes, under the artifact's lock; the others find it done and leave.
+They coordinate through lock files in the output folder. Each process claims the next part that neither exists nor is claimed, and
+adds it as a complete file. A claim is a file that its owner holds a lock on and touches every few seconds. It is free as soon as
+its owner has ended (where locks reach), and where they do not, or the owner hangs, once it was not touched for `STALE_SECONDS`. Two
+processes that compute one part after all only waste time: parts are functions of the inputs, and the first one added stays.
+A process that finds all parts complete publishes, under the artifact's lock; the others find the version published, and end.
 """
 
 import fcntl
@@ -41,24 +41,24 @@ STALE_SECONDS = 60.0
 BEAT_SECONDS = 5.0
 
 
-class Shards:
-    """The parts of the version that `fingerprint` names; what an interrupted run of the same fingerprint added is still there.
+class PartClaims:
+    """Claims, adds and publishes the parts of the version `fingerprint`; parts of an interrupted run of it are used again.
 
-    `whole(path, name)` says whether a part that another run or process added is what it should be.
+    `is_complete(path, name)` returns whether a part of another run or process is complete.
     """
 
-    def __init__(self, root: Path, kind: str, fingerprint: str, whole: Callable[[Path, str], bool]) -> None:
+    def __init__(self, root: Path, kind: str, fingerprint: str, is_complete: Callable[[Path, str], bool]) -> None:
         tag = fingerprint[:16]
-        self.root, self.kind, self.fingerprint, self.whole = root, kind, fingerprint, whole
+        self.root, self.kind, self.fingerprint, self.is_complete = root, kind, fingerprint, is_complete
         self.staging = Staging(root, kind, f"{STAGING}-{tag}")
-        self.work = root / f".work-{tag}"  # claims and unfinished files: nothing of it is published
-        self.done: set[str] = set()  # parts this process has seen whole
+        self.work = root / f".work-{tag}"  # claims and unfinished files, which are not published
+        self.done: set[str] = set()  # parts known to be complete
         self.held: dict[str, IO[bytes]] = {}
-        self.presence = f"{socket.gethostname()}-{os.getpid()}"  # a claim from the beginning on, before there is one on a part
+        self.presence = f"{socket.gethostname()}-{os.getpid()}"  # a claim on no part, held from the start
         self._over = threading.Event()
 
     def begin(self, pointer: bytes) -> bool:
-        """Makes the folders ready. False: a version was published since `pointer` was read, so look at that one first."""
+        """Prepares the folders. Returns False if a version was published since `pointer` was read: plan again from that one."""
         with environment(self.root), locked(self.root, wait=True):
             if current_pointer(self.root) != pointer:
                 return False
@@ -73,7 +73,7 @@ class Shards:
             self._take(self.presence)
         return True
 
-    def __enter__(self) -> "Shards":
+    def __enter__(self) -> "PartClaims":
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -92,18 +92,18 @@ class Shards:
         return self.work / f"{name}.claim"
 
     def take(self, names: Sequence[str]) -> Iterator[str]:
-        """Claims those of `names` that are neither whole nor somebody else's, one at a time, as far as they are free now."""
+        """Claims and yields the parts of `names` that are neither complete nor claimed by others now, one at a time."""
         for name in names:
-            if name not in self.done and not self._is_whole(name) and self._take(name):
-                if self._is_whole(name) or not self.staging.path.exists():  # added, or all published, between the look and the claim
+            if name not in self.done and not self._is_complete(name) and self._take(name):
+                if self._is_complete(name) or not self.staging.path.exists():  # added, or the version published, since the check
                     self._release(name)
                     continue
                 remove(self.staging.path / name)
                 yield name
 
-    def _is_whole(self, name: str) -> bool:
+    def _is_complete(self, name: str) -> bool:
         path = self.staging.path / name
-        if name not in self.done and path.exists() and self.whole(path, name):
+        if name not in self.done and path.exists() and self.is_complete(path, name):
             self.done.add(name)
         return name in self.done
 
@@ -126,10 +126,10 @@ class Shards:
                 return True
         except BlockingIOError:
             with suppress(FileNotFoundError):
-                if _age(path) > STALE_SECONDS:  # its owner hangs: the next look finds no claim
+                if _age(path) > STALE_SECONDS:  # its owner hangs: the next attempt finds no claim
                     path.unlink()
         except FileNotFoundError:
-            pass  # given up in this moment
+            pass  # released just now
         file.close()
         return False
 
@@ -141,7 +141,7 @@ class Shards:
         file.close()
 
     def add(self, name: str, table: pa.Table) -> None:
-        """Adds a part, whole and durable, and gives up the claim on it. Where the version was published meanwhile, it has the part."""
+        """Adds a complete part, synced to the disk, and releases its claim. If the version was published meanwhile, it has the part."""
         temporary = self.work / f"{name}.{socket.gethostname()}-{os.getpid()}"
         try:
             write_part(temporary, table)
@@ -156,11 +156,11 @@ class Shards:
         self._release(name)
 
     def left(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are not there yet; none once the version is published."""
-        return [name for name in names if not self._is_whole(name)] if self.staging.path.exists() else []
+        """Returns the parts of `names` that are not complete; none once the version is published."""
+        return [name for name in names if not self._is_complete(name)] if self.staging.path.exists() else []
 
     def publish(self, manifest: Callable[[], dict[str, Any]], keep: int) -> Version:
-        """The version, published by this process or by another one."""
+        """Publishes the version, and returns it; also where another process has published it. Raises `UserError` (4)."""
         with environment(self.root), locked(self.root, wait=True):
             if self.staging.path.exists():
                 version = self.staging.publish(manifest(), keep)
@@ -168,13 +168,14 @@ class Shards:
                 return version
         version = open_verified(self.root, self.kind, "run `tpad export-embeddings` first")
         if version.manifest["fingerprint"] != self.fingerprint:
-            what = "another export, of other settings or items, was published meanwhile"
-            raise UserError(f"{what} ({self.root}); start this one again", ARTIFACT)
+            raise UserError(
+                f"another export, of other settings or items, was published meanwhile ({self.root}); start this one again", ARTIFACT
+            )
         return version
 
 
 def current_pointer(root: Path) -> bytes:
-    """What names the current version; empty where there is none."""
+    """Returns the content of the file `current`, which names the current version; empty where there is none."""
     try:
         return (root / CURRENT).read_bytes()
     except OSError:
@@ -186,7 +187,7 @@ def _age(path: Path) -> float:
 
 
 def _alive(claim: Path) -> bool:
-    """Whether the owner of a claim still holds or touches it."""
+    """Returns whether the owner of a claim still locks or touches it."""
     try:
         with open(claim, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""`tpad export-embeddings --update`: rows of the previous version whose content has not changed."""
+"""Reads the rows of the previous version whose content is unchanged, for `tpad export-embeddings --update`."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,26 +9,28 @@ from pipeline.core.artifact import Version
 from pipeline.data.embeddings import read_part
 
 
-class Base:
-    """The version that is updated: its contents and vectors by the rows of the new catalogue."""
+class PreviousVersion:
+    """The version that is updated: its content hashes and vectors, by the rows of the new catalogue."""
 
     def __init__(self, version: Version, item_ids: list[str]) -> None:
         self.version = version
         self.parts = [(version.path / part["name"], part["rows"]) for part in version.manifest["parts"]]
         self.bounds = np.cumsum([0, *(rows for _, rows in self.parts)])
         columns = ["item_id", "content_sha256"]
-        found = pa.concat_tables([pq.read_table(path, columns=columns, page_checksum_verification=True) for path, _ in self.parts])
-        self.place = pc.index_in(pa.array(item_ids, pa.string()), found["item_id"]).fill_null(-1).to_numpy()  # (N,) row there, or -1
-        self.contents = np.frombuffer(b"".join(found["content_sha256"].to_pylist()), np.uint8).reshape(-1, 32)
+        table = pa.concat_tables([pq.read_table(path, columns=columns, page_checksum_verification=True) for path, _ in self.parts])
+        self.place = (
+            pc.index_in(pa.array(item_ids, pa.string()), table["item_id"]).fill_null(-1).to_numpy()
+        )  # (N,) row in the version, or -1
+        self.contents = np.frombuffer(b"".join(table["content_sha256"].to_pylist()), np.uint8).reshape(-1, 32)
         self._read: tuple[int, pa.Table] | None = None
 
     def contents_of(self, rows: np.ndarray) -> np.ndarray:
-        """(n, 32), zeros for items it does not have"""
+        """Returns the content hashes (n, 32); zeros for items that the version lacks."""
         place = self.place[rows]
         return np.where(place[:, None] < 0, np.uint8(0), self.contents[place])
 
     def take(self, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
-        """Its rows of items that it has, in their order."""
+        """Returns the rows of the version for `rows`, all of which it has, in that order."""
         place = self.place[rows]
         number = np.searchsorted(self.bounds, place, side="right") - 1
         order = np.argsort(number, kind="stable")

@@ -1,8 +1,7 @@
-"""The backbone a run starts from: a model, its tokenizer, its image processor, and which of its weights train.
+"""Loads or builds the backbone: a model, its tokenizer and its image processor, with adapters where `backbone.lora` is set.
 
-Any Hugging Face image-text-to-text model of a family in `image_tokens.py`, with LoRA on its language model, or the built-in
-tiny Idefics3, drawn at random and trained in full. Processors with a video part do not load without torchvision, so the two
-halves of a processor are loaded apart.
+It is any Hugging Face image-text-to-text model of a family in `image_tokens.py`, or the built-in tiny Idefics3, drawn at random and
+trained in full. Tokenizer and image processor are loaded separately, since processors with a video part need torchvision.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from pipeline.core.files import sha256_file
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.tiny_backbone import tiny_config, tiny_processor, train_tokenizer
 
-UNQUANTIZED = ["lm_head", r"model\.(visual|vision_model|vision_tower|connector|multi_modal_projector)"]  # beginnings of names
+UNQUANTIZED = ["lm_head", r"model\.(visual|vision_model|vision_tower|connector|multi_modal_projector)"]  # prefixes of module names
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Backbone:
 
 
 def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backbone:
-    """The backbone as training starts from it: the tiny one drawn from `seed`, any other from its published weights."""
+    """Builds the backbone as training starts from it: the tiny one drawn from `seed`, any other with its published weights."""
     torch.manual_seed(seed)
     if config.name == "tiny":
         tokenizer = train_tokenizer(config.tiny.vocab, prompts.words())
@@ -51,7 +50,7 @@ def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backb
 
 
 def adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
-    """Only the adapters of the language model train, or, without `lora`, every weight. Adapters are kept in fp32."""
+    """Adds LoRA adapters (fp32) to the language model and freezes the rest; without `lora`, every weight trains."""
     if config.lora is not None:
         targets = _targets(backbone.model, config.lora.targets)
         backbone.model.requires_grad_(False)
@@ -64,21 +63,22 @@ def adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
 
 
 def _targets(model: Any, pattern: str) -> list[str]:
-    """Names of the linear layers that `pattern` fits whole; all are of the language model."""
+    """Returns the linear layers whose names match `pattern`. Raises `UserError` (2) if none does, or one outside the language model."""
     decoder = next(name for name, module in model.named_modules() if module is model.get_decoder()) + "."
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = [name for name in linear if re.fullmatch(pattern, name)]
+    matched = [name for name in linear if re.fullmatch(pattern, name)]
     where = f"backbone.lora.targets = {pattern!r}"
-    if outside := [name for name in found if not name.startswith(decoder)]:
+    if outside := [name for name in matched if not name.startswith(decoder)]:
         listed = f"`{outside[0]}`" + f" and {len(outside) - 1} more" * (len(outside) > 1)
         raise UserError(f"{listed} would have adapters outside the language model `{decoder}*` ({where}); narrow it", USAGE)
-    if not found:
+    if not matched:
         known = next(name for name in linear if name.startswith(decoder))
         raise UserError(f"no linear layer of the language model has such a name ({where}); it has e.g. `{known}`", USAGE)
-    return found
+    return matched
 
 
 def published_backbone(config: BackboneConfig) -> Backbone:
+    """Loads a published model from safetensors. Raises `UserError` (5)."""
     name, revision = config.name, config.revision
     if _weights(config, "*.bin") and not _weights(config, "*.safetensors"):
         raise UserError(f"no weights in safetensors, and pickles are not read (backbone.name = {name}); save the model again", ENVIRONMENT)
@@ -94,7 +94,7 @@ def published_backbone(config: BackboneConfig) -> Backbone:
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         tokenizer.chat_template = _processor_template(config) or tokenizer.chat_template
-        # the PIL variant wherever it runs, so that the same picture gives the same pixels with and without torchvision
+        # the PIL variant everywhere, so that an image gives the same pixels with and without torchvision
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
     except ImportError as error:
         raise _lacking(error, config) from None
@@ -107,7 +107,7 @@ def published_backbone(config: BackboneConfig) -> Backbone:
 
 
 def weights_sha256(config: BackboneConfig) -> str | None:
-    """Of the files of weights in a local folder: another model may be put there. None for the tiny one and for a name on the hub."""
+    """Hashes the weight files of a local folder, whose model may be replaced. None for the tiny one and for a name on the hub."""
     if config.name == "tiny" or not Path(config.name).is_dir():
         return None
     listed = "".join(f"{path.name} {sha256_file(path)}\n" for path in _weights(config, "*.safetensors"))
@@ -115,19 +115,22 @@ def weights_sha256(config: BackboneConfig) -> str | None:
 
 
 def _weights(config: BackboneConfig, pattern: str) -> list[Path]:
-    """Such files of a local folder; none of a name on the hub."""
+    """Returns the files of a local folder that match `pattern`; none for a name on the hub."""
     return sorted(Path(config.name).glob(pattern))
 
 
 def _processor_template(config: BackboneConfig) -> str | None:
-    """The chat template of the model's processor where it lies in a file of its own, which a tokenizer does not read."""
+    """Returns the chat template of the model's processor if it is in a separate file, which tokenizers do not read."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(config.name, "chat_template.json", revision=config.revision, **quiet)
     return None if path is None else str(json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"])
 
 
 def _nf4(config: BackboneConfig) -> BitsAndBytesConfig:
-    """QLoRA (arXiv 2305.14314): linear layers in 4 bits, but those that see pictures and those that write tokens."""
+    """Returns the settings of QLoRA (arXiv 2305.14314): linear layers in 4 bits, except vision tower, connector and output layer.
+
+    Raises `UserError` (2 or 5).
+    """
     if config.lora is None:
         raise UserError("weights of 4 bits cannot be trained (backbone.quantize); set backbone.lora, or no quantize", USAGE)
     if not (torch.cuda.is_available() and find_spec("bitsandbytes")):
@@ -142,6 +145,7 @@ def _nf4(config: BackboneConfig) -> BitsAndBytesConfig:
 
 
 def from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
+    """Builds the model of a Hugging Face config, with random weights."""
     try:
         return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
     except ImportError as error:

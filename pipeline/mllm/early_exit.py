@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from pipeline.data.embeddings import HALVES
 from pipeline.mllm.model import Mllm, pooled
-from pipeline.mllm.processor import Encoded, Encoder
+from pipeline.mllm.processor import Encoded, PromptProcessor
 from pipeline.mllm.token_batches import cut
 
-SAMPLE = 256  # items, at most
+SAMPLE = 256  # largest number of items measured on
 
 
 def sample(count: int, seed: int) -> np.ndarray:
@@ -29,15 +29,17 @@ def sample(count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, count]).permutation(count)[:SAMPLE])
 
 
-def measure(mllm: Mllm, encoder: Encoder, sequences: Sequence[Encoded], token_budget: int, device: torch.device) -> list[dict[str, float]]:
+def measure(
+    mllm: Mllm, processor: PromptProcessor, sequences: Sequence[Encoded], token_budget: int, device: torch.device
+) -> list[dict[str, float]]:
     """Measures every layer: its `importance`, and per half the mean cosine of the vectors read after it with the final ones."""
     decoder = mllm.backbone.model.get_decoder()
     heads = [half for half in HALVES if half in mllm.heads]
     measures: list[Tensor] = []  # per batch (B, layers, 1 + heads)
-    image = encoder.processor.config.image_token_id
+    image = processor.backbone_processor.config.image_token_id
     with torch.inference_mode():
         for positions in cut(np.array([len(sequence) for sequence in sequences]), token_budget):
-            batches = encoder.collate({"items": [sequences[n] for n in positions]})
+            batches = processor.collate({"items": [sequences[n] for n in positions]})
             tensors = send_to_device(batches, device)
             with outputs(decoder) as layers:
                 mllm.hidden(tensors)

@@ -1,8 +1,7 @@
-"""How the models of each family take an image: the token ids that stand for it, and the tensors of their vision tower.
+"""Turns an image into token ids and the inputs of the vision tower, for each family of models.
 
-`FAMILIES` is by `model_type` of the backbone's config. Images and texts are encoded by image processor and tokenizer alone
-(a processor with a video part does not load without torchvision), so the tokens of an image are laid out here as the
-family's own processor lays them out.
+`FAMILIES` is keyed by the `model_type` of the backbone's config. Image processor and tokenizer are used on their own (a processor
+with a video part does not load without torchvision), so the tokens of an image are laid out here as in the family's processor.
 """
 
 from collections.abc import Callable
@@ -21,36 +20,40 @@ from transformers.vision_utils import (
 Size = tuple[int, int]  # width, height
 
 
-class Processor(NamedTuple):
-    """What a backbone encodes images with, without its weights."""
+class BackboneProcessor(NamedTuple):
+    """What encodes a backbone's images: its config, tokenizer and image processor, without its weights."""
 
-    config: Any  # the model's
+    config: Any  # of the model
     tokenizer: Any
     image_processor: Any
-    max_pixels: int | None  # images are scaled down to so many; None: the image processor's default
+    max_pixels: int | None  # larger images are scaled down to this; None: the image processor's default
 
 
 class Family(NamedTuple):
-    encode: Callable[[Processor, Image.Image], tuple[list[int], dict[str, Tensor]]]  # an image's token ids and tensors
-    tokens: Callable[[Processor, Size], int]  # how many ids an image of that size has, known without decoding it
-    stack: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]  # the tensors of n images as the vision tower takes them
-    # What the model would else compute sequence by sequence and image by image while its device waits, from the model and the grids
-    # of the images: positions in a batch (3, B, L), and what the vision tower takes beside the stacked tensors
+    """How the models of one family take images."""
+
+    encode: Callable[[BackboneProcessor, Image.Image], tuple[list[int], dict[str, Tensor]]]  # an image -> token ids and tensors
+    tokens: Callable[[BackboneProcessor, Size], int]  # number of ids of an image of that size, without decoding it
+    stack: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]  # tensors of n images -> input of the vision tower
+    # Computed ahead from the grids of the images, because the model would compute them one by one while its device waits: positions in
+    # a batch (3, B, L), and further inputs of the vision tower
     positions: Callable[[Any, dict[str, Tensor], Tensor], Tensor] | None = None
     beside: Callable[[Any, Tensor], dict[str, Tensor]] | None = None
-    types: str | None = None  # the model's argument that tells image tokens (1) from others (0), where it must be given
-    sized: bool = False  # an image has tokens by its size, so that `max_pixels` bounds them
+    types: str | None = None  # name of the model's argument that marks image tokens (1), where it is required
+    sized: bool = False  # the number of tokens depends on the image's size, so `max_pixels` bounds it
 
 
 def _fixed(
-    ids: Callable[[Processor], list[int]],
-    pixels: Callable[[Processor, Image.Image], Tensor] = lambda processor, image: processor.image_processor(image)["pixel_values"][0],
+    ids: Callable[[BackboneProcessor], list[int]],
+    pixels: Callable[[BackboneProcessor, Image.Image], Tensor] = lambda processor, image: processor.image_processor(image)["pixel_values"][
+        0
+    ],
     more: Callable[[Tensor], dict[str, Tensor]] = lambda pixels: {},
     types: str | None = None,
 ) -> Family:
-    """A family whose images are scaled to one size, whatever theirs is: all have the same token ids.
+    """Returns a family that scales every image to one size, so that all have the same token ids.
 
-    `more` are the tensors the vision tower takes beside the stacked pixels.
+    `more` returns the further inputs of the vision tower.
     """
 
     def stack(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -69,42 +72,43 @@ def _squared(side: int, patch: int) -> int:
     return (side // patch) ** 2
 
 
-def _idefics3_ids(processor: Processor) -> list[int]:
-    """The whole picture, not split into tiles."""
+def _idefics3_ids(processor: BackboneProcessor) -> list[int]:
+    """Returns the ids of one image that is not split into tiles."""
     config = processor.config
     count = _squared(config.vision_config.image_size, config.vision_config.patch_size) // config.scale_factor**2
-    fake, whole = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
-    return [fake, whole, *[config.image_token_id] * count, fake]
+    fake, image_start = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
+    return [fake, image_start, *[config.image_token_id] * count, fake]
 
 
-def _idefics3_pixels(processor: Processor, image: Image.Image) -> Tensor:
+def _idefics3_pixels(processor: BackboneProcessor, image: Image.Image) -> Tensor:
     pixels: Tensor = processor.image_processor(images=[[image]], do_image_splitting=False, return_tensors="pt")["pixel_values"][0]
     return pixels  # (1, 3, H, W)
 
 
-def _gemma3_ids(processor: Processor) -> list[int]:
-    """Without crops (pan and scan), as the model's own processor has it by default."""
+def _gemma3_ids(processor: BackboneProcessor) -> list[int]:
+    """Returns the ids of an image without crops (pan and scan), as is the default of the model's processor."""
     config = processor.config
     lines = processor.tokenizer("\n\n", add_special_tokens=False).input_ids
     return [*lines, config.boi_token_index, *[config.image_token_id] * config.mm_tokens_per_image, config.eoi_token_index, *lines]
 
 
-def _llava_ids(processor: Processor) -> list[int]:
-    """One token a patch; the strategy "default" leaves out the first of the vision tower's outputs, which in CLIP is no patch."""
+def _llava_ids(processor: BackboneProcessor) -> list[int]:
+    """Returns one token a patch; the strategy "default" drops the tower's first output, which in CLIP is the class token."""
     config, vision = processor.config, processor.config.vision_config
     extra = (vision.model_type == "clip_vision_model") - (config.vision_feature_select_strategy == "default")
     return [config.image_token_id] * (_squared(vision.image_size, vision.patch_size) + extra)
 
 
-def _onevision_ids(processor: Processor) -> list[int]:
-    return [*_llava_ids(processor), processor.config.image_token_id]  # the last stands for the end of the line
+def _onevision_ids(processor: BackboneProcessor) -> list[int]:
+    return [*_llava_ids(processor), processor.config.image_token_id]  # the last one is the end of the row
 
 
-def _onevision_pixels(processor: Processor, image: Image.Image) -> Tensor:
-    """The picture as one tile, padded to a square: what the model was trained on where a prompt holds several pictures, as a
-    session does. Of a picture alone it also knows up to nine tiles more, at ten times the tokens: not used here.
+def _onevision_pixels(processor: BackboneProcessor, image: Image.Image) -> Tensor:
+    """Returns the image as one tile, padded to a square, as in the model's training on prompts with several images.
+
+    A single image may have up to nine more tiles, at ten times the tokens; these are not used.
     """
-    beside = Image.new("RGB", (1, 1))  # makes the image processor take them for two pictures of one prompt
+    beside = Image.new("RGB", (1, 1))  # with a second image the image processor makes one tile of each
     pixels: Tensor = processor.image_processor(images=[[image, beside]], return_tensors="pt")["pixel_values"][0]
     return pixels[:1]  # (1, 3, H, W)
 
@@ -113,30 +117,30 @@ def _onevision_more(pixels: Tensor) -> dict[str, Tensor]:
     size = torch.tensor(pixels.shape[-2:])
     return {
         "image_sizes": size.expand(len(pixels), 2),
-        "batch_num_images": torch.tensor([max(2, len(pixels))]),  # anything but one says: of one tile each
+        "batch_num_images": torch.tensor([max(2, len(pixels))]),  # any number but one means: one tile each
     }
 
 
-def _qwen_size(processor: Processor) -> dict[str, int]:
-    """In pixels, of which "shortest_edge" is the least and "longest_edge" the most."""
+def _qwen_size(processor: BackboneProcessor) -> dict[str, int]:
+    """Returns the bounds of an image in pixels: "shortest_edge" is the smallest, "longest_edge" the largest number."""
     size = dict(processor.image_processor.size)
-    if most := processor.max_pixels:
-        size |= {"shortest_edge": min(most, size["shortest_edge"]), "longest_edge": most}
+    if limit := processor.max_pixels:
+        size |= {"shortest_edge": min(limit, size["shortest_edge"]), "longest_edge": limit}
     return size
 
 
-def _qwen_tokens(processor: Processor, size: Size) -> int:
+def _qwen_tokens(processor: BackboneProcessor, size: Size) -> int:
     width, height = size
-    within = _qwen_size(processor)
-    limits = {"min_pixels": within["shortest_edge"], "max_pixels": within["longest_edge"]}
+    bounds = _qwen_size(processor)
+    limits = {"min_pixels": bounds["shortest_edge"], "max_pixels": bounds["longest_edge"]}
     try:
         patches = processor.image_processor.get_number_of_image_patches(height, width, limits)
-    except (ValueError, ZeroDivisionError):  # a picture of no or of absurd proportions, which does not come this far
+    except (ValueError, ZeroDivisionError):  # an empty image or one of extreme proportions, which is refused when it is decoded
         return 2
     return int(patches // processor.image_processor.merge_size**2) + 2
 
 
-def _qwen_image(processor: Processor, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
+def _qwen_image(processor: BackboneProcessor, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
     out = processor.image_processor(images=[image], return_tensors="pt", size=_qwen_size(processor))
     count = int(out["image_grid_thw"].prod()) // processor.image_processor.merge_size**2
     config = processor.config
@@ -158,14 +162,14 @@ def _qwen_positions(model: Any, batch: dict[str, Tensor], grids: Tensor) -> Tens
 def _qwen_beside(model: Any, grids: Tensor) -> dict[str, Tensor]:
     tower = model.model.visual
     merge = tower.spatial_merge_size
-    found = {"position_ids": get_vision_position_ids(grids, merge), "cu_seqlens": get_vision_cu_seqlens(grids)}
+    inputs = {"position_ids": get_vision_position_ids(grids, merge), "cu_seqlens": get_vision_cu_seqlens(grids)}
     if hasattr(tower, "window_size"):  # Qwen2.5
         names = ("window_index", "cu_window_seqlens")
-        found |= zip(names, get_vision_window_index(grids, merge, tower.window_size, tower.patch_size), strict=True)
+        inputs |= zip(names, get_vision_window_index(grids, merge, tower.window_size, tower.patch_size), strict=True)
     if hasattr(tower, "num_grid_per_side"):  # Qwen3
         way = (tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merge)
-        found |= zip(("interp_indices", "interp_weights"), get_vision_interpolation_indices_and_weights(grids, *way), strict=True)
-    return {f"image_{name}": of for name, of in found.items()}
+        inputs |= zip(("interp_indices", "interp_weights"), get_vision_interpolation_indices_and_weights(grids, *way), strict=True)
+    return {f"image_{name}": tensor for name, tensor in inputs.items()}
 
 
 _IDEFICS3 = _fixed(_idefics3_ids, _idefics3_pixels)

@@ -1,7 +1,7 @@
-"""The wording of every prompt: templates a user can edit, in a YAML file named by `data.prompts`.
+"""Defines the wording of every prompt: templates a user can edit, in a YAML file named by `data.prompts`.
 
-The defaults below are `configs/prompts/default.yaml`. A placeholder stands in braces, once; `{{` is a brace. What stands between
-placeholders is set apart by one space. The published MLLM keeps the templates it was trained with, and the export uses those.
+The defaults below are `configs/prompts/default.yaml`. A placeholder is written in braces, once; `{{` is a brace. The words between
+placeholders are separated by one space. The published MLLM holds the templates it was trained with, and the export uses those.
 """
 
 from pathlib import Path
@@ -16,36 +16,39 @@ from pipeline.core.config_file import load_section
 
 
 def wording(*names: str) -> AfterValidator:
-    """Words with exactly these placeholders."""
+    """Returns the check that a template has exactly these placeholders, each once."""
 
     def check(template: str) -> str:
         try:
-            found = [name + (f"!{how}" if how else "") + (f":{form}" if form else "") for name, form, how in placeholders(template)]
+            used = [name + (f"!{how}" if how else "") + (f":{form}" if form else "") for name, form, how in placeholders(template)]
         except ValueError as error:  # a lone brace
             raise _wrong(f"{error}; write {{{{ or }}}} for a brace") from None
         takes = f"it takes {' and '.join(f'{{{name}}}' for name in names) or 'none'}"
-        for name in found:
+        for name in used:
             if name not in names:
                 raise _wrong(f"unknown placeholder {{{name}}}, {takes}")
         for name in names:
-            if found.count(name) != 1:
-                raise _wrong(f"placeholder {{{name}}} {'stands twice' if name in found else 'is missing'}, {takes}")
+            if used.count(name) != 1:
+                raise _wrong(f"placeholder {{{name}}} {'is duplicated' if name in used else 'is missing'}, {takes}")
         return template
 
     return AfterValidator(check)
 
 
 def placeholders(template: str) -> list[tuple[str, str, str]]:
+    """Returns (name, format, conversion) of every placeholder."""
     return [(name, form or "", how or "") for _, name, form, how in Formatter().parse(template) if name is not None]
 
 
-def _wrong(what: str) -> PydanticCustomError:
-    return PydanticCustomError("template", "{what}", {"what": what})
+def _wrong(message: str) -> PydanticCustomError:
+    return PydanticCustomError("template", "{message}", {"message": message})
 
 
 class Templates(Section):
+    """The wording of every prompt."""
+
     # An item.
-    instruction: Annotated[str, wording()] = ""  # stands first in every prompt
+    instruction: Annotated[str, wording()] = ""  # first in every prompt
     item: Annotated[str, wording("image", "text")] = "Item: {image} {text}"  # an item, wherever one is shown
     no_image: Annotated[str, wording()] = "no picture."  # in place of the image, where an item has none or it is withheld
     no_text: Annotated[str, wording()] = "no text."
@@ -60,7 +63,7 @@ class Templates(Section):
 
     @model_validator(mode="after")
     def _says_something(self) -> "Templates":
-        """A feature is read at the last token before it: there must be one, also of an item that lacks both image and text."""
+        """Refuses wordings that leave an item without image and text without any token, since a feature is read at a token."""
         for name in ("describe", "next"):
             others = ("instruction", "item", "no_image", "no_text")
             if not any(words.strip() for key in (name, *others) for words, *_ in Formatter().parse(getattr(self, key))):
@@ -69,5 +72,5 @@ class Templates(Section):
 
 
 def load_templates(path: str | None) -> Templates:
-    """The templates of a file (None: the defaults). Raises `UserError` (2) that lists every mistake in it."""
+    """Loads the templates of a file (None: the defaults). Raises `UserError` (2) that lists every mistake in it."""
     return Templates() if path is None else load_section(Templates, Path(path))

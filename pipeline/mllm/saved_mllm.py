@@ -1,4 +1,4 @@
-"""The files of a multimodal LLM: saved, loaded, its adapters merged."""
+"""Saves and loads a multimodal LLM, and merges its adapters."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_stat
 
 
 def save_mllm(folder: Path, model: Mllm | SideBySide, backbone: Backbone, settings: dict[str, Any]) -> None:
-    """The trained weights, the backbone's config, tokenizer and image processor, and `settings` to build it again."""
+    """Writes the trained weights, the backbone's config, tokenizer and image processor, and `settings` to build it again."""
     backbone.model.config.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
     backbone.image_processor.save_pretrained(folder)
@@ -28,10 +28,10 @@ def save_mllm(folder: Path, model: Mllm | SideBySide, backbone: Backbone, settin
 def load_mllm(
     folder: Path, config: BackboneConfig | None = None, merge: bool = False
 ) -> tuple[Mllm | SideBySide, Backbone, dict[str, Any]]:
-    """What `save_mllm` wrote (its files must have been verified): model, backbone, settings.
+    """Loads what `save_mllm` wrote, whose files must have been verified: model, backbone, settings. Raises `UserError` (4).
 
-    `config` overrides settings of the backbone that no weight depends on; `merge` puts adapters into the weights they
-    adapt: the same model, to be used and not trained.
+    `config` overrides settings of the backbone on which no weight depends. `merge` adds the adapters into the weights they adapt:
+    the same model, for inference only.
     """
     settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
     config = config or BackboneConfig.model_validate(settings["backbone"])
@@ -46,17 +46,17 @@ def load_mllm(
     if settings.get("side_by_side"):
         other = _saved_backbone(folder, config)
         models = zip(settings["heads"], (backbone, other), strict=True)
-        mllm = SideBySide({half: Mllm(of.model, [half], settings["dim"]) for half, of in models})
+        mllm = SideBySide({half: Mllm(part.model, [half], settings["dim"]) for half, part in models})
     else:
         mllm = Mllm(backbone.model, settings["heads"], settings["dim"])
     load_trainable(mllm, load_file(folder / "weights.safetensors"), str(folder / "weights.safetensors"))
-    if merge and not config.quantize:  # which 4 bits would round
+    if merge and not config.quantize:  # weights in 4 bits would round them
         merge_adapters(mllm)
     return mllm, backbone, settings
 
 
 def _saved_backbone(folder: Path, config: BackboneConfig) -> Backbone:
-    """As it was before training, with adapters to be filled."""
+    """Builds the backbone as before training, with empty adapters."""
     if config.name != "tiny":
         return adapted(published_backbone(config), config)
     model = from_config(AutoConfig.from_pretrained(folder), config)
@@ -65,7 +65,7 @@ def _saved_backbone(folder: Path, config: BackboneConfig) -> Backbone:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Adds every adapter into the weight it adapts, in its place: the same model, faster."""
+    """Adds every adapter into the weight it adapts, in place: the same model, faster."""
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in adapted:
         module.merge()

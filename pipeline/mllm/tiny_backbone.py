@@ -1,4 +1,4 @@
-"""The built-in tiny backbone: an Idefics3 drawn at random, and a BPE tokenizer trained on the catalogue's words."""
+"""Builds the tiny backbone: an Idefics3 with random weights, and a BPE tokenizer trained on the catalogue's words."""
 
 from collections.abc import Iterable
 
@@ -7,13 +7,14 @@ from transformers import Idefics3Config, Idefics3ImageProcessorPil, PreTrainedTo
 
 from pipeline.core.config import TinyConfig
 
-TOKENIZER = 2  # of the tiny backbone: raise it when another would be trained on the same texts
+TOKENIZER = 2  # version; raise it when the same texts would give another tokenizer
 SPECIAL = ["<|pad|>", "<|end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 
 
 def train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer of `vocab` tokens."""
     bpe = Tokenizer(models.BPE())
-    # digits apart, as published models have them: a year that no session has shown yet begins as the years before it
+    # single digits, as in published models: a year that no session has shown begins like the years before it
     words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence(words), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -23,6 +24,7 @@ def train_tokenizer(vocab: int, texts: Iterable[str]) -> PreTrainedTokenizerFast
 
 
 def tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
+    """Returns the config of the model, with the tokenizer's vocabulary."""
     vision = {
         "hidden_size": tiny.vision_dim,
         "intermediate_size": 4 * tiny.vision_dim,
@@ -46,7 +48,7 @@ def tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefics
     return Idefics3Config(
         vision_config=vision,
         text_config=text,
-        # the usual 0.02 suits widths of 2,500: at ours it starves attention, and the last token hardly sees the item
+        # the usual 0.02 suits widths of 2,500; at small widths attention is too flat, and the last token hardly attends to the item
         initializer_range=tiny.dim**-0.5,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=tiny.merge,
@@ -56,5 +58,6 @@ def tiny_config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Idefics
 
 
 def tiny_processor(tiny: TinyConfig) -> Idefics3ImageProcessorPil:
+    """Returns the image processor, which scales every image to one size."""
     side = {"longest_edge": tiny.image_size}
     return Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)

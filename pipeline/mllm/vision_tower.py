@@ -1,6 +1,6 @@
-"""What the vision tower makes of a picture.
+"""Runs the vision tower: images in, vision features out.
 
-Computed here, or read from where `vision_cache.py` has kept it.
+The features are computed here, or were read from the files of `vision_cache.py`.
 """
 
 from collections.abc import Sequence
@@ -11,50 +11,51 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-PACKED = "tpad_flash"  # transformers gives the bounds of the pictures to what has "flash" in its name
+PACKED = "tpad_flash"  # transformers passes the bounds of the images to attention functions with "flash" in their names
 
 
-class Picture(NamedTuple):
-    """An image as the backbone takes it."""
+class ImageInput(NamedTuple):
+    """An image as the backbone takes it: its tokens, and the inputs of the vision tower or its cached output."""
 
-    key: bytes  # of the file's bytes: equal pictures, of one item or of several, have equal keys
-    ids: list[int]  # the tokens that stand for it
-    tensors: dict[str, Tensor]  # what the vision tower takes
-    kept: dict[str, Tensor] | None = None  # what the tower made of it, in the form of `Seen.pack`
+    key: bytes  # sha256 of the file's bytes: equal images, of one item or of several, have equal keys
+    ids: list[int]  # token ids in the sequence
+    tensors: dict[str, Tensor]  # inputs of the vision tower; empty for a cached image
+    cached: dict[str, Tensor] | None = None  # vision features, in the form of `VisionFeatures.pack`
 
     @property
     def grid(self) -> Tensor:
-        """(1, 3), of families that have one"""
-        return self.tensors["image_grid_thw"] if self.kept is None else self.kept["grid"]
+        """(1, 3) patches in time, height and width; of families that have it."""
+        return self.tensors["image_grid_thw"] if self.cached is None else self.cached["grid"]
 
 
-class Seen(NamedTuple):
-    """What a vision tower makes of n pictures; the names are those under which the language models look for it."""
+class VisionFeatures(NamedTuple):
+    """The output of a vision tower for n images; the names are those that the language models of transformers expect."""
 
-    pooler_output: Any  # an entry a picture: (tokens, d) in a list, or all in one (n, tokens, d)
-    deepstack_features: list[Any]  # the same for each level, where there are levels
-    grid: Tensor | None  # (n, 3), where the language model wants to know
+    pooler_output: Any  # an entry an image: a list of (tokens, d), or one tensor (n, tokens, d)
+    deepstack_features: list[Any]  # the same for each level of DeepStack, in models that have it
+    grid: Tensor | None  # (n, 3), in families whose language model needs it
 
-    def of(self, pictures: Tensor) -> "Seen":
-        """The entries of the images of a batch, by the numbers of their pictures (I,)."""
+    def select(self, numbers: Tensor) -> "VisionFeatures":
+        """Returns the features of the images `numbers` (I,), in that order."""
 
-        def some(features: Any) -> Any:
-            return features[pictures] if isinstance(features, Tensor) else [features[n] for n in pictures.tolist()]
+        def entries(features: Any) -> Any:
+            return features[numbers] if isinstance(features, Tensor) else [features[n] for n in numbers.tolist()]
 
-        levels = [some(level) for level in self.deepstack_features]
-        return Seen(some(self.pooler_output), levels, None if self.grid is None else self.grid[pictures])
+        levels = [entries(level) for level in self.deepstack_features]
+        return VisionFeatures(entries(self.pooler_output), levels, None if self.grid is None else self.grid[numbers])
 
     def pack(self) -> dict[str, Tensor]:
-        """Flat tensors that can be joined to those of other pictures: S tokens of n pictures, or (n, tokens, d) as they came."""
-        packed = {"pooled": _flat(self.pooler_output), "counts": torch.tensor([len(one) for one in self.pooler_output])}
+        """Returns flat tensors that `join` can concatenate: (S, d) for the S tokens of n images, or (n, tokens, d) if all have as many."""
+        packed = {"pooled": _flat(self.pooler_output), "counts": torch.tensor([len(tokens) for tokens in self.pooler_output])}
         packed |= {f"level.{n}": _flat(level) for n, level in enumerate(self.deepstack_features)}
         return packed if self.grid is None else packed | {"grid": self.grid}
 
     @staticmethod
-    def unpack(packed: dict[str, Tensor]) -> "Seen":
+    def unpack(packed: dict[str, Tensor]) -> "VisionFeatures":
+        """Restores the features from the tensors of `pack`."""
         counts = packed["counts"].tolist()
         pooled, *levels = (_split(packed[name], counts) for name in ("pooled", *level_names(packed)))
-        return Seen(pooled, levels, packed.get("grid"))
+        return VisionFeatures(pooled, levels, packed.get("grid"))
 
 
 def _flat(features: Any) -> Tensor:
@@ -66,22 +67,27 @@ def _split(flat: Tensor, counts: list[int]) -> Any:
 
 
 def level_names(packed: dict[str, Tensor]) -> list[str]:
+    """Returns the names of the DeepStack levels in the tensors of `VisionFeatures.pack`."""
     return [f"level.{n}" for n in range(sum(name.startswith("level.") for name in packed))]
 
 
 def join(packed: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([one[name] for one in packed]) for name in packed[0]}
+    """Concatenates the tensors of several `VisionFeatures.pack`."""
+    return {name: torch.cat([tensors[name] for tensors in packed]) for name in packed[0]}
 
 
-def see(model: Any, batches: dict[str, dict[str, Tensor]]) -> Seen | None:
-    """Of the distinct pictures of `Encoder.collate`: those of "pictures" go through the tower, those of "kept" have been there."""
-    found = []
-    if pictures := batches.get("pictures"):
-        out = model.get_image_features(**pictures, return_dict=True)
-        found.append(Seen(out.pooler_output, list(getattr(out, "deepstack_features", [])), pictures.get("image_grid_thw")))
-    if kept := batches.get("kept"):
-        found.append(Seen.unpack(kept))
-    return None if not found else found[0] if len(found) == 1 else Seen.unpack(join([of.pack() for of in found]))
+def run_vision_tower(model: Any, batches: dict[str, dict[str, Tensor]]) -> VisionFeatures | None:
+    """Returns the features of the distinct images of `PromptProcessor.collate`; None where there are none.
+
+    The images of "images" go through the tower; the features of "cached" were computed earlier.
+    """
+    features = []
+    if images := batches.get("images"):
+        out = model.get_image_features(**images, return_dict=True)
+        features.append(VisionFeatures(out.pooler_output, list(getattr(out, "deepstack_features", [])), images.get("image_grid_thw")))
+    if cached := batches.get("cached"):
+        features.append(VisionFeatures.unpack(cached))
+    return None if not features else features[0] if len(features) == 1 else VisionFeatures.unpack(join([f.pack() for f in features]))
 
 
 def attend_within(
@@ -95,8 +101,8 @@ def attend_within(
     max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """(1, H, T, d) of pictures one behind the other -> (1, T, H, d), each attending within itself: FlashAttention as torch has it."""
-    q, k, v = (of[0].transpose(0, 1) for of in (query, key, value))
+    """Attends within each image of a packed sequence, (1, H, T, d) -> (1, T, H, d), by the FlashAttention of PyTorch."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
     assert isinstance(out, Tensor)
     return out[None], None
@@ -106,16 +112,20 @@ AttentionInterface.register(PACKED, attend_within)
 
 
 def pack_attention(model: Any, device: torch.device) -> None:
-    """Towers whose pictures differ in size (Qwen) attend to them one by one, waiting for the device; a GPU can do all at once."""
+    """Lets the towers of Qwen, whose images differ in size, attend within all images in one call; on a GPU with half precision only.
+
+    Otherwise they loop over the images and wait for the device each time.
+    """
     if device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16) and hasattr(model.model, "visual"):
         model.model.visual.config._attn_implementation = PACKED
 
 
 def tower(model: Any) -> dict[str, Tensor]:
-    """The weights between a picture and the language model."""
+    """Returns the named weights of the vision tower and its connector: all that are not of the language model."""
     decoder = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in decoder}
 
 
 def is_frozen(model: Any) -> bool:
+    """Returns whether no weight of the vision tower trains."""
     return not any(weight.requires_grad for weight in tower(model).values())

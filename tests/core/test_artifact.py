@@ -1,4 +1,4 @@
-"""A reader gets a whole version or one clear refusal, whatever happens to the writer, the disk or the bytes."""
+"""Tests artifacts: a reader gets a complete version or one clear error, whatever happens to the writer, the disk or the bytes."""
 
 import multiprocessing
 import os
@@ -68,9 +68,9 @@ def refusal(root: Path, kind: str = "mllm") -> str:
 
 
 def test_what_was_published_is_what_is_opened(tmp_path: Path) -> None:
-    made = publish(tmp_path / "mllm")
+    published_version = publish(tmp_path / "mllm")
     version = open_verified(tmp_path / "mllm", "mllm", HINT)
-    assert version == made
+    assert version == published_version
     assert version.name == "v0001" and version.path == tmp_path / "mllm" / "v0001"
     assert version.manifest["backbone"] == "tiny" and version.manifest["format_version"] == 1 and version.manifest["kind"] == "mllm"
     assert [f["name"] for f in version.manifest["files"]] == ["adapter/weights.bin", "notes.txt"]
@@ -192,8 +192,8 @@ def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("version", ["../root/v0001", "v1", "v0001/", "/v0001", "v0009", "v0001\n"])
 def test_a_pointer_to_anything_but_a_version_is_refused(tmp_path: Path, version: str) -> None:
-    made = publish(tmp_path / "root")
-    write_json(tmp_path / "root" / artifact.CURRENT, {"version": version, "manifest_sha256": made.manifest_sha256})
+    published_version = publish(tmp_path / "root")
+    write_json(tmp_path / "root" / artifact.CURRENT, {"version": version, "manifest_sha256": published_version.manifest_sha256})
     refusal(tmp_path / "root")
 
 
@@ -363,13 +363,13 @@ def test_embeddings_come_back_bit_for_bit(tmp_path: Path, dtype: Dtype) -> None:
     tables = [table(1500, 8, dtype), table(3, 8, dtype, first=1500)]
     publish_embeddings(tmp_path, tables, dtype=dtype)
     back = read_embeddings(tmp_path)
-    whole = pa.concat_tables(tables).to_pydict()
-    assert back.item_ids == whole["item_id"]
+    all_columns = pa.concat_tables(tables).to_pydict()
+    assert back.item_ids == all_columns["item_id"]
     for half in ("knowledge", "transition"):
         vectors = getattr(back, half)
         assert vectors.shape == (1503, 8) and vectors.dtype == np.float32
-        np.testing.assert_array_equal(vectors, np.array(whole[half], dtype))
-    assert back.has_image.tolist() == whole["has_image"] and back.has_text.tolist() == whole["has_text"]
+        np.testing.assert_array_equal(vectors, np.array(all_columns[half], dtype))
+    assert back.has_image.tolist() == all_columns["has_image"] and back.has_text.tolist() == all_columns["has_text"]
     assert back.version.name == "v0001"
 
 
@@ -430,7 +430,7 @@ def test_embeddings_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     cases: dict[str, tuple[list[pa.Table], dict[str, Any]]] = {
         "not finite": ([with_value(good, float("nan"))], {}),
         "vectors that are not finite": ([good, with_value(table(50, first=50), float("-inf"))], {}),
-        "item_id stands twice": ([good, table(50)], {}),
+        "item_id is duplicated": ([good, table(50)], {}),
         "rows promised": ([good], {"rows": 51}),
         "51 rows promised, 50 found": ([good], {"rows": 51, "parts": [{"name": "part-00000.parquet", "rows": 51}]}),
         "columns are not those": ([good], {"dim": 4}),

@@ -1,4 +1,4 @@
-"""Training continues from the newest checkpoint that holds what was saved, and from no other."""
+"""Tests checkpoints: training continues from the newest undamaged one only."""
 
 import random
 import resource
@@ -42,20 +42,20 @@ def test_the_newest_one_comes_back_exactly(tmp_path: Path) -> None:
     }
     checkpoints.save(100, tensors(1), {})
     checkpoints.save(200, exact, state)
-    found = Checkpoints(tmp_path / "run", "one").newest()
-    assert found is not None and found[0] == 200 and found[2] == state
-    assert found[1].keys() == exact.keys()
+    newest = Checkpoints(tmp_path / "run", "one").newest()
+    assert newest is not None and newest[0] == 200 and newest[2] == state
+    assert newest[1].keys() == exact.keys()
     for name, tensor in exact.items():
-        assert found[1][name].dtype == tensor.dtype and found[1][name].shape == tensor.shape
-        assert raw(found[1][name]) == raw(tensor)
+        assert newest[1][name].dtype == tensor.dtype and newest[1][name].shape == tensor.shape
+        assert raw(newest[1][name]) == raw(tensor)
 
 
 def test_tied_weights_are_saved_under_both_names(tmp_path: Path) -> None:
     tied = torch.randn(4, 4)
     Checkpoints(tmp_path, "one").save(1, {"embed": tied, "head": tied, "row": tied[1]}, {})
-    found = Checkpoints(tmp_path, "one").newest()
-    assert found is not None
-    assert torch.equal(found[1]["embed"], tied) and torch.equal(found[1]["head"], tied) and torch.equal(found[1]["row"], tied[1])
+    newest = Checkpoints(tmp_path, "one").newest()
+    assert newest is not None
+    assert torch.equal(newest[1]["embed"], tied) and torch.equal(newest[1]["head"], tied) and torch.equal(newest[1]["row"], tied[1])
 
 
 def test_old_ones_are_pruned(tmp_path: Path) -> None:
@@ -84,9 +84,12 @@ def test_every_bit_flip_and_truncation_falls_back_to_the_older_one(tmp_path: Pat
             path.unlink()
             if bad is not None:
                 path.write_bytes(bad)
-            found = checkpoints.newest()
+            newest = checkpoints.newest()
             assert (
-                found is not None and found[0] == 100 and found[2] == {"epoch": 1} and torch.equal(found[1]["weight"], tensors(1)["weight"])
+                newest is not None
+                and newest[0] == 100
+                and newest[2] == {"epoch": 1}
+                and torch.equal(newest[1]["weight"], tensors(1)["weight"])
             )
             warning = capsys.readouterr().err
             assert warning.startswith("warning: ") and "step-000200" in warning and warning.count("\n") == 1
@@ -170,10 +173,10 @@ def test_a_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path, capfd: p
         time.sleep(random.Random(kill).random() * 0.01)
         process.kill()
         process.join()
-        found = Checkpoints(tmp_path, "one").newest()
-        assert found is not None and found[0] > reached
-        reached = found[0]
-        assert found[2] == {"step": reached} and torch.equal(found[1]["weight"], torch.full((40_000,), float(reached)))
+        newest = Checkpoints(tmp_path, "one").newest()
+        assert newest is not None and newest[0] > reached
+        reached = newest[0]
+        assert newest[2] == {"step": reached} and torch.equal(newest[1]["weight"], torch.full((40_000,), float(reached)))
     Checkpoints(tmp_path, "one").save(reached + 1, {}, {})
     assert len(saved_steps(tmp_path)) == 2, "leftovers of the killed writers"
     assert "warning" not in capfd.readouterr().err
@@ -228,9 +231,9 @@ def test_training_resumed_from_a_checkpoint_ends_bit_for_bit_the_same(tmp_path: 
     train(model, optimizer, schedule, range(7, 15))
 
     resumed, again, later = build(kind)
-    found = Checkpoints(tmp_path, kind).newest()
-    assert found is not None
-    _, loaded, state = found
+    newest = Checkpoints(tmp_path, kind).newest()
+    assert newest is not None
+    _, loaded, state = newest
     resumed.load_state_dict({k.removeprefix("model/"): v for k, v in loaded.items() if k.startswith("model/")})
     unpack_optimizer(again, names, loaded, state["optimizer"])
     later.last_epoch = state["schedule_step"]

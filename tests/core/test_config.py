@@ -1,4 +1,4 @@
-"""Mistakes in settings are named with file, line and what to do, all at once; nothing is read in a surprising way."""
+"""Tests settings: all mistakes are reported at once, with file, line and what to do; no value is read in a surprising way."""
 
 from pathlib import Path
 
@@ -79,8 +79,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("backbone: {lora: {targets: '('}}", "`backbone.lora.targets` = '(': value error, not a regular expression"),
         ("sbr: 3", "`sbr` = 3: input should be a valid dictionary"),
         ("shop: {items: 2}", "`shop.items` = 2: input should be greater than or equal to 20"),
-        ("backbone: {tiny: {heads: 5}}", "dim = 128 does not divide by twice heads, 10"),
-        ("backbone: {tiny: {merge: 3}}", "image_size = 48 does not divide by patch times merge, 36"),
+        ("backbone: {tiny: {heads: 5}}", "dim = 128 is not a multiple of twice heads, 10"),
+        ("backbone: {tiny: {merge: 3}}", "image_size = 48 is not a multiple of patch times merge, 36"),
         (
             "backbone: {dtype: bfloat16}",
             "`backbone.dtype` = 'bfloat16' with `backbone.lora` = None: every weight trains, and small steps are lost in it (my.yaml)",

@@ -1,4 +1,4 @@
-"""Items that may be recommended only for a time: read, prepared, left out as negatives, as candidates of a test, and of an answer."""
+"""Tests availability: read, prepared, and respected in training (negatives), evaluation (candidates) and recommendation."""
 
 import json
 import shutil
@@ -37,8 +37,8 @@ from recommender.training.train import train_sbr
 from recommender.training.trainer import build_model
 
 SETTINGS = load_config(None, ["sbr.dim=8", "sbr.epochs=2", "sbr.batch=64", "sbr.lr=0.01", "sbr.models=[full]"])
-LAUNCH = 1_600_320_000  # when the first session with a cold item begins
-GONE = 1_600_300_000  # item-003 is sold out then, though the log goes on with it
+LAUNCH = 1_600_320_000  # start of the first session with a cold item
+GONE = 1_600_300_000  # item-003 is sold out, though later sessions contain it
 FUTURE = datetime(2100, 1, 1, tzinfo=UTC)
 END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # what shops write for "no end"
 
@@ -89,7 +89,7 @@ def recommender(run: Path) -> Recommender:
     return Recommender.load(run)
 
 
-# --- what the columns say
+# --- the columns
 
 
 @pytest.mark.parametrize("kind", [pa.timestamp(unit) for unit in ("s", "ms", "us", "ns")] + [pa.timestamp("us", "Europe/Berlin")])
@@ -98,19 +98,19 @@ def test_timestamps_of_every_unit_are_read(tmp_path: Path, kind: pa.DataType) ->
     data = write_catalogue(
         tmp_path, available_from=pa.array([moment, None, None], kind), available_until=pa.array([None, moment, None], kind)
     )
-    found = load_catalog(data).availability
-    assert found is not None
-    assert found.begin.tolist() == [int(moment.timestamp()), ALWAYS, ALWAYS]
-    assert found.end.tolist() == [NEVER, int(moment.timestamp()), NEVER]
+    result = load_catalog(data).availability
+    assert result is not None
+    assert result.begin.tolist() == [int(moment.timestamp()), ALWAYS, ALWAYS]
+    assert result.end.tolist() == [NEVER, int(moment.timestamp()), NEVER]
     second = int(moment.timestamp())
-    assert found.at(second - 1).tolist() == [False, True, True] and found.at(second).tolist() == [True, False, True]
+    assert result.at(second - 1).tolist() == [False, True, True] and result.at(second).tolist() == [True, False, True]
 
 
 def test_whole_numbers_are_seconds_or_milliseconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, factor in (("s", 1), ("ms", 1000)):
-        found = load_catalog(write_catalogue(tmp_path / name, available_from=[None, 1_600_000_000 * factor, None])).availability
-        assert found is not None
-        assert (found.begin.tolist(), found.end.tolist()) == ([ALWAYS, 1_600_000_000, ALWAYS], [NEVER] * 3)
+        result = load_catalog(write_catalogue(tmp_path / name, available_from=[None, 1_600_000_000 * factor, None])).availability
+        assert result is not None
+        assert (result.begin.tolist(), result.end.tolist()) == ([ALWAYS, 1_600_000_000, ALWAYS], [NEVER] * 3)
         assert ("read as milliseconds" in capsys.readouterr().err) == (name == "ms")
 
 
@@ -172,7 +172,7 @@ def test_the_columns_are_no_attributes(run: Path, recommender: Recommender) -> N
 
 def test_columns_without_a_value_change_nothing(tmp_path: Path) -> None:
     """The same weights and the same ranks of every model and baseline, bit by bit, as without them."""
-    found = []
+    result = []
     for name in ("without", "empty"):
         run = tmp_path / name
         group = write_data(run / "data")
@@ -180,13 +180,13 @@ def test_columns_without_a_value_change_nothing(tmp_path: Path) -> None:
             limit(run / "data", available_from=pa.nulls(60, pa.timestamp("s")), available_until=pa.nulls(60))
         publish_embeddings(run, run / "data", group, SETTINGS)
         config = load_config(None, ["sbr.dim=8", "sbr.epochs=1", "sbr.batch=64", "sbr.models=[SASRec, full]"])
-        found.append(train_sbr(config, run, run / "data"))
-    weights = [load_file(each.version.path / "model.safetensors") for each in found]
+        result.append(train_sbr(config, run, run / "data"))
+    weights = [load_file(summary.version.path / "model.safetensors") for summary in result]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert found[0].metrics == found[1].metrics
-    ranks = [pq.read_table(each.version.path / "ranks.parquet") for each in found]
+    assert result[0].metrics == result[1].metrics
+    ranks = [pq.read_table(summary.version.path / "ranks.parquet") for summary in result]
     assert ranks[0].equals(ranks[1])
-    items = [pq.read_table(each.version.path / "items.parquet") for each in found]
+    items = [pq.read_table(summary.version.path / "items.parquet") for summary in result]
     assert items[1].select(items[0].column_names).equals(items[0])
 
 
@@ -201,28 +201,28 @@ def test_hidden_is_what_a_plain_loop_finds() -> None:
     times, targets = torch.tensor(rng.integers(0, 100, 40)), items[torch.tensor(rng.integers(0, 20, 40))]
     targets[::7] = PAD
     candidates = Candidates(items, torch.zeros(20)).within((torch.tensor(begin), torch.tensor(end)))
-    found = candidates.hidden(times, targets)
-    assert found is not None
+    result = candidates.hidden(times, targets)
+    assert result is not None
     for case in range(40):
         for place, item in enumerate(items.tolist()):
             open_ = begin[item] <= times[case] < end[item] or item == targets[case] or targets[case] == PAD
-            assert bool(found[case, place]) == (not open_), (case, item)
+            assert bool(result[case, place]) == (not open_), (case, item)
     assert candidates.within(None).hidden(None, targets) is None and Candidates(items, torch.zeros(20)).hidden(times, targets) is None
 
 
 def test_a_partition_with_some_hidden_is_the_logsumexp_of_the_others() -> None:
     torch.manual_seed(0)
-    made = [torch.randn(size, requires_grad=True) for size in ((6, 4), (9, 4), (9,))]
-    plain = [tensor.detach().clone().requires_grad_() for tensor in made]
+    tensors = [torch.randn(size, requires_grad=True) for size in ((6, 4), (9, 4), (9,))]
+    plain = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     hidden = torch.rand(6, 9) < 0.5
     hidden[:, 0] = False
     weight = torch.randn(6)
-    found = log_partition(made[0], made[1], made[2], hidden)
+    result = log_partition(tensors[0], tensors[1], tensors[2], hidden)
     wanted = (plain[0] @ plain[1].T + plain[2]).masked_fill(hidden, -torch.inf).logsumexp(1)
-    torch.testing.assert_close(found, wanted)
-    (found @ weight).backward()
+    torch.testing.assert_close(result, wanted)
+    (result @ weight).backward()
     (wanted @ weight).backward()
-    for ours, theirs in zip(made, plain, strict=True):
+    for ours, theirs in zip(tensors, plain, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
@@ -256,7 +256,7 @@ def test_an_item_is_no_negative_before_it_is_available(run: Path, inputs: Traini
     windows = inputs.windows(20)[0]
     assert windows.times is not None
     model = build_model("ID-only", 0, SETTINGS, inputs)
-    rows, targets, times = (torch.as_tensor(each[:8]).long() for each in (windows.inputs, windows.targets, windows.times))
+    rows, targets, times = (torch.as_tensor(array[:8]).long() for array in (windows.inputs, windows.targets, windows.times))
     absent = [item for item in range(52) if item not in rows and item not in targets][:2]
     begin, end = torch.full((60,), ALWAYS), torch.full((60,), NEVER)
     begin[absent[0]], end[absent[1]] = int(times.max()) + 1, int(times[targets != PAD].min())
@@ -276,12 +276,12 @@ def brute_ranks(scores: np.ndarray, inputs: TrainingData, max_prefix: int = 20) 
     windows, limits = inputs.windows(max_prefix)[2], inputs.available
     assert windows.times is not None and limits is not None
     case = windows.targets != PAD
-    found = []
+    result = []
     for line, target, time in zip(scores, windows.targets[case].tolist(), windows.times[case].tolist(), strict=True):
         others = [i for i in range(60) if i != target and limits.begin[i] <= time < limits.end[i]]
         assert len(others) < 58
-        found.append(1 + sum(line[i] > line[target] for i in others) + sum(line[i] == line[target] for i in others) / 2)
-    return found
+        result.append(1 + sum(line[i] > line[target] for i in others) + sum(line[i] == line[target] for i in others) / 2)
+    return result
 
 
 def test_what_is_not_available_is_not_ranked_above_a_target(run: Path, inputs: TrainingData) -> None:
@@ -349,10 +349,10 @@ IN_2100 = {*range(60)} - {3}
 def test_only_what_is_available_is_recommended(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch, at: int | None, rows: set[int]
 ) -> None:
-    """Scored whole, in a batch, for being popular, and through the index; in any order of the times asked for."""
+    """Scored completely, in a batch, by popularity, and through the index; with times in any order."""
     assert items_of(recommender, at) == items_of(recommender, at, []) == names(rows)
     assert all(
-        {item.item_id for item in found.items} == names(rows) for found in recommender.recommend_batch([["item-000"]] * 9, 60, at=at)
+        {item.item_id for item in result.items} == names(rows) for result in recommender.recommend_batch([["item-000"]] * 9, 60, at=at)
     )
     monkeypatch.setattr("recommender.serving.recommender.FULL_SCORING_ITEMS", 0)
     assert items_of(recommender, at) == names(rows)
@@ -398,16 +398,16 @@ def test_a_file_of_sessions_is_answered_for_the_time(tpad: Tpad, tmp_path: Path)
     for at, rows in (([], AFTER), (["--at", GONE], BEFORE - {3}), (["--at", "2100-01-01"], IN_2100)):
         done = tpad("--sessions", tmp_path / "s.csv", "--out", tmp_path / "out.parquet", *at)
         assert done.exit_code == 0, done.stderr
-        found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+        result = pq.read_table(tmp_path / "out.parquet").to_pylist()
         for session in ("a", "b"):
-            assert {line["item_id"] for line in found if line["session_id"] == session} == names(rows)
+            assert {line["item_id"] for line in result if line["session_id"] == session} == names(rows)
 
 
 def test_the_service_recommends_what_is_available_now(run: Path) -> None:
     with serving(run) as server:
         for session in (["item-001"], []):
-            found = server.ask("/recommend", {"session": session, "k": 60}).json["items"]
-            assert {item["item_id"] for item in found} == names(AFTER)
+            result = server.ask("/recommend", {"session": session, "k": 60}).json["items"]
+            assert {item["item_id"] for item in result} == names(AFTER)
         many = server.ask("/recommend/batch", {"sessions": [["item-001"]] * 9, "k": 60}).json["answers"]
         assert all({item["item_id"] for item in answer["items"]} == names(AFTER) for answer in many)
         assert server.ask("/items/item-058").json["attributes"].keys() == {"colour", "tags"}

@@ -1,4 +1,4 @@
-"""Items and sessions as a user hands them over: faults are one line with file and row, images of strangers do no harm."""
+"""Tests loading of items and sessions: errors are one line with file and row, and hostile images do no harm."""
 
 import io
 import random
@@ -95,7 +95,7 @@ def test_texts_of_every_kind_read_as_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
-        (["a", "b", "a"], ["'a'", "row 2", "row 0", "twice"]),
+        (["a", "b", "a"], ["'a'", "row 2", "row 0", "duplicated"]),
         (["a", ""], ["empty", "row 1"]),
         (["a", " "], ["empty", "row 1"]),
         (["a", None], ["empty", "row 1"]),
@@ -110,8 +110,8 @@ def test_faulty_ids_are_named_with_file_and_row(tmp_path: Path, ids: list[Any], 
     refused(lambda: load_catalog(tmp_path), "items.parquet", *words)
 
 
-def test_ids_as_categories_and_pictures_of_one_kind_alone_are_read(tmp_path: Path) -> None:
-    """As pandas writes categories, and Arrow a column of dictionaries whose `bytes` are all empty."""
+def test_ids_as_categories_and_images_of_one_kind_alone_are_read(tmp_path: Path) -> None:
+    """Categories as pandas writes them, and an Arrow column of dictionaries whose `bytes` are all empty."""
     (tmp_path / "a.png").write_bytes(encoded(noise()))
     table = pa.table(
         {"item_id": pa.array(["a", "b"]).dictionary_encode(), "title": ["x", "y"], "image": [{"bytes": None, "path": "a.png"}, None]}
@@ -122,7 +122,7 @@ def test_ids_as_categories_and_pictures_of_one_kind_alone_are_read(tmp_path: Pat
     assert catalog.image(0) is not None
 
 
-def test_another_picture_beside_the_catalogue_is_another_catalogue(tmp_path: Path) -> None:
+def test_another_image_beside_the_catalogue_is_another_catalogue(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(encoded(noise()))
     before = write_images(tmp_path, ["a.png", "b.png", None]).sha256
@@ -145,12 +145,12 @@ def test_faulty_files_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_parquet_never_ends_in_a_traceback(tmp_path: Path) -> None:
     write_items(tmp_path, [f"i{n}" for n in range(50)])
-    whole = (tmp_path / "items.parquet").read_bytes()
+    content = (tmp_path / "items.parquet").read_bytes()
     dice = random.Random(0)
     for _ in range(60):
-        damaged = bytearray(whole)
-        damaged[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
-        (tmp_path / "items.parquet").write_bytes(damaged[: dice.choice([len(whole), dice.randrange(len(whole))])])
+        damaged = bytearray(content)
+        damaged[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        (tmp_path / "items.parquet").write_bytes(damaged[: dice.choice([len(content), dice.randrange(len(content))])])
         try:
             load_catalog(tmp_path)
         except UserError as error:
@@ -161,8 +161,8 @@ def test_damaged_parquet_never_ends_in_a_traceback(tmp_path: Path) -> None:
 
 
 def test_images_are_read_by_row_group_in_any_order(tmp_path: Path) -> None:
-    pictures = [encoded(Image.new("RGB", (4, 4), (n, 0, 0))) for n in range(10)]
-    values = [None if n == 3 else {"bytes": data} for n, data in enumerate(pictures)]
+    images = [encoded(Image.new("RGB", (4, 4), (n, 0, 0))) for n in range(10)]
+    values = [None if n == 3 else {"bytes": data} for n, data in enumerate(images)]
     write_items(tmp_path, [str(n) for n in range(10)], group=4, image=pa.array(values, IMAGE))
     catalog = load_catalog(tmp_path)
     for row in (9, 0, 5, 3, 4, 8, 0):
@@ -202,7 +202,7 @@ def test_unusual_images_become_rgb(data: bytes, expected: tuple[int, int, int]) 
     assert np.abs(np.asarray(image)[4, 4].astype(int) - expected).max() <= 1
 
 
-def test_exif_turns_the_picture_and_broken_exif_does_not_matter() -> None:
+def test_exif_turns_the_image_and_broken_exif_does_not_matter() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode_image(encoded(noise(64, 48), "JPEG", exif=exif), "here").size == (48, 64)
@@ -244,13 +244,13 @@ def test_hostile_images_are_one_line(data: bytes, word: str) -> None:
     refused(lambda: decode_image(data, "items.parquet row 7"), word, "items.parquet row 7", "on_bad_image")
 
 
-def test_damaged_images_are_a_user_error_or_a_picture() -> None:
+def test_damaged_images_are_a_user_error_or_an_image() -> None:
     dice = random.Random(0)
-    for whole in (encoded(noise(), "JPEG"), encoded(noise()), encoded(noise(), "WEBP")):
+    for content in (encoded(noise(), "JPEG"), encoded(noise()), encoded(noise(), "WEBP")):
         for _ in range(60):
-            damaged = bytearray(whole)
+            damaged = bytearray(content)
             for _ in range(3):
-                damaged[dice.randrange(min(len(whole), 400))] ^= 1 << dice.randrange(8)
+                damaged[dice.randrange(min(len(content), 400))] ^= 1 << dice.randrange(8)
             try:
                 assert decode_image(bytes(damaged), "here").mode == "RGB"
             except UserError as error:
@@ -259,23 +259,23 @@ def test_damaged_images_are_a_user_error_or_a_picture() -> None:
 
 def test_image_paths_stay_inside_the_folder(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    (data / "pictures").mkdir(parents=True)
+    (data / "images").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(encoded(noise()))
-    (data / "pictures" / "a.png").write_bytes(encoded(noise()))
+    (data / "images" / "a.png").write_bytes(encoded(noise()))
     (data / "out.png").symlink_to(tmp_path / "secret.png")
     (data / "loop.png").symlink_to(data / "loop.png")
     (data / "up").symlink_to(tmp_path)
     paths = [
-        "pictures/a.png",
+        "images/a.png",
         "../secret.png",
         str(tmp_path / "secret.png"),
         "out.png",
         "up/secret.png",
-        "pictures",
+        "images",
         "loop.png",
         "gone.png",
     ]
-    catalog = write_images(data, [*paths, "https://example.org/a.png", "pictures/../../secret.png", "a\x00.png"])
+    catalog = write_images(data, [*paths, "https://example.org/a.png", "images/../../secret.png", "a\x00.png"])
     good = catalog.image(0)
     assert good is not None and good.size == (64, 48)
     for row in range(1, len(catalog)):

@@ -1,4 +1,4 @@
-"""`prepare`: whatever the format, the same catalogue and the same sessions; what is lost is counted; errors write nothing."""
+"""Tests `prepare`: every format gives the same catalogue and sessions, dropped rows are counted, and errors write nothing."""
 
 import gzip
 import io
@@ -32,7 +32,7 @@ EVENTS = [
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
-    """Records in the format that the name of the file says."""
+    """Writes records in the format of the file name."""
     kind = path.name.removesuffix(".gz")
     if kind.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist(records), path)
@@ -59,7 +59,7 @@ def sessions(out: Path) -> dict[str, list[str]]:
     return {name: [catalog.item_ids[row] for row in log.session(i)] for i, name in enumerate(log.session_ids)}
 
 
-def picture(shade: int = 0, kind: str = "PNG") -> bytes:
+def image_file(shade: int = 0, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (shade, shade, shade)).save(buffer, kind)
     return buffer.getvalue()
@@ -90,7 +90,7 @@ def test_every_format_gives_the_same_data(tmp_path: Path, kind: str) -> None:
 
 
 def test_output_is_the_contract_and_the_same_bytes_twice(tmp_path: Path) -> None:
-    items = [item | {"image": picture(n)} for n, item in enumerate(ITEMS)]
+    items = [item | {"image": image_file(n)} for n, item in enumerate(ITEMS)]
     outs = [tmp_path / name for name in ("one", "two")]
     for out in outs:
         run(tmp_path, items, EVENTS, "parquet", out=out)
@@ -193,8 +193,8 @@ def test_the_users_of_named_sessions_are_kept(tmp_path: Path) -> None:
     run(tmp_path, ITEMS, [event | {"user_id": "u" if event["session_id"] == "s1" else None} for event in EVENTS])
     table = pq.read_table(tmp_path / "out" / "sessions.parquet")
     owners = dict(zip(table["session_id"].to_pylist(), table["user_id"].to_pylist(), strict=True))
-    assert owners == {"s1": "u", "s2": "s2"}  # one without is a user of its own
-    summary = run(tmp_path, ITEMS, [event | {"user_id": 1.5} for event in EVENTS])  # not needed, so no reason to stop
+    assert owners == {"s1": "u", "s2": "s2"}  # a session without user_id is a user of its own
+    summary = run(tmp_path, ITEMS, [event | {"user_id": 1.5} for event in EVENTS])  # users are optional, so this is no error
     assert "user_id" not in pq.read_table(tmp_path / "out" / "sessions.parquet").column_names
     assert any("users left out" in note for note in summary.notes)
 
@@ -219,27 +219,27 @@ def test_losses_are_counted_by_reason(tmp_path: Path) -> None:
 
 
 def test_plain_bytes_paths_and_a_folder_give_images(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "7.JPG").write_bytes(picture(70, "JPEG"))
-    (folder / "08.webp").write_bytes(picture(80, "WEBP"))
-    (folder / "stray.png").write_bytes(picture())
+    (folder / "7.JPG").write_bytes(image_file(70, "JPEG"))
+    (folder / "08.webp").write_bytes(image_file(80, "WEBP"))
+    (folder / "stray.png").write_bytes(image_file())
     summary = run(tmp_path, ITEMS, EVENTS, images=folder)
     assert (summary.images, [load_catalog(tmp_path / "out").has_image(row) for row in range(3)]) == (2, [True, True, False])
     assert any("no item_id names" in reason for reason in summary.dropped)
 
-    linked = [item | {"image": path} for item, path in zip(ITEMS, ["pictures/7.JPG", "", "pictures/08.webp"], strict=True)]
+    linked = [item | {"image": path} for item, path in zip(ITEMS, ["images/7.JPG", "", "images/08.webp"], strict=True)]
     for kind in ("csv", "jsonl", "parquet"):
         run(tmp_path, linked, EVENTS, kind)
         catalog = load_catalog(tmp_path / "out")
         assert [catalog.image_bytes(row) for row in range(3)] == [(folder / "7.JPG").read_bytes(), None, (folder / "08.webp").read_bytes()]
 
-    run(tmp_path, [item | {"image": picture(n)} for n, item in enumerate(ITEMS)], EVENTS, "parquet")
-    assert [load_catalog(tmp_path / "out").image_bytes(row) for row in range(3)] == [picture(n) for n in range(3)]
+    run(tmp_path, [item | {"image": image_file(n)} for n, item in enumerate(ITEMS)], EVENTS, "parquet")
+    assert [load_catalog(tmp_path / "out").image_bytes(row) for row in range(3)] == [image_file(n) for n in range(3)]
 
 
 def test_a_bad_image_stops_or_is_left_out_as_asked(tmp_path: Path) -> None:
-    items = [item | {"image": data} for item, data in zip(ITEMS, [picture(), picture(1, "JPEG")[:-60], picture(2)], strict=True)]
+    items = [item | {"image": data} for item, data in zip(ITEMS, [image_file(), image_file(1, "JPEG")[:-60], image_file(2)], strict=True)]
     refused(lambda: run(tmp_path, items, EVENTS, "parquet"), DATA, "image", "items.parquet row 1")
     summary = run(tmp_path, items, EVENTS, "parquet", on_bad_image="text_only")
     assert (summary.images, summary.dropped) == (2, {"images that cannot be decoded": 1})
@@ -248,7 +248,7 @@ def test_a_bad_image_stops_or_is_left_out_as_asked(tmp_path: Path) -> None:
 
 
 def test_image_paths_cannot_leave_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(picture())
+    (tmp_path / "secret.png").write_bytes(image_file())
     (tmp_path / "data").mkdir()
     for path in ("../secret.png", str(tmp_path / "secret.png"), "https://example.org/a.png"):
         refused(lambda path=path: run(tmp_path / "data", [ITEMS[0] | {"image": path}, *ITEMS[1:]], EVENTS), DATA, "items.jsonl line 1")
@@ -291,7 +291,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         ("items.csv", b"item_id,title\na,b\nc\n", ["Expected 2 columns"]),
         ("items.csv", b"item_id,title\na,\xff\xfe\n", ["UTF"]),
         ("items.csv", b"", ["no header"]),
-        ("items.csv", b"item_id,title,title\na,b,c\n", ["`title`", "twice"]),
+        ("items.csv", b"item_id,title,title\na,b,c\n", ["`title`", "duplicated"]),
         ("items.csv", b"item_id,title\n", ["no items"]),
         ("items.csv.gz", b"not gzip", ["items.csv.gz"]),
         ("items.csv.gz", gzip.compress(b"item_id,title\na,b\n", mtime=0)[:10] + b"damaged" * 9, ["items.csv.gz"]),
@@ -325,7 +325,7 @@ def test_a_log_and_catalogue_in_place(tmp_path: Path) -> None:
     assert sessions(out) == before
 
 
-# --- the real thing
+# --- a real data set
 
 MOVIELENS = os.environ.get("TPAD_MOVIELENS")
 
@@ -334,7 +334,7 @@ MOVIELENS = os.environ.get("TPAD_MOVIELENS")
     MOVIELENS is None, reason="TPAD_MOVIELENS does not name a folder with items.parquet (with posters) and interactions.parquet"
 )
 def test_movielens(tmp_path: Path) -> None:
-    """The counts that its own description gives: 9,321 films, 143,816 events, 5,266 sessions of two or more."""
+    """The counts in the description of the data set: 9,321 films, 143,816 events, 5,266 sessions of two or more."""
     folder = Path(MOVIELENS or "")
     options = PrepareOptions(folder / "items.parquet", folder / "interactions.parquet", tmp_path)
     summary = prepare(options)

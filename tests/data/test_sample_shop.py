@@ -1,4 +1,4 @@
-"""The sample shop: what is where (picture, text, log), and that its ceiling is what the law itself scores."""
+"""Tests the sample shop: which property is in image, text or log, and that the ceiling is the score of the law."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_cold_items_come_after_the_training_sessions(shop: Path, catalog: Catalo
 
 
 def information(one: np.ndarray, other: np.ndarray) -> float:
-    """Mutual information of two columns of codes, in nats, as counted."""
+    """Returns the mutual information of two columns of codes, in nats, from counts."""
     table = np.zeros((one.max() + 1, other.max() + 1))
     np.add.at(table, (one, other), 1 / len(one))
     expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True)
@@ -72,10 +72,10 @@ def test_no_text_but_the_motif_s_own_column_tells_colour_or_motif(catalog: Catal
     rng = np.random.default_rng(0)
     columns = {name: [catalog.text(row, name) for row in range(len(catalog))] for name in catalog.columns}
     columns |= {f"title word {n}": [title.split()[n] for title in catalog.titles] for n in range(3)}
-    del columns["title"]  # nearly one of a kind each: its words stand for it
+    del columns["title"]  # nearly unique; its words are used instead
     assert columns.pop("motif") == [MOTIFS[m] for m in law.motif]
     codes = {name: np.unique(values, return_inverse=True)[1] for name, values in columns.items()}
-    assert information(codes["kind"], law.kind) > 1  # the measure does see what is there
+    assert information(codes["kind"], law.kind) > 1  # the measure detects a real dependency
     for hidden in (law.colour, law.motif):
         for name, code in codes.items():
             chance = [information(code, rng.permutation(hidden)) for _ in range(50)]
@@ -84,7 +84,7 @@ def test_no_text_but_the_motif_s_own_column_tells_colour_or_motif(catalog: Catal
     assert not words & {*MOTIFS, "red", "orange", "yellow", "green", "turquoise", "blue", "purple", "brown"}
 
 
-def test_pictures_show_the_colour(catalog: Catalog, law: Law) -> None:
+def test_images_show_the_colour(catalog: Catalog, law: Law) -> None:
     right = []
     for row in range(0, len(catalog), 3):
         pixels = np.asarray(catalog.image(row)).astype(int)
@@ -95,9 +95,9 @@ def test_pictures_show_the_colour(catalog: Catalog, law: Law) -> None:
 
 
 def cases(shop: Path, catalog: Catalog, law: Law) -> list[tuple[np.ndarray, int]]:
-    """(P(next item), the next item) at every position but the first of the test sessions."""
+    """Returns (P(next item), next item) at every position but the first of the test sessions."""
     test = split_by_time(load_sessions(shop, catalog), DATA.valid, DATA.test).test
-    found = []
+    result = []
     for s in range(len(test)):
         rows = test.session(s)
         for n in range(1, len(rows)):
@@ -106,12 +106,12 @@ def cases(shop: Path, catalog: Catalog, law: Law) -> list[tuple[np.ndarray, int]
             probabilities = share * law.after[seen[-1]]
             for row in seen[:-1]:
                 probabilities = probabilities + (1 - share) * law.after[row] / (len(seen) - 1)
-            found.append((probabilities, int(rows[n])))
-    return found
+            result.append((probabilities, int(rows[n])))
+    return result
 
 
 def brute_rank(scores: np.ndarray, target: int) -> float:
-    """Place in the sorted list; the mean of the places that equal scores share."""
+    """Returns the rank; the mean rank for equal scores."""
     order = sorted(range(len(scores)), key=lambda row: -scores[row])
     places = [place + 1 for place, row in enumerate(order) if scores[row] == scores[target]]
     return sum(places) / len(places)
@@ -126,17 +126,17 @@ def test_the_ceiling_is_what_the_law_scores_on_the_test_sessions(shop: Path, cat
         "warm": [rank for rank, cold in ranks if not cold],
         "cold": [rank for rank, cold in ranks if cold],
     }
-    for name, of in groups.items():
+    for name, mask in groups.items():
         for k in (5, 10, 20):
-            hits = [rank for rank in of if rank <= k]
-            found = ceiling["metrics"][name]
-            assert found[f"HR@{k}"] == pytest.approx(len(hits) / len(of), abs=1e-9)
-            assert found[f"MRR@{k}"] == pytest.approx(sum(1 / rank for rank in hits) / len(of), abs=1e-9)
-            assert found[f"NDCG@{k}"] == pytest.approx(sum(1 / np.log2(1 + rank) for rank in hits) / len(of), abs=1e-9)
+            hits = [rank for rank in mask if rank <= k]
+            result = ceiling["metrics"][name]
+            assert result[f"HR@{k}"] == pytest.approx(len(hits) / len(mask), abs=1e-9)
+            assert result[f"MRR@{k}"] == pytest.approx(sum(1 / rank for rank in hits) / len(mask), abs=1e-9)
+            assert result[f"NDCG@{k}"] == pytest.approx(sum(1 / np.log2(1 + rank) for rank in hits) / len(mask), abs=1e-9)
 
 
 def test_the_log_follows_the_law(shop: Path, catalog: Catalog, law: Law) -> None:
-    """The law's ten best items hold the next one as often as it says they do."""
+    """The law's ten best items contain the next one as often as its probabilities say."""
     hits, promised = [], []
     for scores, target in cases(shop, catalog, law):
         best = np.argsort(-scores)[:10]

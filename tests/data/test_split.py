@@ -1,4 +1,4 @@
-"""Each protocol splits as it says, what was learned under another one is refused, and the whole chain obeys the setting."""
+"""Tests the protocols of splitting; artifacts of another split are refused, and every command obeys the setting."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,13 +46,13 @@ def test_split_without_a_part_is_refused(count: int, valid: float, test: float) 
 def test_a_user_is_in_one_part_and_stays_there_as_the_log_grows() -> None:
     settings = DataConfig(protocol="user-hash", valid=0.2, test=0.2)
     small, large = (split_sessions(log_of(count, users=300), settings) for count in (300, 1200))
-    of = [{"train": part.train, "valid": part.valid, "test": part.test} for part in (small, large)]
-    users = [{name: set(part.users) for name, part in parts.items()} for parts in of]
+    sides = [{"train": part.train, "valid": part.valid, "test": part.test} for part in (small, large)]
+    users = [{name: set(part.users) for name, part in parts.items()} for parts in sides]
     assert users[0] == users[1]
     assert sum(map(len, users[0].values())) == 300  # no user twice
     assert 0.1 < len(users[0]["test"]) / 300 < 0.3 and 0.1 < len(users[0]["valid"]) / 300 < 0.3
-    assert sum(map(len, of[1].values())) == 1200
-    assert all(np.all(np.diff(part.start) > 0) for part in of[1].values())
+    assert sum(map(len, sides[1].values())) == 1200
+    assert all(np.all(np.diff(part.start) > 0) for part in sides[1].values())
     without = split_sessions(log_of(1200), settings)  # no users: by session
     assert 0.15 < len(without.test) / 1200 < 0.25
 
@@ -61,10 +61,10 @@ def test_last_out_holds_out_one_item_of_each_session() -> None:
     rows = np.array([*range(10, 16), *range(20, 24), *range(30, 33), *range(40, 42)], np.int32)
     log = SessionLog(["a", "b", "c", "d"], rows, np.array([0, 6, 10, 13, 15]), np.arange(4), np.arange(15))
     split = split_sessions(log, DataConfig(protocol="last-out"))
-    found = [[part.session(i).tolist() for i in range(len(part))] for part in (split.train, split.valid, split.test)]
-    assert found[0] == [[10, 11, 12, 13], [20, 21]]
-    assert found[1] == [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31]]
-    assert found[2] == [[10, 11, 12, 13, 14, 15], [20, 21, 22, 23], [30, 31, 32], [40, 41]]
+    split_rows = [[part.session(i).tolist() for i in range(len(part))] for part in (split.train, split.valid, split.test)]
+    assert split_rows[0] == [[10, 11, 12, 13], [20, 21]]
+    assert split_rows[1] == [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31]]
+    assert split_rows[2] == [[10, 11, 12, 13, 14, 15], [20, 21, 22, 23], [30, 31, 32], [40, 41]]
     windows = cases_of(split.test, max_prefix=3)
     prefixes, targets = prefixes_of(windows)
     assert [p[p != PAD].tolist() for p in prefixes] == [[12, 13, 14], [20, 21, 22], [30, 31], [40]]
@@ -72,11 +72,11 @@ def test_last_out_holds_out_one_item_of_each_session() -> None:
     session, position = positions_of(windows, split.test)
     assert session.tolist() == [0, 1, 2, 3] and position.tolist() == [5, 3, 2, 1]
     gone = np.arange(50)
-    gone[15] = -1  # an item that left the catalogue: 14 must not become the target, it was validation's
+    gone[15] = -1  # removed from the catalogue: 14 must not become the test target, since it was the validation target
     assert [split.test.moved(gone).session_ids, split.valid.moved(gone).session_ids] == [["b", "c", "d"], ["a", "b", "c"]]
-    gone[13] = -1  # the last one of a's in training: what stands before it is still there to be learned from
-    kept = split.train.moved(gone, training=True)
-    assert [kept.session(i).tolist() for i in range(len(kept))] == [[10, 11, 12], [20, 21]]
+    gone[13] = -1  # the last training item of a: the items before it are still trained on
+    remaining = split.train.moved(gone, training=True)
+    assert [remaining.session(i).tolist() for i in range(len(remaining))] == [[10, 11, 12], [20, 21]]
     refused(lambda: split_sessions(log_of(9, length=3), DataConfig(protocol="last-out")), "four events", "data.protocol")
 
 
@@ -105,8 +105,8 @@ def test_the_protocol_is_obeyed_from_the_distillation_on(tiny_run: Path, tiny_da
     distill_run(tmp_path, tiny_data, protocol)
     export_run(tmp_path, tiny_data, protocol)
     assert not same(weights(tmp_path), weights(tiny_run))
-    whole = load_sessions(tiny_data, load_catalog(tiny_data))
-    train = split_sessions(whole, settings("last-out").data).train
+    full_log = load_sessions(tiny_data, load_catalog(tiny_data))
+    train = split_sessions(full_log, settings("last-out").data).train
     assert read_embeddings(tmp_path / "embeddings").version.manifest["sessions_sha256"] == train.ids_sha256()
     for run, other in ((tmp_path, "time"), (tiny_run, "last-out")):
         with pytest.raises(UserError, match=r"other training sessions.*data\.protocol"):
@@ -114,7 +114,7 @@ def test_the_protocol_is_obeyed_from_the_distillation_on(tiny_run: Path, tiny_da
 
 
 def test_vectors_of_shortened_sessions_are_not_those_of_whole_ones(tmp_path: Path) -> None:
-    """Under last-out the ids of the training sessions may be all ids; the hash tells what of them was seen."""
+    """Under last-out all parts may have the same session ids, so the hash covers the protocol too."""
     log = log_of(20, length=6)
     assert split_sessions(log, DataConfig(protocol="last-out")).train.session_ids == log.session_ids
     assert split_sessions(log, DataConfig(protocol="last-out")).train.ids_sha256() != log.ids_sha256()
@@ -123,12 +123,12 @@ def test_vectors_of_shortened_sessions_are_not_those_of_whole_ones(tmp_path: Pat
 def test_a_run_under_last_out_has_one_case_a_session(tmp_path: Path) -> None:
     data = tmp_path / "data"
     publish_embeddings(tmp_path, data, write_data(data), settings("last-out"))
-    found = train_sbr(settings("last-out"), tmp_path, data)
-    ranks = pq.read_table(found.version.path / "ranks.parquet").to_pylist()
+    split_rows = train_sbr(settings("last-out"), tmp_path, data)
+    ranks = pq.read_table(split_rows.version.path / "ranks.parquet").to_pylist()
     log = pq.read_table(data / "sessions.parquet").to_pylist()
     last = {event["session_id"]: event["item_id"] for event in log}
     assert {line["session_id"]: line["item_id"] for line in ranks} == last
-    assert len(ranks) == len(last) == found.metrics["facts"]["test_sessions"]
+    assert len(ranks) == len(last) == split_rows.metrics["facts"]["test_sessions"]
 
 
 def test_sessions_of_a_user_column_stay_together(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_sessions_of_a_user_column_stay_together(tmp_path: Path) -> None:
     users = [f"u{int(name[1:]) % 90}" for name in log["session_id"].to_pylist()]
     pq.write_table(log.append_column("user_id", pa.array(users)), data / "sessions.parquet")
     split = split_sessions(load_sessions(data, load_catalog(data)), settings("user-hash").data)
-    whose = [{f"u{int(name[1:]) % 90}" for name in part.session_ids} for part in (split.train, split.valid, split.test)]
-    assert sum(map(len, whose)) == 90
+    user_ids = [{f"u{int(name[1:]) % 90}" for name in part.session_ids} for part in (split.train, split.valid, split.test)]
+    assert sum(map(len, user_ids)) == 90
     with pytest.raises(UserError, match="other training sessions"):  # they were distilled from a split by session
         load_training_data(settings("user-hash"), tmp_path, data)

@@ -18,7 +18,7 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.distill import fsdp
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm, embed
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what the launcher sets
@@ -76,7 +76,7 @@ def hold_half(data: Path, *more: str) -> None:
     config, catalog, accelerator = settings(*more), load_catalog(data), Accelerator()
     prompts = Prompts(catalog, config.data)
     backbone = build_backbone(config.backbone, prompts, 0)
-    mllm, encoder = Mllm(backbone.model, ("knowledge",), 8).eval(), Encoder(config.backbone, backbone, catalog)
+    mllm, encoder = Mllm(backbone.model, ("knowledge",), 8).eval(), PromptProcessor(config.backbone, backbone, catalog)
     sequences = [encoder.encode(prompts.item(row)) for row in range(8)]
 
     def embedded() -> np.ndarray:

@@ -12,10 +12,10 @@ from helpers.backbones import save_backbone
 from helpers.processes import two_processes
 from helpers.runs import PHASES, distill_run, losses, settings, weights
 from pipeline.data.catalog import load_catalog
-from pipeline.distill.grad_cache import backward, features, run_vision_tower, split
+from pipeline.distill.grad_cache import backward, features, precompute_vision, split
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import FULL, Prompts
 from pipeline.objectives.contrastive import info_nce
 
@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_the_whole_batch(trains: str, folder: Path, tiny
     config, catalog = settings(*(large if "dropout" in trains else [])), load_catalog(tiny_data)
     prompts = Prompts(catalog, config.data)
     backbone = build_backbone(config.backbone, prompts, 0)
-    encoder, mllm = Encoder(config.backbone, backbone, catalog), Mllm(backbone.model, ("knowledge", "session"), 8).train()
+    encoder, mllm = PromptProcessor(config.backbone, backbone, catalog), Mllm(backbone.model, ("knowledge", "session"), 8).train()
     sequences = {
         "sessions": [encoder.encode(prompts.session([row, row + 1])) for row in ROWS],
         "items": [encoder.encode(prompts.knowledge(row, FULL, np.random.default_rng(row))) for row in ROWS],
@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_the_whole_batch(trains: str, folder: Path, tiny
 
     accelerator = Accelerator(cpu=True)
     if "dropout" in trains:
-        run_vision_tower(mllm, chunks, accelerator)
+        precompute_vision(mllm, chunks, accelerator)
     leaves = features(mllm, chunks, HEADS, seeds)
     torch.testing.assert_close(loss_of(leaves), loss.detach(), rtol=1e-6, atol=0)
     backward(mllm, chunks, HEADS, seeds, loss_of(leaves), leaves, torch.zeros(()), accelerator)

@@ -21,7 +21,7 @@ from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_by_time
 from pipeline.distill.experimental.session_summaries import folds
 from pipeline.distill.windows import summary_key, window_starts
-from pipeline.mllm.prompts import Part, Prompts
+from pipeline.mllm.prompts import PromptPart, Prompts
 from pipeline.objectives.contrastive import soft_loss
 from recommender.retrieval.saved_model import load_model
 from recommender.session_model.windows import pad_prefixes
@@ -98,8 +98,8 @@ def test_an_intent_is_what_most_items_of_a_session_have_in_common(tiny_data: Pat
     assert any(found)
     assert prompts.common([3, 3, 3]) == ""
     parts = prompts.session([3, 5, 8], intent="kind: mug")
-    wording = [Part("words", "In common:"), Part("intent", "kind: mug"), Part("words", "Next item:")]
-    assert parts[-6:] == [Part("turn"), Part("read"), *wording, Part("answer", prompts.text(8))]
+    wording = [PromptPart("words", "In common:"), PromptPart("intent", "kind: mug"), PromptPart("words", "Next item:")]
+    assert parts[-6:] == [PromptPart("turn"), PromptPart("read"), *wording, PromptPart("answer", prompts.text(8))]
 
 
 def test_an_intent_needs_a_column_to_be_told_by(tiny_data: Path, tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def test_a_summary_is_shown_before_the_items(run: Path, tiny_data: Path) -> None
     assert len(texts) > 50
     assert len(set(texts.values())) > 1  # K tells blocks apart
     prompts = Prompts(load_catalog(tiny_data), settings().data)
-    begin = [Part("words", "Earlier:"), Part("text", "a mug")]
+    begin = [PromptPart("words", "Earlier:"), PromptPart("text", "a mug")]
     assert prompts.session([3, 5], earlier="a mug") == [*begin, *prompts.session([3, 5])]
     assert prompts.summary("a mug", [3])[:2] == begin
-    assert prompts.summary("", [3])[-2:] == [Part("words", "In short:"), Part("turn")]
+    assert prompts.summary("", [3])[-2:] == [PromptPart("words", "In short:"), PromptPart("turn")]
 
 
 # --- all of them, however the run goes

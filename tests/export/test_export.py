@@ -1,4 +1,4 @@
-"""`export` by its contract: what the files hold, what survives an interruption, and what is refused."""
+"""Tests `export`: the content of the files, interruptions, and errors."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from pipeline.core.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.export.export import export
-from pipeline.export.item_batches import Source
+from pipeline.export.item_batches import ItemBatches
 from pipeline.mllm.prompts import Prompts
 
 
@@ -76,13 +76,13 @@ def test_columns_and_manifest_are_those_of_the_contract(tiny_run: Path, tiny_dat
 
 
 def test_both_halves_are_unit_vectors_that_tell_items_apart(tiny_run: Path) -> None:
-    found = read_embeddings(tiny_run / "embeddings")
-    for half in (found.knowledge, found.transition):
+    outcome = read_embeddings(tiny_run / "embeddings")
+    for half in (outcome.knowledge, outcome.transition):
         np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
         assert len(np.unique(half.round(5), axis=0)) > 35
-    assert np.abs(found.knowledge - found.transition).max() > 0.01
-    assert found.has_image.all()
-    assert found.has_text.all()
+    assert np.abs(outcome.knowledge - outcome.transition).max() > 0.01
+    assert outcome.has_image.all()
+    assert outcome.has_text.all()
 
 
 def test_a_manifest_tells_nothing_of_place_time_or_machine(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -99,12 +99,12 @@ def test_a_manifest_tells_nothing_of_place_time_or_machine(tiny_run: Path, tiny_
 def test_half_precision_is_the_same_vectors_rounded(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = model_only(tiny_run, tmp_path)
     export_run(run, tiny_data, "export.dtype=float16")
-    half, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    half, full = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
     assert half.version.manifest["dtype"] == "float16"
-    np.testing.assert_array_equal(half.knowledge, whole.knowledge.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(half.knowledge, full.knowledge.astype(np.float16).astype(np.float32))
 
 
-# --- doing it again
+# --- repeated exports
 
 
 def test_a_second_export_is_up_to_date_and_another_layout_is_not(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_second_export_is_up_to_date_and_another_layout_is_not(tiny_run: Path,
 
 
 def staged(run: Path) -> Path:
-    """Where an unfinished export keeps its parts."""
+    """Returns the folder with the parts of an unfinished export."""
     return next((run / "embeddings").glob(".staging-*"), run / "nowhere")
 
 
@@ -136,25 +136,25 @@ def test_a_killed_export_goes_on_and_ends_with_the_same_bytes(tiny_run: Path, ti
     assert 4 <= len(before) < 40
     damaged = staged(run) / "part-00001.parquet"
     data = bytearray(damaged.read_bytes())
-    data[len(data) // 3] ^= 1  # no longer what was written: made again
+    data[len(data) // 3] ^= 1  # damaged: computed again
     damaged.write_bytes(data)
     export_run(run, tiny_data, "export.shard_rows=1")
     assert contents(published_folder(run, "embeddings")) == contents(published_folder(undisturbed, "embeddings"))
-    kept = {path.name: path.stat().st_mtime_ns for path in published_folder(run, "embeddings").glob("part-*.parquet")}
-    assert [name for name in before if kept[name] != before[name]] == ["part-00001.parquet"]
+    times = {path.name: path.stat().st_mtime_ns for path in published_folder(run, "embeddings").glob("part-*.parquet")}
+    assert [name for name in before if times[name] != before[name]] == ["part-00001.parquet"]
 
 
 def a_version_or_another(run: Path, stop: threading.Event, seen: list[str]) -> None:
-    """A reader that looks all the time. What it reads is whole, or reading raises."""
+    """Reads all the time. Each version is complete, or reading raises."""
     while not stop.is_set():
-        found = read_embeddings(run / "embeddings")
-        assert len(found.item_ids) == len(found.knowledge) == 40
-        seen.append(found.version.manifest["dtype"])
+        outcome = read_embeddings(run / "embeddings")
+        assert len(outcome.item_ids) == len(outcome.knowledge) == 40
+        seen.append(outcome.version.manifest["dtype"])
 
 
 @pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_however_often_it_is_killed_the_bytes_are_those_of_a_quiet_run(tiny_run: Path, tiny_data: Path, tmp_path: Path, kills: int) -> None:
-    """And a reader sees the version before or the version after, nothing between."""
+    """A reader sees the old version or the new one, nothing between."""
     small = "export.shard_rows=4"
     undisturbed, run = model_only(tiny_run, tmp_path / "undisturbed"), model_only(tiny_run, tmp_path / "run")
     for folder in (undisturbed, run):
@@ -194,10 +194,10 @@ def test_shares_are_done_one_by_one_and_the_last_one_publishes(tiny_run: Path, t
     run = model_only(tiny_run, tmp_path / "run")
     left = []
     for number in (2, 3, 1):
-        found = export(settings(), run, tiny_data, share=(number, 3))
-        left.append(found.left)
-        assert (found.version is None) == (found.left > 0)
-        assert (run / "embeddings" / "current").exists() == (found.left == 0)
+        outcome = export(settings(), run, tiny_data, share=(number, 3))
+        left.append(outcome.left)
+        assert (outcome.version is None) == (outcome.left > 0)
+        assert (run / "embeddings" / "current").exists() == (outcome.left == 0)
     assert left == [2, 1, 0]
     assert parts(run) == parts(tiny_run)
 
@@ -211,17 +211,17 @@ def test_workers_and_threads_change_no_byte(tiny_run: Path, tiny_data: Path, tmp
 def test_an_item_alone_has_the_vector_it_has_in_the_full_export(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = model_only(tiny_run, tmp_path / "run")
     export_run(run, tiny_data, "export.token_budget=1")
-    alone, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
-    np.testing.assert_allclose(alone.knowledge, whole.knowledge, atol=1e-5)
-    np.testing.assert_allclose(alone.transition, whole.transition, atol=1e-5)
+    alone, full = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    np.testing.assert_allclose(alone.knowledge, full.knowledge, atol=1e-5)
+    np.testing.assert_allclose(alone.transition, full.transition, atol=1e-5)
 
 
 # --- updates
 
 
 def by_id(run: Path) -> dict[str, tuple[bytes, bytes]]:
-    found = read_embeddings(run / "embeddings")
-    return {item: (k.tobytes(), t.tobytes()) for item, k, t in zip(found.item_ids, found.knowledge, found.transition, strict=True)}
+    outcome = read_embeddings(run / "embeddings")
+    return {item: (k.tobytes(), t.tobytes()) for item, k, t in zip(outcome.item_ids, outcome.knowledge, outcome.transition, strict=True)}
 
 
 def test_an_update_computes_what_is_new_or_changed_and_keeps_the_rest(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -233,10 +233,10 @@ def test_an_update_computes_what_is_new_or_changed_and_keeps_the_rest(tiny_run: 
     rows = [new[0], *rows[:20], new[1], *rows[25:], new[2]]
     pq.write_table(pa.Table.from_pylist(rows, table.schema), data / "items.parquet")
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
-    found = export(settings(), run, data, update=True)
-    assert found.notes == []
-    assert found.work.items == 6
-    assert found.version is not None and found.version.name == "v0002"
+    outcome = export(settings(), run, data, update=True)
+    assert outcome.notes == []
+    assert outcome.work.items == 6
+    assert outcome.version is not None and outcome.version.name == "v0002"
     before, after = by_id(tiny_run), by_id(run)
     assert list(after) == [row["item_id"] for row in rows]
     changed = {"p0003", "p0005", "p0009"}
@@ -255,9 +255,9 @@ def test_an_update_computes_what_is_new_or_changed_and_keeps_the_rest(tiny_run: 
 def test_an_update_that_cannot_be_one_says_why(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = model_only(tiny_run, tmp_path / "run")
     assert "nothing to update" in export(settings(), run, tiny_data, update=True).notes[0]
-    found = export(settings("export.dtype=float16"), run, tiny_data, update=True)
-    assert found.notes == ["a full export, not an update: the type of the vectors changed"]
-    assert found.work.items == 40
+    outcome = export(settings("export.dtype=float16"), run, tiny_data, update=True)
+    assert outcome.notes == ["a full export, not an update: the type of the vectors changed"]
+    assert outcome.work.items == 40
 
 
 def test_a_part_may_be_measured_by_several_workers(
@@ -276,20 +276,20 @@ def test_a_part_may_be_measured_by_several_workers(
 def test_a_compiled_export_gives_the_same_vectors(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = model_only(tiny_run, tmp_path / "run")
     export_run(run, tiny_data, "export.compile=true")
-    compiled, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
-    np.testing.assert_allclose(compiled.knowledge, whole.knowledge, atol=1e-5)
+    compiled, full = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    np.testing.assert_allclose(compiled.knowledge, full.knowledge, atol=1e-5)
 
 
 def test_int8_and_arrays_are_the_same_vectors(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = model_only(tiny_run, tmp_path / "run")
     export_run(run, tiny_data, "export.dtype=int8", "export.format=npy")
     folder = published_folder(run, "embeddings")
-    found, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    outcome, full = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
     for half in ("knowledge", "transition"):
-        values = getattr(whole, half)
-        assert (np.abs(getattr(found, half) - values) <= np.abs(values).max(1, keepdims=True) / 127 * 0.51).all()
-        np.testing.assert_array_equal(np.load(folder / f"{half}.npy"), getattr(found, half))
-    assert (folder / "item_ids.txt").read_text().split("\n")[:-1] == found.item_ids
+        values = getattr(full, half)
+        assert (np.abs(getattr(outcome, half) - values) <= np.abs(values).max(1, keepdims=True) / 127 * 0.51).all()
+        np.testing.assert_array_equal(np.load(folder / f"{half}.npy"), getattr(outcome, half))
+    assert (folder / "item_ids.txt").read_text().split("\n")[:-1] == outcome.item_ids
     assert "int8" in (folder / "README.md").read_text()
 
 
@@ -298,14 +298,14 @@ def test_other_programs_read_the_halves(tiny_run: Path) -> None:
     import pandas
     import polars
 
-    whole = read_embeddings(tiny_run / "embeddings")
+    full = read_embeddings(tiny_run / "embeddings")
     files = str(published_folder(tiny_run, "embeddings") / "part-*.parquet")
     rows = duckdb.sql(f"SELECT item_id, knowledge FROM '{files}' ORDER BY item_id").fetchall()
-    assert [item for item, _ in rows] == whole.item_ids
-    np.testing.assert_array_equal(np.array([vector for _, vector in rows], np.float32), whole.knowledge)
+    assert [item for item, _ in rows] == full.item_ids
+    np.testing.assert_array_equal(np.array([vector for _, vector in rows], np.float32), full.knowledge)
     frame = pandas.read_parquet(published_folder(tiny_run, "embeddings") / "part-00000.parquet", columns=["item_id", "transition"])
-    np.testing.assert_array_equal(np.stack(frame["transition"]), whole.transition[:16])
-    np.testing.assert_array_equal(polars.read_parquet(files, columns=["knowledge"])["knowledge"].to_numpy(), whole.knowledge)
+    np.testing.assert_array_equal(np.stack(frame["transition"]), full.transition[:16])
+    np.testing.assert_array_equal(polars.read_parquet(files, columns=["knowledge"])["knowledge"].to_numpy(), full.knowledge)
 
 
 # --- damage
@@ -314,13 +314,13 @@ def test_other_programs_read_the_halves(tiny_run: Path) -> None:
 def test_one_flipped_bit_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     path = published_folder(run, "embeddings") / "part-00001.parquet"
-    whole = path.read_bytes()
-    for at in (4, len(whole) // 2, len(whole) - 20):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    full = path.read_bytes()
+    for offset in (4, len(full) // 2, len(full) - 20):
+        path.write_bytes(full[:offset] + bytes([full[offset] ^ 1]) + full[offset + 1 :])
         with pytest.raises(UserError, match="part-00001") as error:
             read_embeddings(run / "embeddings")
         assert error.value.code == ARTIFACT
-    path.write_bytes(whole)
+    path.write_bytes(full)
     read_embeddings(run / "embeddings")
 
 
@@ -356,7 +356,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_version(tiny_run: Path, tiny
     assert sorted(path.name for path in (run / "embeddings").iterdir()) == [".lock", "current", "v0001", "v0002"]
 
 
-# --- items that lack something, and pictures that cannot be read
+# --- items that lack something, and images that cannot be read
 
 
 def png(colour: str) -> bytes:
@@ -365,35 +365,35 @@ def png(colour: str) -> bytes:
     return buffer.getvalue()
 
 
-def test_items_without_picture_or_text_are_exported(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_items_without_image_or_text_are_exported(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Also items the model never saw: a new catalogue needs no new model."""
     data = change_items(tiny_data, tmp_path / "data", {3: None, 5: None}, {4: "", 5: ""})
     run = model_only(tiny_run, tmp_path / "run")
     export_run(run, data)
-    found, whole = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
-    assert [row for row in range(40) if not found.has_image[row]] == [3, 5]
-    assert [row for row in range(40) if not found.has_text[row]] == [4, 5]
+    outcome, full = read_embeddings(run / "embeddings"), read_embeddings(tiny_run / "embeddings")
+    assert [row for row in range(40) if not outcome.has_image[row]] == [3, 5]
+    assert [row for row in range(40) if not outcome.has_text[row]] == [4, 5]
     for row in (3, 4, 5):
-        assert np.abs(found.knowledge[row] - whole.knowledge[row]).max() > 1e-3
+        assert np.abs(outcome.knowledge[row] - full.knowledge[row]).max() > 1e-3
     others = [row for row in range(40) if row not in (3, 4, 5)]
-    np.testing.assert_allclose(found.knowledge[others], whole.knowledge[others], atol=1e-5)
-    manifest, before = found.version.manifest, whole.version.manifest
+    np.testing.assert_allclose(outcome.knowledge[others], full.knowledge[others], atol=1e-5)
+    manifest, before = outcome.version.manifest, full.version.manifest
     assert manifest["catalogue_sha256"] != before["catalogue_sha256"] == manifest["distilled_on_catalogue_sha256"]
 
 
-def test_a_catalogue_without_any_picture_is_distilled_and_exported(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_catalogue_without_any_image_is_distilled_and_exported(tiny_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     pq.write_table(pq.read_table(data / "items.parquet").drop_columns("image"), data / "items.parquet")
     few = [f"distill.{phase}.steps=2" for phase in PHASES]
     distill_run(tmp_path / "run", data, *few)
     export_run(tmp_path / "run", data, *few)
-    found = read_embeddings(tmp_path / "run" / "embeddings")
-    assert found.has_text.all() and not found.has_image.any()
-    np.testing.assert_allclose(np.linalg.norm(found.transition, axis=1), 1, atol=1e-5)
-    assert len(np.unique(found.knowledge.round(5), axis=0)) > 30
+    outcome = read_embeddings(tmp_path / "run" / "embeddings")
+    assert outcome.has_text.all() and not outcome.has_image.any()
+    np.testing.assert_allclose(np.linalg.norm(outcome.transition, axis=1), 1, atol=1e-5)
+    assert len(np.unique(outcome.knowledge.round(5), axis=0)) > 30
 
 
-def test_a_broken_picture_stops_the_chain_with_file_and_row(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_broken_image_stops_the_chain_with_file_and_row(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
     run = model_only(tiny_run, tmp_path / "run")
     for step in (lambda: export_run(run, data), lambda: distill_run(tmp_path / "new", data)):
@@ -408,19 +408,19 @@ def test_or_the_item_is_shown_as_text_only(tiny_data: Path, tmp_path: Path, capf
     broken = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
     without = change_items(tiny_data, tmp_path / "without", {7: None}, {})
     few = ["data.on_bad_image=text_only", *(f"distill.{phase}.steps=1" for phase in PHASES)]
-    found = []
+    outcome = []
     for data in (broken, without):
         run = tmp_path / f"run-{data.name}"
         distill_run(run, data, *few)
         export_run(run, data, *few)
-        found.append(read_embeddings(run / "embeddings"))
+        outcome.append(read_embeddings(run / "embeddings"))
     assert "row 7" in capfd.readouterr().err
-    assert not found[0].has_image[7]
-    assert found[0].has_image.sum() == 39
-    np.testing.assert_array_equal(found[0].knowledge, found[1].knowledge)
+    assert not outcome[0].has_image[7]
+    assert outcome[0].has_image.sum() == 39
+    np.testing.assert_array_equal(outcome[0].knowledge, outcome[1].knowledge)
 
 
-def test_a_picture_file_that_is_not_there_is_no_picture_either(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_an_image_file_that_is_missing_is_no_image_either(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = change_items(tiny_data, tmp_path / "data", {7: "gone.png"}, {})
     run = model_only(tiny_run, tmp_path / "run")
     with pytest.raises(UserError, match="row 7") as error:
@@ -434,23 +434,23 @@ def test_or_the_item_is_left_out_and_listed(tiny_run: Path, tiny_data: Path, tmp
     data = change_items(tiny_data, tmp_path / "data", {7: png("red")[:60]}, {})
     run = model_only(tiny_run, tmp_path / "run")
     export_run(run, data, "data.on_bad_image=skip")
-    found = read_embeddings(run / "embeddings")
+    outcome = read_embeddings(run / "embeddings")
     assert "row 7" in capfd.readouterr().err
-    assert found.item_ids == [f"p{row:04d}" for row in range(40) if row != 7]
-    assert found.version.manifest["skipped"] == ["p0007"]
+    assert outcome.item_ids == [f"p{row:04d}" for row in range(40) if row != 7]
+    assert outcome.version.manifest["skipped"] == ["p0007"]
     none = change_items(tiny_data, tmp_path / "none", dict.fromkeys(range(40), png("red")[:60]), {})
-    with pytest.raises(UserError, match=r"every item would be left out for its picture .*items\.parquet") as error:
+    with pytest.raises(UserError, match=r"every item would be left out for its image .*items\.parquet") as error:
         export_run(run, none, "data.on_bad_image=skip")
     assert error.value.code == DATA
     assert read_embeddings(run / "embeddings").version.name == "v0001"
 
 
-def test_items_that_change_while_in_use_are_no_bad_pictures(data: Path, tmp_path: Path) -> None:
+def test_items_that_change_while_in_use_are_no_bad_images(data: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(data, tmp_path / "data"))
-    made = make(folder, tmp_path, "tiny", "data.on_bad_image=text_only")
-    source = Source(made.encoder.catalog, Prompts(made.encoder.catalog, settings().data), made.encoder, 4096, "text_only")
+    setup = make(folder, tmp_path, "tiny", "data.on_bad_image=text_only")
+    source = ItemBatches(setup.processor.catalog, Prompts(setup.processor.catalog, settings().data), setup.processor, 4096, "text_only")
     (folder / "items.parquet").touch()
     rows, known = np.arange(6), np.zeros((6, 32))
-    for work in (lambda: made.prompts.has_image(0), lambda: source.measure(rows, known), lambda: source.load(rows, rows)):
+    for work in (lambda: setup.prompts.has_image(0), lambda: source.measure(rows, known), lambda: source.load(rows, rows)):
         with pytest.raises(UserError, match="the items changed while in use"):
             work()

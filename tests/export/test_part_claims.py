@@ -1,4 +1,4 @@
-"""Several processes make one version: every part once while all live, none lost when some die, hang or come late."""
+"""Tests part claims: several processes write one version, each part once, and no part is lost when some die, hang or start late."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ import pytest
 from pipeline.core.artifact import open_verified, stage
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.export import part_claims as module
-from pipeline.export.part_claims import Shards, current_pointer
+from pipeline.export.part_claims import PartClaims, current_pointer
 
 NAMES = [f"part-{n:05d}.parquet" for n in range(12)]
 FORK = multiprocessing.get_context("fork")  # no torch here
@@ -27,23 +27,23 @@ def whole(path: Path, name: str) -> bool:
         return False
 
 
-def open_shards(root: Path, fingerprint: str = "one") -> Shards:
-    shards = Shards(root, "embeddings", fingerprint, whole)
-    assert shards.begin(current_pointer(root))
-    return shards
+def open_claims(root: Path, fingerprint: str = "one") -> PartClaims:
+    claims = PartClaims(root, "embeddings", fingerprint, whole)
+    assert claims.begin(current_pointer(root))
+    return claims
 
 
 def work(root: Path, log: Path, seconds: float = 0.0, fingerprint: str = "one") -> None:
-    """What a process does: takes parts until there are none left, and publishes; a line of the log for each part."""
-    with open_shards(root, fingerprint) as shards:
-        while shards.left(NAMES):
-            for name in shards.take(NAMES):
+    """Claims and adds parts until none is left, then publishes; logs a line for each part."""
+    with open_claims(root, fingerprint) as claims:
+        while claims.left(NAMES):
+            for name in claims.take(NAMES):
                 with log.open("a") as file:
                     file.write(f"{name} {os.getpid()}\n")
                 time.sleep(seconds)
-                shards.add(name, pa.table({"name": [name]}))
+                claims.add(name, pa.table({"name": [name]}))
             time.sleep(0.01)
-    shards.publish(lambda: {"fingerprint": fingerprint}, 2)
+    claims.publish(lambda: {"fingerprint": fingerprint}, 2)
 
 
 def begin(*arguments: Any) -> Any:
@@ -81,8 +81,8 @@ def test_the_claim_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
     wait_for(lambda: logged(log))
     process.kill()
     process.join()
-    with open_shards(root) as shards:
-        assert next(shards.take(NAMES)) == NAMES[0]
+    with open_claims(root) as claims:
+        assert next(claims.take(NAMES)) == NAMES[0]
 
 
 def test_a_process_that_hangs_delays_nobody_for_long_and_does_no_harm_when_it_wakes(
@@ -113,47 +113,47 @@ def test_a_slow_process_keeps_its_claim(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_claim_of_another_machine_counts_until_it_is_stale(tmp_path: Path) -> None:
-    """As where locks do not reach from one to the other."""
-    with open_shards(tmp_path) as shards:
-        claim = shards.work / f"{NAMES[0]}.claim"
+    """Like a folder shared between machines without locks."""
+    with open_claims(tmp_path) as claims:
+        claim = claims.work / f"{NAMES[0]}.claim"
         claim.write_text("some-other-host")
-        assert next(shards.take(NAMES)) == NAMES[1]
+        assert next(claims.take(NAMES)) == NAMES[1]
         os.utime(claim, (time.time() - 2 * module.STALE_SECONDS,) * 2)
-        assert next(shards.take(NAMES)) == NAMES[0]
+        assert next(claims.take(NAMES)) == NAMES[0]
 
 
 def test_another_export_is_refused_while_one_is_alive_and_clears_away_a_dead_one(tmp_path: Path) -> None:
-    with open_shards(tmp_path, "one") as shards:
-        name = next(shards.take(NAMES))
-        shards.add(name, pa.table({"name": [name]}))
-        next(shards.take(NAMES))
+    with open_claims(tmp_path, "one") as claims:
+        name = next(claims.take(NAMES))
+        claims.add(name, pa.table({"name": [name]}))
+        next(claims.take(NAMES))
         with pytest.raises(UserError, match="another tpad is exporting here") as error:
-            open_shards(tmp_path, "two")
+            open_claims(tmp_path, "two")
         assert error.value.code == ARTIFACT
-    assert open_shards(tmp_path, "one").left(NAMES) == NAMES[1:]
-    assert open_shards(tmp_path, "two").left(NAMES) == NAMES
-    assert open_shards(tmp_path, "one").left(NAMES) == NAMES
+    assert open_claims(tmp_path, "one").left(NAMES) == NAMES[1:]
+    assert open_claims(tmp_path, "two").left(NAMES) == NAMES
+    assert open_claims(tmp_path, "one").left(NAMES) == NAMES
 
 
 def test_another_export_is_refused_before_the_first_has_taken_a_part(tmp_path: Path) -> None:
-    with open_shards(tmp_path, "one"), pytest.raises(UserError, match="another tpad is exporting here"):
-        open_shards(tmp_path, "two")
+    with open_claims(tmp_path, "one"), pytest.raises(UserError, match="another tpad is exporting here"):
+        open_claims(tmp_path, "two")
 
 
 def test_a_version_of_another_export_is_not_taken_for_ones_own(tmp_path: Path) -> None:
-    with open_shards(tmp_path, "one") as shards:
+    with open_claims(tmp_path, "one") as claims:
         pass
     work(tmp_path, tmp_path / "log", fingerprint="two")
     with pytest.raises(UserError, match="was published meanwhile") as error:
-        shards.publish(lambda: {"fingerprint": "one"}, 2)
+        claims.publish(lambda: {"fingerprint": "one"}, 2)
     assert error.value.code == ARTIFACT
 
 
 def test_a_part_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
-    with open_shards(tmp_path) as shards:
-        for name in shards.take(NAMES[:3]):
-            shards.add(name, pa.table({"name": [name]}))
-    (shards.staging.path / NAMES[1]).write_bytes(b"PAR1")
+    with open_claims(tmp_path) as claims:
+        for name in claims.take(NAMES[:3]):
+            claims.add(name, pa.table({"name": [name]}))
+    (claims.staging.path / NAMES[1]).write_bytes(b"PAR1")
     work(tmp_path, tmp_path / "log")
     assert [name for name, _ in logged(tmp_path / "log")] == [NAMES[1], *NAMES[3:]]
 
@@ -173,4 +173,4 @@ def test_a_kill_between_rename_and_pointer_costs_no_part(tmp_path: Path) -> None
 def test_a_version_published_meanwhile_is_noticed(tmp_path: Path) -> None:
     pointer = current_pointer(tmp_path)
     work(tmp_path, tmp_path / "log")
-    assert not Shards(tmp_path, "embeddings", "one", whole).begin(pointer)
+    assert not PartClaims(tmp_path, "embeddings", "one", whole).begin(pointer)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 FAMILIES = ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "llava_onevision")
-SIDE = 24  # pixels a side of a picture, where all have the same
+SIDE = 24  # pixels a side of an image, where all have the same
 
 
 def save_backbone(folder: Path, family: str) -> Path:

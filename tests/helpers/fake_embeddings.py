@@ -66,16 +66,16 @@ def publish_embeddings(
     if halves is None:
         noise = [np.eye(GROUPS)[group] @ rng.normal(size=(GROUPS, DIM)) + 0.2 * rng.normal(size=(len(group), DIM)) for _ in range(2)]
         halves = np.stack(noise).astype(np.float32)
-    kept = [row for row in range(len(catalog)) if row not in skipped]
-    facts = {"dim": DIM, "dtype": "float32", "rows": len(kept), "parts": [{"name": "part-00000.parquet", "rows": len(kept)}]}
+    rows = [row for row in range(len(catalog)) if row not in skipped]
+    facts = {"dim": DIM, "dtype": "float32", "rows": len(rows), "parts": [{"name": "part-00000.parquet", "rows": len(rows)}]}
     facts |= {"catalogue_sha256": catalog.sha256, "skipped": [catalog.item_ids[row] for row in skipped]} | wrong
     if "sessions_sha256" not in facts:
         facts["sessions_sha256"] = split_sessions(load_sessions(data, catalog), config.data).train.ids_sha256()
     schema = embeddings_schema(DIM, "float32")
-    columns = {"item_id": [catalog.item_ids[row] for row in kept], "has_image": [True] * len(kept), "has_text": [True] * len(kept)}
-    columns |= {"n_tokens": [5] * len(kept), "content_sha256": [bytes(32)] * len(kept)}
+    columns = {"item_id": [catalog.item_ids[row] for row in rows], "has_image": [True] * len(rows), "has_text": [True] * len(rows)}
+    columns |= {"n_tokens": [5] * len(rows), "content_sha256": [bytes(32)] * len(rows)}
     for half, values in zip(HALVES, halves, strict=True):
-        columns |= vector_columns(half, values[kept], schema)
+        columns |= vector_columns(half, values[rows], schema)
     with stage(run / "embeddings", "embeddings") as staging:
         write_part(staging.path / "part-00000.parquet", pa.table({name: columns[name] for name in schema.names}, schema=schema))
         staging.publish(facts)

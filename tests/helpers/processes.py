@@ -75,7 +75,7 @@ def _run(words: list[str], cwd: Path, *files: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by its name there."""
+    """Returns the sha256 of every file below a folder, by its relative name."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -107,7 +107,7 @@ def two_processes(work: Callable[..., object], *args: object) -> None:
 
 
 def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> None:
-    """SIGKILL as soon as it is so."""
+    """Sends SIGKILL as soon as the condition holds."""
     deadline = time.monotonic() + 600
     while not reached() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)

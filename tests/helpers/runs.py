@@ -48,7 +48,7 @@ def export_run(run: Path, data: Path, *more: str) -> None:
 
 
 def change_items(data: Path, to: Path, images: dict[int, bytes | str | None], titles: dict[int, str]) -> Path:
-    """The data folder with other pictures (bytes, or the path of a file) and titles in some rows."""
+    """The data folder with other images (bytes, or the path of a file) and titles in some rows."""
     shutil.copytree(data, to)
     table = pq.read_table(to / "items.parquet")
     columns = {name: table[name].to_pylist() for name in table.column_names}

@@ -1,4 +1,4 @@
-"""Published backbones: each family beside its own processor, adapters, precision, and whole runs by one process and by two."""
+"""Tests published backbones: each family against its own processor, adapters, precision, and runs by one and two processes."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks import memory
 from helpers.backbones import FAMILIES, save_backbone
-from helpers.items import ITEMS, ROW, Made, make, picture
+from helpers.items import ITEMS, ROW, Setup, image_of, make
 from helpers.processes import two_processes
 from helpers.runs import PHASES, distill_run, export_run, losses, weights
 from pipeline.core.config_file import load_config
@@ -27,7 +27,7 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.mllm.backbone import UNQUANTIZED, build_backbone
 from pipeline.mllm.model import trainable_state
 from pipeline.mllm.processor import Encoded
-from pipeline.mllm.prompts import Part, Prompts
+from pipeline.mllm.prompts import PromptPart, Prompts
 from pipeline.mllm.vision_tower import pack_attention
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -40,25 +40,25 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_adapters_of_the_language_model_and_heads_train(data: Path, folders: Path, family: str) -> None:
-    made = make(data, folders, family)
-    decoder = made.backbone.model.get_decoder()
+    setup = make(data, folders, family)
+    decoder = setup.backbone.model.get_decoder()
     adapted = {name for name, module in decoder.named_modules() if hasattr(module, "lora_A")}
     linear = {name.removesuffix(".base_layer") for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     assert adapted == {name for name in linear if "lora_" not in name}
-    names = set(trainable_state(made.mllm))
-    inside = {name for name, p in made.mllm.named_parameters() if any(p is q for q in decoder.parameters())}
+    names = set(trainable_state(setup.mllm))
+    inside = {name for name, p in setup.mllm.named_parameters() if any(p is q for q in decoder.parameters())}
     assert {name for name in names if not name.startswith("heads.")} == {name for name in inside if "lora_" in name}
 
-    before = {name: tensor.clone() for name, tensor in made.mllm.state_dict().items()}
-    optimizer = torch.optim.AdamW(made.mllm.parameters(), 1e-2)
-    made.mllm.train()
-    for _ in range(2):  # A moves once B is no longer zero
-        sequences = [made.encoder.encode([*made.prompts.item(row), Part("answer", "clay")]) for row in ROW.values()]
-        out = made.mllm(made.encoder.collate({"items": sequences}), {"items": ("knowledge", "transition")})
+    before = {name: tensor.clone() for name, tensor in setup.mllm.state_dict().items()}
+    optimizer = torch.optim.AdamW(setup.mllm.parameters(), 1e-2)
+    setup.mllm.train()
+    for _ in range(2):  # A changes once B is no longer zero
+        sequences = [setup.processor.encode([*setup.prompts.item(row), PromptPart("answer", "clay")]) for row in ROW.values()]
+        out = setup.mllm(setup.processor.collate({"items": sequences}), {"items": ("knowledge", "transition")})
         optimizer.zero_grad()
         (out["items.nll"] + out["items.knowledge"].sum() + out["items.transition"].sum()).backward()
         optimizer.step()
-    changed = {name for name, tensor in made.mllm.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {name for name, tensor in setup.mllm.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == names
 
 
@@ -77,16 +77,16 @@ def test_adapters_outside_the_language_model_are_refused_by_name(data: Path, fol
 
 
 def test_adapters_can_be_on_fewer_layers(data: Path, folders: Path) -> None:
-    made = make(data, folders, "gemma3", r"backbone.lora.targets='model\.language_model\.layers\.1\..*\.[qv]_proj'")
-    adapted = {name.split(".lora_")[0] for name in trainable_state(made.backbone.model)}
-    assert adapted == {f"model.language_model.layers.1.self_attn.{of}_proj" for of in "qv"}
+    setup = make(data, folders, "gemma3", r"backbone.lora.targets='model\.language_model\.layers\.1\..*\.[qv]_proj'")
+    adapted = {name.split(".lora_")[0] for name in trainable_state(setup.backbone.model)}
+    assert adapted == {f"model.language_model.layers.1.self_attn.{name}_proj" for name in "qv"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_bits_are_for_the_language_model_alone(data: Path, folders: Path, family: str) -> None:
-    made = make(data, folders, family)
-    decoder = {id(module) for module in made.backbone.model.get_decoder().modules()}
-    linear = [(name, module) for name, module in made.backbone.model.named_modules() if isinstance(module, nn.Linear)]
+    setup = make(data, folders, family)
+    decoder = {id(module) for module in setup.backbone.model.get_decoder().modules()}
+    linear = [(name, module) for name, module in setup.backbone.model.named_modules() if isinstance(module, nn.Linear)]
     assert {name for name, _ in linear if should_convert_module(name, UNQUANTIZED)} == {name for name, m in linear if id(m) in decoder}
 
 
@@ -99,16 +99,16 @@ def test_four_bits_without_a_gpu_is_one_clear_line(data: Path, folders: Path) ->
 
 
 def test_in_bf16_adapters_and_heads_stay_fp32_and_features_stay_near(data: Path, folders: Path, tiny_data: Path, tmp_path: Path) -> None:
-    whole, half = make(data, folders, "gemma3"), make(data, folders, "gemma3", "backbone.dtype=bfloat16")
+    full, half = make(data, folders, "gemma3"), make(data, folders, "gemma3", "backbone.dtype=bfloat16")
     assert {p.dtype for p in half.backbone.model.get_decoder().parameters()} == {torch.bfloat16, torch.float32}
     assert {p.dtype for p in trainable_state(half.mllm).values()} == {torch.float32}
-    cosine = (whole.features(whole.items(*ITEMS), 10_000) * half.features(half.items(*ITEMS), 10_000)).sum(1)
+    cosine = (full.features(full.items(*ITEMS), 10_000) * half.features(half.items(*ITEMS), 10_000)).sum(1)
     assert cosine.min() > 0.999
     more = [*FEW, f"backbone.name={folders / 'gemma3'}", "backbone.dtype=bfloat16"]
     assert distill_run(tmp_path, tiny_data, *more)
     export_run(tmp_path, tiny_data, *more)
-    found = read_embeddings(tmp_path / "embeddings")
-    np.testing.assert_allclose(np.linalg.norm(found.transition, axis=1), 1, atol=1e-5)
+    exported = read_embeddings(tmp_path / "embeddings")
+    np.testing.assert_allclose(np.linalg.norm(exported.transition, axis=1), 1, atol=1e-5)
 
 
 FEW = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=2", "batch=4")]
@@ -134,21 +134,21 @@ def test_a_local_backbone_is_distilled_and_exported(family: str, folders: Path, 
     assert all(w.any() for w in adapters.values())  # they start at zero
     assert not [name for name in weights(run) if "lora_" not in name and not name.startswith("heads.")]
     export_run(run, tiny_data, *FEW, f"backbone.name={folders / family}")
-    found = read_embeddings(run / "embeddings")
-    assert found.knowledge.shape == found.transition.shape == (40, 16)
-    assert len(np.unique(found.knowledge.round(5), axis=0)) > 30
-    assert str(run.parent.parent) not in (found.version.path / "manifest.json").read_text()
-    assert found.version.manifest["backbone"] == family
+    exported = read_embeddings(run / "embeddings")
+    assert exported.knowledge.shape == exported.transition.shape == (40, 16)
+    assert len(np.unique(exported.knowledge.round(5), axis=0)) > 30
+    assert str(run.parent.parent) not in (exported.version.path / "manifest.json").read_text()
+    assert exported.version.manifest["backbone"] == family
 
 
-ALIKE = {"idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "llava"}  # like another one, as far as processes are concerned
+ALIKE = {"idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "llava"}  # families that distribute like another one
 
 
 @pytest.mark.parametrize("family", [pytest.param(family, marks=[pytest.mark.slow] * (family in ALIKE)) for family in FAMILIES])
 def test_two_processes_distil_a_local_backbone_as_one(family: str, folders: Path, distilled: Path, tiny_data: Path, tmp_path: Path) -> None:
     two_processes(distill_run, tmp_path, tiny_data, *FEW, f"backbone.name={folders / family}")
     one, two = losses(distilled / family), losses(tmp_path)
-    assert all(abs(two[step]["loss"] - of["loss"]) < 1e-3 for step, of in one.items())
+    assert all(abs(two[step]["loss"] - losses["loss"]) < 1e-3 for step, losses in one.items())
     for name, weight in weights(distilled / family).items():
         torch.testing.assert_close(weights(tmp_path)[name], weight, atol=2e-3, rtol=0)
 
@@ -175,7 +175,7 @@ def test_other_weights_under_the_name_of_the_backbone_are_noticed(tiny_data: Pat
     with pytest.raises(UserError, match="not those the MLLM was distilled on") as error:
         export_run(tmp_path / "run", tiny_data, *few)
     assert error.value.code == ARTIFACT
-    with pytest.raises(UserError, match="other settings or data"):  # as any other change is met: nothing trained is thrown away
+    with pytest.raises(UserError, match="other settings or data"):  # no trained weights are thrown away
         distill_run(tmp_path / "run", tiny_data, *few)
 
 
@@ -193,12 +193,12 @@ def test_an_unknown_family_is_one_clear_line(data: Path, tmp_path: Path) -> None
     assert error.value.code == USAGE
 
 
-# --- as the family's own processor has it
+# --- equal to the family's processor
 
 
-def own_processor(made: Made, family: str) -> Any:
-    """Of the families that have one without torchvision."""
-    backbone, config = made.backbone, made.backbone.model.config
+def own_processor(setup: Setup, family: str) -> Any:
+    """Returns the processor of a family that does not need torchvision."""
+    backbone, config = setup.backbone, setup.backbone.model.config
     tokenizer = copy.deepcopy(backbone.tokenizer)
     if family == "gemma3":
         for name, token in {"image": "<image>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}.items():
@@ -214,56 +214,58 @@ def own_processor(made: Made, family: str) -> Any:
 
 
 @pytest.mark.parametrize(("family", "mark"), [("gemma3", "<|vision_start|>"), ("llava", "<image>"), ("idefics3", "<image>")])
-def test_a_picture_is_encoded_as_by_the_familys_own_processor(data: Path, folders: Path, family: str, mark: str) -> None:
-    made = make(data, folders, family)
-    ids, tensors = made.encoder.family.encode(made.encoder.processor, Image.open(io.BytesIO(picture("red")["bytes"])))
-    own = own_processor(made, family)(images=[[made.encoder.catalog.image(ROW["red"])]], text=[f"Item:{mark} a mug"], return_tensors="pt")
-    around = [made.encoder.tokens(text) for text in ("Item:", " a mug")]
-    assert own["input_ids"][0].tolist() == [*around[0], *ids, *around[1]]
-    assert torch.equal(own["pixel_values"], made.encoder.family.stack([tensors])["pixel_values"])
+def test_an_image_is_encoded_as_by_the_familys_own_processor(data: Path, folders: Path, family: str, mark: str) -> None:
+    setup = make(data, folders, family)
+    ids, tensors = setup.processor.family.encode(setup.processor.backbone_processor, Image.open(io.BytesIO(image_of("red")["bytes"])))
+    reference = own_processor(setup, family)(
+        images=[[setup.processor.catalog.image(ROW["red"])]], text=[f"Item:{mark} a mug"], return_tensors="pt"
+    )
+    around = [setup.processor.tokens(text) for text in ("Item:", " a mug")]
+    assert reference["input_ids"][0].tolist() == [*around[0], *ids, *around[1]]
+    assert torch.equal(reference["pixel_values"], setup.processor.family.stack([tensors])["pixel_values"])
     if family == "gemma3":
-        batch = made.encoder.collate({"items": [Encoded(own["input_ids"][0].tolist())]})["items"]
-        assert torch.equal(own["token_type_ids"], batch["token_type_ids"])
+        batch = setup.processor.collate({"items": [Encoded(reference["input_ids"][0].tolist())]})["items"]
+        assert torch.equal(reference["token_type_ids"], batch["token_type_ids"])
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_what_is_computed_ahead_of_the_model_is_what_it_would_compute(data: Path, folders: Path, family: str) -> None:
-    made = make(data, folders, family)
-    batches = made.encoder.collate({"items": [made.encoder.encode(made.prompts.item(row)) for row in range(len(ITEMS))]})
+    setup = make(data, folders, family)
+    batches = setup.processor.collate({"items": [setup.processor.encode(setup.prompts.item(row)) for row in range(len(ITEMS))]})
     left = {name: t for name, t in batches["items"].items() if name != "position_ids"}
-    pictures = {name: batches["pictures"][name] for name in ("pixel_values", "image_grid_thw")}
+    images = {name: batches["images"][name] for name in ("pixel_values", "image_grid_thw")}
     assert len(left) == len(batches["items"]) - 1
-    assert len(batches["pictures"]) >= len(pictures) + 2
+    assert len(batches["images"]) >= len(images) + 2
     with torch.no_grad():
-        ahead, own = (made.mllm.hidden(of)["items"] for of in (batches, {"items": left, "pictures": pictures}))
-    assert torch.equal(ahead, own)
+        ahead, plain = (setup.mllm.hidden(inputs)["items"] for inputs in (batches, {"items": left, "images": images}))
+    assert torch.equal(ahead, plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_a_gpu_attends_to_all_pictures_at_once_as_to_each_alone(data: Path, folders: Path, family: str) -> None:
-    made = make(data, folders, family, "backbone.dtype=bfloat16")
+def test_a_gpu_attends_to_all_images_at_once_as_to_each_alone(data: Path, folders: Path, family: str) -> None:
+    setup = make(data, folders, family, "backbone.dtype=bfloat16")
     device = torch.device("cuda")
-    batches = made.encoder.collate({"items": [made.encoder.encode(made.prompts.item(row)) for row in range(len(ITEMS))]})
-    batches = {of: {name: t.to(device) for name, t in batch.items()} for of, batch in batches.items()}
-    mllm = made.mllm.to(device).eval()
+    batches = setup.processor.collate({"items": [setup.processor.encode(setup.prompts.item(row)) for row in range(len(ITEMS))]})
+    batches = {group: {name: t.to(device) for name, t in batch.items()} for group, batch in batches.items()}
+    mllm = setup.mllm.to(device).eval()
     with torch.no_grad():
         alone = mllm(batches, {"items": ("knowledge",)})["items.knowledge"]
-        pack_attention(made.backbone.model, device)
+        pack_attention(setup.backbone.model, device)
         together = mllm(batches, {"items": ("knowledge",)})["items.knowledge"]
     assert (alone * together).sum(1).min() > 0.999
 
 
-def test_llava_onevision_sees_a_picture_as_one_of_several(data: Path, folders: Path) -> None:
-    """Its own processor needs torchvision; its image processor shows two pictures of one prompt as a tile each."""
-    made = make(data, folders, "llava_onevision")
-    red, blue = (made.encoder.catalog.image(ROW[item]) for item in ("red", "blue"))
-    own = made.backbone.image_processor(images=[[red, blue]], return_tensors="pt")
-    pictures = [made.encoder.picture(ROW[item]) for item in ("red", "blue")]
-    assert torch.equal(own["pixel_values"], made.encoder.family.stack([p.tensors for p in pictures])["pixel_values"])
+def test_llava_onevision_sees_an_image_as_one_of_several(data: Path, folders: Path) -> None:
+    """Its own processor needs torchvision; its image processor shows two images of one prompt as a tile each."""
+    setup = make(data, folders, "llava_onevision")
+    red, blue = (setup.processor.catalog.image(ROW[item]) for item in ("red", "blue"))
+    reference = setup.backbone.image_processor(images=[[red, blue]], return_tensors="pt")
+    images = [setup.processor.images.get(ROW[item]) for item in ("red", "blue")]
+    assert torch.equal(reference["pixel_values"], setup.processor.family.stack([p.tensors for p in images])["pixel_values"])
     with torch.no_grad():
-        features = made.backbone.model.model.get_image_features(**own, return_dict=True).pooler_output
-    assert [len(f) for f in features] == [len(p.ids) for p in pictures]
+        features = setup.backbone.model.model.get_image_features(**reference, return_dict=True).pooler_output
+    assert [len(f) for f in features] == [len(p.ids) for p in images]
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "gemma3", "llava_onevision"])
@@ -274,14 +276,14 @@ def test_an_image_budget_that_would_do_nothing_is_refused(data: Path, folders: P
 
 
 def test_the_chat_template_of_the_familys_processor_is_the_one_used(data: Path, folders: Path, tmp_path: Path) -> None:
-    """Older repositories keep it in a file beside the tokenizer's."""
+    """Older repositories have it in a separate file."""
     template = "{% for m in messages %}<|end|>user {% for c in m.content %}{{ c.text }}{% endfor %}<|end|>{% endfor %}assistant"
     shutil.copytree(folders / "llava_onevision", tmp_path / "chat")
     (tmp_path / "chat" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    made = make(data, tmp_path, "chat")
-    assert made.backbone.tokenizer.decode(made.encoder.head) == "<|end|>user "
-    assert made.backbone.tokenizer.decode(made.encoder.tail) == "<|end|>assistant"
-    assert made.items("red")[0].ids[: len(made.encoder.head)] == made.encoder.head
+    setup = make(data, tmp_path, "chat")
+    assert setup.backbone.tokenizer.decode(setup.processor.head) == "<|end|>user "
+    assert setup.backbone.tokenizer.decode(setup.processor.tail) == "<|end|>assistant"
+    assert setup.items("red")[0].ids[: len(setup.processor.head)] == setup.processor.head
 
 
 # --- the configs of published backbones

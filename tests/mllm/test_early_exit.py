@@ -16,7 +16,7 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.export.export import export
 from pipeline.mllm.early_exit import apart, measure, sample
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import Templates
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.saved_mllm import load_mllm
@@ -44,7 +44,7 @@ def measured(mllm_folder: Path, data: Path) -> list[dict[str, float]]:
     assert isinstance(mllm, Mllm)
     catalog = load_catalog(data)
     prompts = Prompts(catalog, DataConfig.model_validate(saved["data"]), Templates.model_validate(saved["templates"]))
-    encoder = Encoder(BackboneConfig.model_validate(saved["backbone"]), backbone, catalog)
+    encoder = PromptProcessor(BackboneConfig.model_validate(saved["backbone"]), backbone, catalog)
     sequences = [encoder.encode(prompts.item(int(row))) for row in sample(len(catalog), 0)]
     return measure(mllm.eval(), encoder, sequences, ExportConfig().token_budget, torch.device("cpu"))
 
@@ -57,14 +57,14 @@ def test_an_export_that_stops_early_is_as_near_the_full_one_as_measured(
     assert len(table) == (3 if "backbone.tiny.layers=3" in more else 2)
     assert table[-1]["knowledge"] == table[-1]["transition"] == 1
     assert all(0 < layer["importance"] < 2 for layer in table)
-    whole = read_embeddings(folder / "embeddings")
+    full = read_embeddings(folder / "embeddings")
     for count in range(1, len(table)):
         copy = Path(shutil.copytree(folder, tmp_path / str(count)))
-        found = export(settings(*more, f"export.layers={count}"), copy, tiny_data, update=True)
-        assert found.notes == ["a full export, not an update: how many layers are run changed"]
+        result = export(settings(*more, f"export.layers={count}"), copy, tiny_data, update=True)
+        assert result.notes == ["a full export, not an update: how many layers are run changed"]
         early = read_embeddings(copy / "embeddings")
         for half in ("knowledge", "transition"):
-            cosine = (getattr(early, half) * getattr(whole, half)).sum(1).mean()
+            cosine = (getattr(early, half) * getattr(full, half)).sum(1).mean()
             assert cosine == pytest.approx(table[count - 1][half], abs=2e-4)
             assert cosine < 0.9999
         assert early.version.manifest["layers"] == count
@@ -81,13 +81,13 @@ def test_more_layers_than_there_are_is_one_clear_line(run: tuple[Path, list[str]
 
 
 def test_importance_is_the_mean_distance_of_tokens() -> None:
-    """Against every pair, one by one."""
+    """Compares with a loop over all pairs."""
     states = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
     vision = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]]).bool()
     text = torch.tensor([[1, 0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1]]).bool()
     unit = (states / states.norm(dim=-1, keepdim=True)).numpy()
     for b, given in enumerate(apart(states, vision, text).tolist()):
-        v, t = (np.flatnonzero(of[b]) for of in (vision, text))
+        v, t = (np.flatnonzero(mask[b]) for mask in (vision, text))
         pairs = [[(i, j) for i in v for j in v if i != j], [(i, j) for i in t for j in t if i != j], [(i, j) for i in v for j in t]]
         means = [np.mean([1 - unit[b, i] @ unit[b, j] for i, j in kind]) for kind in pairs if kind]
         assert given == pytest.approx(np.mean(means), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Titles of near items beside one that lacks its image or its text: which, when, and what follows from them."""
+"""Tests neighbour titles: which are shown with an item that lacks its image or text, when, and their effect."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from pipeline.mllm.neighbour_titles import load_neighbours
 from pipeline.mllm.prompts import FULL, Prompts, View
 
 FEW = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=4", "batch=4")]
-LACKING = (3, 7, 11)  # rows without a picture
+LACKING = (3, 7, 11)  # rows without an image
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +27,7 @@ def one_thread() -> None:
 
 
 def changed(data: Path, to: Path, titles: dict[int, str] | None = None) -> Path:
-    """The data folder, where some items lack their picture and `titles` are others."""
+    """Copies the data folder without some images and with other `titles`."""
     shutil.copytree(data, to)
     table = pq.read_table(to / "items.parquet")
     rows = table.to_pylist()
@@ -45,7 +45,7 @@ def use(run: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def near_run(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run whose items are shown near ones by the vectors of another, and its data."""
+    """Returns a run that shows neighbours by the vectors of another run, and its data."""
     root = tmp_path_factory.mktemp("near")
     data = changed(tiny_data, root / "data")
     distill_run(root / "run", data, *use(tiny_run))
@@ -65,19 +65,19 @@ def words(prompts: Prompts, row: int, view: View = FULL) -> str:
 
 def test_what_is_shown_are_the_titles_of_the_nearest_that_have_both(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = changed(tiny_data, tmp_path / "data", {5: ""})
-    own = Path(shutil.copytree(tiny_run, tmp_path / "run"))
-    export_run(own, data)
-    prompts = near(own, data, "data.neighbours.least=-1")
-    k, titles = read_embeddings(own / "embeddings").knowledge, load_catalog(data).titles
+    copy = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    export_run(copy, data)
+    prompts = near(copy, data, "data.neighbours.least=-1")
+    k, titles = read_embeddings(copy / "embeddings").knowledge, load_catalog(data).titles
     for row in (3, 5, 20):
         order = [int(n) for n in np.argsort(-(k @ k[row]), kind="stable") if n not in (row, 5, *LACKING)]
         shown = "; ".join(titles[n] for n in order[:3])
         assert shown in words(prompts, row, View(True, False))
         assert (shown in words(prompts, row)) == (row != 20)  # which has both, if nothing is withheld
     gate = float(np.sort(np.delete(k @ k[3], [3, 5, *LACKING]))[-2]) + 1e-4
-    one = near(own, data, f"data.neighbours.least={gate}")
+    one = near(copy, data, f"data.neighbours.least={gate}")
     assert len(one.similar(3).split("; ")) == 1
-    assert "Similar" not in words(near(own, data, "data.neighbours.least=1"), 3)
+    assert "Similar" not in words(near(copy, data, "data.neighbours.least=1"), 3)
 
 
 def test_an_item_that_run_does_not_know_is_shown_none(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -109,17 +109,17 @@ def test_an_update_follows_the_titles_that_are_shown(near_run: tuple[Path, Path]
     titles = load_catalog(near_run[1]).titles
     nearest = titles.index(prompts.similar(3).split("; ")[0])
     data = changed(tiny_data, tmp_path / "data", {nearest: "a new name"})
-    found = export(settings(*use(tiny_run)), run, data, update=True)
+    result = export(settings(*use(tiny_run)), run, data, update=True)
     showing = [row for row in LACKING if "a new name" in near(tiny_run, data, "data.neighbours.least=-1").similar(row)]
     assert 3 in showing
-    assert found.work.items == 1 + len(showing)
+    assert result.work.items == 1 + len(showing)
     # other vectors of the neighbours: anything may be near now
     other = Path(shutil.copytree(tiny_run, tmp_path / "other"))
     export_run(other, tiny_data, "export.dtype=float16")
-    found = export(settings(*use(other)), run, data, update=True)
-    assert found.notes == ["a full export, not an update: the neighbours of items that lack something changed"]
-    found = export(settings(*FEW), run, data, update=True)  # without any, for once
-    assert found.notes and found.version is not None and found.version.manifest["neighbours"] is None
+    result = export(settings(*use(other)), run, data, update=True)
+    assert result.notes == ["a full export, not an update: the neighbours of items that lack something changed"]
+    result = export(settings(*FEW), run, data, update=True)  # without any, for once
+    assert result.notes and result.version is not None and result.version.manifest["neighbours"] is None
 
 
 def test_neighbours_of_other_sessions_or_for_a_model_that_knows_none_are_refused(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:

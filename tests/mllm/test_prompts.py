@@ -1,4 +1,4 @@
-"""The wording of the prompts is the user's: what an edited template file changes, what it cannot, and what is said of a wrong one."""
+"""Tests prompt templates: what an edited file changes, what it cannot change, and the errors for a wrong one."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.mllm.prompt_templates import Templates, load_templates
-from pipeline.mllm.prompts import Part, Prompts, View
+from pipeline.mllm.prompts import PromptPart, Prompts, View
 
 OWN = 'instruction: "You know this shop."\nitem: "{text}, to be seen here: {image}"\ndescribe: "A product. {item}"\n'
 
@@ -48,11 +48,11 @@ def test_the_shipped_file_is_the_built_in_wording() -> None:
 
 def test_an_item_and_a_session_are_worded_as_the_file_says(own: Path, tiny_data: Path) -> None:
     prompts = Prompts(load_catalog(tiny_data), settings(f"data.prompts={own}").data)
-    begin = [Part("words", "You know this shop.")]
-    item = [Part("text", prompts.text(3)), Part("words", ", to be seen here:"), Part("image", row=3)]
-    assert prompts.item(3) == [*begin, Part("words", "A product."), *item, Part("turn"), Part("read")]
-    assert Part("words", "no picture.") in prompts.item(3, View(image=False, text=True))
-    assert prompts.session([3, 5])[:5] == [*begin, *item, Part("words", "Next:")]
+    begin = [PromptPart("words", "You know this shop.")]
+    item = [PromptPart("text", prompts.text(3)), PromptPart("words", ", to be seen here:"), PromptPart("image", row=3)]
+    assert prompts.item(3) == [*begin, PromptPart("words", "A product."), *item, PromptPart("turn"), PromptPart("read")]
+    assert PromptPart("words", "no picture.") in prompts.item(3, View(image=False, text=True))
+    assert prompts.session([3, 5])[:5] == [*begin, *item, PromptPart("words", "Next:")]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_an_item_and_a_session_are_worded_as_the_file_says(own: Path, tiny_data:
             "`item` = 'Item: {imge} {text}': unknown placeholder {imge}, it takes {image} and {text} (mine.yaml:2)",
         ),
         ('item: "Item: {image}"', "`item` = 'Item: {image}': placeholder {text} is missing, it takes {image} and {text} (mine.yaml:1)"),
-        ('item: "{image} {text} {image}"', "placeholder {image} stands twice"),
+        ('item: "{image} {text} {image}"', "placeholder {image} is duplicated"),
         ('next: "{item!r} Next:"', "unknown placeholder {item!r}, it takes {item}"),
         ('next: "{item:>9} Next:"', "unknown placeholder {item:>9}"),
         ('no_image: "none of {item}"', "unknown placeholder {item}, it takes none"),
@@ -95,23 +95,23 @@ def test_braces_and_names_in_braces_are_words_where_doubled(tmp_path: Path, tiny
 
 
 def test_editing_the_file_after_training_changes_no_export(own: Path, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """The MLLM goes on with the wording it was trained with; training with another wording is another training."""
+    """An MLLM keeps the wording it was trained with; another wording needs another training."""
     run, setting = tmp_path / "run", f"data.prompts={own}"
     assert distill_run(run, tiny_data, setting)
     assert not same(weights(run), weights(tiny_run))
     other = Path(shutil.copytree(run, tmp_path / "other"))
     export_run(run, tiny_data, setting)
-    found = read_embeddings(run / "embeddings")
-    assert found.version.manifest["prompts"]["templates"] == load_templates(str(own)).model_dump()
+    exported = read_embeddings(run / "embeddings")
+    assert exported.version.manifest["prompts"]["templates"] == load_templates(str(own)).model_dump()
     own.write_text(OWN.replace("product", "thing"))
     export_run(other, tiny_data, setting)
-    assert contents(published_folder(other, "embeddings")) == contents(found.version.path)
+    assert contents(published_folder(other, "embeddings")) == contents(exported.version.path)
     with pytest.raises(UserError, match="other settings or data") as error:
         distill_run(run, tiny_data, setting)
     assert error.value.code == ARTIFACT
     own.unlink()
     export_run(run, tiny_data, setting)
-    assert published_folder(run, "embeddings") == found.version.path
+    assert published_folder(run, "embeddings") == exported.version.path
     with pytest.raises(UserError, match=r"own\.yaml") as error:
         distill_run(run, tiny_data, setting)
     assert error.value.code == USAGE

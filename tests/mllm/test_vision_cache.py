@@ -1,4 +1,4 @@
-"""Kept pictures: the tower's work done once, and nothing else about a run changed by it."""
+"""Tests the vision cache: the tower runs once for each image, and weights and vectors stay the same."""
 
 import io
 import shutil
@@ -19,9 +19,9 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.export.export import export
 from pipeline.mllm.backbone import build_backbone
 from pipeline.mllm.model import Mllm
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts
-from pipeline.mllm.vision_cache import Cache
+from pipeline.mllm.vision_cache import VisionCache
 from pipeline.mllm.vision_tower import tower
 
 FAMILIES = ("smolvlm", "qwen3_vl", "gemma3")
@@ -34,7 +34,7 @@ def one_thread() -> None:
 
 
 class Runs:
-    """The same run twice, without and with kept pictures."""
+    """The same run twice, without and with cached vision features."""
 
     def __init__(self, root: Path, family: str, data: Path) -> None:
         self.plain, self.kept, self.data = root / "plain", root / "kept", data
@@ -45,18 +45,18 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
+def built_runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
     return {family: Runs(tmp_path_factory.mktemp("runs"), family, tiny_data) for family in FAMILIES}
 
 
 @pytest.fixture(params=FAMILIES)
-def runs(request: pytest.FixtureRequest, made: dict[str, Runs]) -> Runs:
-    return made[request.param]
+def runs(request: pytest.FixtureRequest, built_runs: dict[str, Runs]) -> Runs:
+    return built_runs[request.param]
 
 
 @pytest.fixture
-def smol(made: dict[str, Runs]) -> Runs:
-    return made["smolvlm"]
+def smol(built_runs: dict[str, Runs]) -> Runs:
+    return built_runs["smolvlm"]
 
 
 def shards(run: Path) -> list[Path]:
@@ -69,7 +69,7 @@ def close(one: Path, other: Path) -> bool:
 
 
 def decoded(run: Path, of: Runs, data: Path | None = None, *more: str) -> float:
-    """Exports; seconds spent at decoding pictures."""
+    """Exports; seconds spent on decoding images."""
     return export(settings(*of.settings, *more), run, data or of.data).work.decoding
 
 
@@ -78,7 +78,7 @@ def same_vectors(one: Path, other: Path) -> bool:
     return all(np.allclose(getattr(ours, half), getattr(theirs, half), atol=1e-5) for half in ("knowledge", "transition"))
 
 
-def test_kept_pictures_change_neither_weights_nor_vectors_and_are_not_decoded(runs: Runs) -> None:
+def test_cached_images_change_neither_weights_nor_vectors_and_are_not_decoded(runs: Runs) -> None:
     assert not (runs.plain / "vision").exists()
     assert len(shards(runs.kept)) == 1
     assert close(runs.plain, runs.kept)
@@ -87,32 +87,33 @@ def test_kept_pictures_change_neither_weights_nor_vectors_and_are_not_decoded(ru
     assert same_vectors(runs.plain, runs.kept)
 
 
-def test_a_kept_picture_needs_no_tower(runs: Runs) -> None:
+def test_a_cached_image_needs_no_tower(runs: Runs) -> None:
     config, catalog = settings(*runs.settings), load_catalog(runs.data)
     prompts = Prompts(catalog, config.data)
     backbone = build_backbone(config.backbone, prompts, 0)
-    mllm, encoder = Mllm(backbone.model, ("knowledge",), 8).eval(), Encoder(config.backbone, backbone, catalog)
+    mllm = Mllm(backbone.model, ("knowledge",), 8).eval()
 
-    def features() -> torch.Tensor:
-        sequences = [encoder.encode(prompts.item(row)) for row in range(8)]
+    def features(processor: PromptProcessor) -> torch.Tensor:
+        sequences = [processor.encode(prompts.item(row)) for row in range(8)]
         with torch.no_grad():
-            return mllm(encoder.collate({"items": sequences}), {"items": ("knowledge",)})["items.knowledge"]
+            return mllm(processor.collate({"items": sequences}), {"items": ("knowledge",)})["items.knowledge"]
 
-    computed = features()
-    cache = encoder.kept = Cache(runs.kept / "vision", backbone, None)
-    assert torch.equal(features(), computed)
+    computed = features(PromptProcessor(config.backbone, backbone, catalog))
+    cache = VisionCache(runs.kept / "vision", backbone, None)
+    processor = PromptProcessor(config.backbone, backbone, catalog, vision_cache=cache)
+    assert torch.equal(features(processor), computed)
     everything = cache.place
     cache.place = dict(list(everything.items())[::2])  # every other one goes through the tower
-    torch.testing.assert_close(features(), computed, atol=1e-6, rtol=0)
+    torch.testing.assert_close(features(processor), computed, atol=1e-6, rtol=0)
     cache.place = everything
     with torch.no_grad():
         for weight in tower(backbone.model).values():
             weight.fill_(torch.nan)
-    assert torch.equal(features(), computed)
-    assert not Cache(runs.kept / "vision", backbone, None).place  # of another tower
+    assert torch.equal(features(processor), computed)
+    assert not VisionCache(runs.kept / "vision", backbone, None).place  # of another tower
 
 
-def test_a_changed_picture_or_budget_is_another(runs: Runs, tmp_path: Path) -> None:
+def test_a_changed_image_or_budget_is_another(runs: Runs, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(runs.data, data)
     table = pq.read_table(data / "items.parquet")
@@ -161,10 +162,10 @@ def test_killed_while_it_fills_it_ends_with_the_weights_of_an_undisturbed_run(sm
 
 
 def test_it_keeps_no_more_than_it_may(smol: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = shards(smol.kept)[0].stat().st_size
-    distill_run(tmp_path, smol.data, *smol.settings, f"distill.vision_cache_gb={whole * 0.6 / 1e9}")
+    size = shards(smol.kept)[0].stat().st_size
+    distill_run(tmp_path, smol.data, *smol.settings, f"distill.vision_cache_gb={size * 0.6 / 1e9}")
     assert "vision cache is full" in capsys.readouterr().err
-    assert whole * 0.3 < sum(path.stat().st_size for path in shards(tmp_path)) < whole * 0.61
+    assert size * 0.3 < sum(path.stat().st_size for path in shards(tmp_path)) < size * 0.61
     assert close(tmp_path, smol.plain)
 
 

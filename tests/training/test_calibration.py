@@ -87,4 +87,4 @@ def test_with_few_cold_targets_cold_items_keep_their_weights(count: int) -> None
     valid = cold_sessions(True, count) if count else warm
     calibration = calibrate(model, valid, partial(model_ranks, model, valid))
     assert torch.equal(model.cold_weights, before) and calibration.cold_targets == count
-    assert f"cold targets in validation: {count}, fewer than 100" in calibration.told()
+    assert f"cold targets in validation: {count}, fewer than 100" in calibration.summary()

@@ -1,8 +1,8 @@
-"""Foreign catalogues and logs -> `items.parquet` and `sessions.parquet`, the files every other step reads.
+"""Converts foreign catalogues and logs to `items.parquet` and `sessions.parquet`, the files every other step reads.
 
-Events that cannot be used are dropped and counted; a faulty item is an error, because a catalogue is expected to be right.
-Items without an event stay: they are the cold ones. Images are copied into the file, so the folder stands alone. A log without
-a catalogue gives items of nothing but their ids.
+Unusable events are dropped and counted; a faulty item is an error, because a catalogue is expected to be correct. Items without an
+event are kept: they are cold items. Images are copied into the file, so the folder is complete. A log without a catalogue gives
+items that have nothing but ids.
 """
 
 import os
@@ -27,10 +27,10 @@ from pipeline.data.catalog import plain_text
 from pipeline.data.images import ImageError, decode_image, read_image_file
 from pipeline.data.parquet_checks import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, raise_duplicate
 from pipeline.data.prepare.sessionizer import SessionRules, build_sessions
-from pipeline.data.prepare.tables import Source, open_source
+from pipeline.data.prepare.tables import SourceTable, open_table
 from pipeline.data.prepare.timestamps import read_times
 
-ITEM_NAMES = {  # column of ours -> what others call it, by lower-case letters and digits alone, the likeliest first
+ITEM_NAMES = {  # our column -> other names for it, in lower-case letters and digits only, the likeliest first
     "item_id": "itemid movieid productid articleid asin sku newsid bookid goodsid item product id",
     "title": "title name itemname productname producttitle itemtitle productdisplayname headline",
     "description": "description desc productdescription itemdescription plot overview",
@@ -46,7 +46,7 @@ EVENT_NAMES = {
     "position": "position pos step sequence order",
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-GROUP_ROWS, GROUP_BYTES = 1024, 16 * 1024 * 1024  # of a row group: random access to images reads whole groups
+GROUP_ROWS, GROUP_BYTES = 1024, 16 * 1024 * 1024  # largest row group; random access to images reads whole groups
 
 
 OnBadImage = Literal["error", "text_only"]
@@ -54,33 +54,39 @@ OnBadImage = Literal["error", "text_only"]
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    items: Path | None  # None: the items are those of the sessions
+    """The arguments of `tpad prepare`."""
+
+    items: Path | None  # None: the items of the sessions, without content
     sessions: Path
     out: Path
-    images: Path | None = None  # folder of files named item_id.jpg (.png, .webp), or that the `image` column's paths start from
-    session_gap_minutes: float = 30.0  # a longer pause of a user begins a session, where no column names sessions
+    images: Path | None = None  # folder of files named item_id.jpg (.png, .webp), or to which the `image` column's paths are relative
+    session_gap_minutes: float = 30.0  # a longer pause of a user starts a new session, if no column names sessions
     min_item_count: int = 1  # events of items with fewer events are dropped
-    max_session_length: int = 0  # only the last so many events of a session are kept; 0: all
+    max_session_length: int = 0  # longest session in events, of which the last are kept; 0: no limit
     on_bad_image: OnBadImage = "error"
     columns: dict[str, str] = field(default_factory=dict)  # our column -> the file's
 
 
 @dataclass
 class PrepareSummary:
+    """Counts of what was read, dropped and written."""
+
     out: Path
     items: int = 0
     cold: int = 0  # items without an event
     images: int = 0
     sessions: int = 0
     events: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> how many
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> count
     notes: list[str] = field(default_factory=list)  # how the files were read
 
     def drop(self, reason: str, count: int) -> None:
+        """Counts dropped rows."""
         if count:
             self.dropped[reason] = self.dropped.get(reason, 0) + int(count)
 
     def lines(self) -> list[str]:
+        """Returns the summary as lines of text."""
         read = [f"read: {note}" for note in self.notes]
         dropped = [f"dropped: {count:,} {reason}" for reason, count in self.dropped.items()]
         return [
@@ -92,11 +98,11 @@ class PrepareSummary:
 
 
 def prepare(options: PrepareOptions) -> PrepareSummary:
-    """Writes both files or, on any error, neither."""
+    """Writes both files or, on any error, neither. Raises `UserError`."""
     _check(options)
     summary = PrepareSummary(options.out)
-    items = open_source(options.items) if options.items is not None else None
-    log = open_source(options.sessions)
+    items = open_table(options.items) if options.items is not None else None
+    log = open_table(options.sessions)
     item_columns = _find_columns(items, ITEM_NAMES, options.columns, summary) if items is not None else {}
     event_columns = _find_columns(log, EVENT_NAMES, options.columns, summary)
     texts = _texts(items, item_columns, summary) if items is not None else None
@@ -104,7 +110,7 @@ def prepare(options: PrepareOptions) -> PrepareSummary:
     rules = SessionRules(options.session_gap_minutes * 60, options.min_item_count, options.max_session_length)
     events = build_sessions(log, event_columns, known, rules, summary.drop, summary.notes.append)
     if texts is None:
-        texts = pa.table({"item_id": (found := events["item_id"].unique()), "title": pa.nulls(len(found), pa.string())})
+        texts = pa.table({"item_id": (item_ids := events["item_id"].unique()), "title": pa.nulls(len(item_ids), pa.string())})
         check_ids(texts["item_id"], "item_id", lambda _: str(log.path))
     summary.events, summary.sessions = len(events), len(events["session_id"].unique())
     summary.cold = len(texts) - len(events["item_id"].unique())
@@ -118,44 +124,44 @@ def _check(options: PrepareOptions) -> None:
     unknown = options.columns.keys() - ITEM_NAMES.keys() - EVENT_NAMES.keys()
     if unknown:
         known = ", ".join(dict.fromkeys([*ITEM_NAMES, *EVENT_NAMES]))
-        raise UserError(f"no column of ours is called `{min(unknown)}` (--column); known: {known}", USAGE)
+        raise UserError(f"tpad has no column `{min(unknown)}` (--column); known: {known}", USAGE)
     if options.on_bad_image not in get_args(OnBadImage):
         raise UserError(f"--on-bad-image {options.on_bad_image} (command line); give {' or '.join(get_args(OnBadImage))}", USAGE)
     if options.images is not None and options.items is None:
-        raise UserError("--images without --items (command line); give the catalogue that the pictures belong to", USAGE)
+        raise UserError("--images without --items (command line); give the catalogue of these images", USAGE)
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"image folder not found ({options.images}); give an existing folder", DATA)
     if not options.session_gap_minutes > 0 or options.min_item_count < 1 or options.max_session_length < 0:
         raise UserError("the session gap and the item count must be positive, the session length not negative (command line)", USAGE)
 
 
-def _find_columns(source: Source, names: dict[str, str], chosen: dict[str, str], summary: PrepareSummary) -> dict[str, str]:
-    """Our column -> the file's: as chosen, else of the same name, else of a name in use elsewhere for it."""
+def _find_columns(source: SourceTable, names: dict[str, str], chosen: dict[str, str], summary: PrepareSummary) -> dict[str, str]:
+    """Returns our column -> the file's: as chosen, else of the same name, else of another known name."""
     bare: dict[str, str] = {}
     for name in source.schema.names:
         bare.setdefault(re.sub("[^a-z0-9]", "", name.lower()), name)
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for ours, others in names.items():
         theirs = chosen.get(ours)
         if theirs is not None and theirs not in source.schema.names:
-            if ours != "item_id" or not any(other in bare for other in [ours, *others.split()]):  # item_id stands in both files
+            if ours != "item_id" or not any(other in bare for other in [ours, *others.split()]):  # item_id is in both files
                 raise UserError(f"--column {ours}={theirs}: no such column ({source.path} has {source.some()}); give one of them", USAGE)
             theirs = None
         if theirs is None and ours in source.schema.names:
             theirs = ours
         theirs = theirs or next((bare[other] for other in others.split() if other in bare), None)
-        if theirs is not None and theirs not in found.values():
-            found[ours] = theirs
-    renamed = ", ".join(f"`{theirs}` as {ours}" for ours, theirs in found.items() if ours != theirs)
+        if theirs is not None and theirs not in columns.values():
+            columns[ours] = theirs
+    renamed = ", ".join(f"`{theirs}` as {ours}" for ours, theirs in columns.items() if ours != theirs)
     summary.notes.append(f"{source.path}: {source.rows:,} rows" + (f", {renamed}" if renamed else ""))
-    return found
+    return columns
 
 
 # --- items
 
 
-def _texts(source: Source, columns: dict[str, str], summary: PrepareSummary) -> pa.Table:
-    """Every item's columns but the image."""
+def _texts(source: SourceTable, columns: dict[str, str], summary: PrepareSummary) -> pa.Table:
+    """Reads every column of the items but the image."""
     if not source.rows:
         raise UserError(f"no items ({source.path}); a catalogue needs at least one row", DATA)
     item_ids = source.ids(source.need(columns, "item_id"))
@@ -188,16 +194,16 @@ def _strings(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _image_files(folder: Path | None) -> dict[str, str]:
-    """item_id -> name of its file in the image folder."""
-    found: dict[str, str] = {}
+    """Returns item_id -> name of its file in the image folder."""
+    names: dict[str, str] = {}
     for path in sorted(folder.iterdir(), key=lambda path: (path.suffix.lower(), path.name)) if folder else ():
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            found.setdefault(path.stem, path.name)
-    return found
+            names.setdefault(path.stem, path.name)
+    return names
 
 
-def _images(source: Source, name: str | None, files: dict[str, str], item_ids: list[str]) -> Iterator[tuple[bytes | None, str | None]]:
-    """Bytes or path of each item's image: those of the column, else the file named after the item."""
+def _images(source: SourceTable, name: str | None, files: dict[str, str], item_ids: list[str]) -> Iterator[tuple[bytes | None, str | None]]:
+    """Yields bytes or path of each item's image: of the column, else of the file named after the item."""
     kind = source.schema.field(name).type if name else pa.null()
     if not (is_binary(kind) or is_image(kind) or is_text(kind) or pa.types.is_null(kind)):
         raise UserError(f"column `{name}` has the wrong type, {kind} ({source.path}); images are bytes or relative paths", DATA)
@@ -210,8 +216,10 @@ def _images(source: Source, name: str | None, files: dict[str, str], item_ids: l
         yield data or None, path or files.get(item_id)
 
 
-def _write_items(path: Path, texts: pa.Table, source: Source, image: str | None, options: PrepareOptions, summary: PrepareSummary) -> None:
-    """Row groups stay small, so that a random image costs little to read."""
+def _write_items(
+    path: Path, texts: pa.Table, source: SourceTable, image: str | None, options: PrepareOptions, summary: PrepareSummary
+) -> None:
+    """Writes items.parquet, in small row groups, so that single images are quick to read."""
     summary.items = len(texts)
     if image is None and options.images is None:
         pq.write_table(texts, path, row_group_size=GROUP_ROWS, compression="zstd", write_page_checksum=True)
@@ -224,7 +232,7 @@ def _write_items(path: Path, texts: pa.Table, source: Source, image: str | None,
     schema = texts.schema.append(pa.field("image", kind))
     with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer, Steps("prepare", len(item_ids)) as steps:
         for row, (data, link) in enumerate(_images(source, image, files, item_ids)):
-            waiting.append(_sound_image(data, link, source, row, options, summary))
+            waiting.append(_checked_image(data, link, source, row, options, summary))
             size += len(waiting[-1] or b"")
             if row + 1 == len(item_ids) or len(waiting) == GROUP_ROWS or size > GROUP_BYTES:
                 column = pa.array([data and {"bytes": data, "path": None} for data in waiting], kind)
@@ -236,10 +244,10 @@ def _write_items(path: Path, texts: pa.Table, source: Source, image: str | None,
         summary.drop(f"image files that no item_id names ({options.images})", len(files.keys() - set(item_ids)))
 
 
-def _sound_image(
-    data: bytes | None, link: str | None, source: Source, row: int, options: PrepareOptions, summary: PrepareSummary
+def _checked_image(
+    data: bytes | None, link: str | None, source: SourceTable, row: int, options: PrepareOptions, summary: PrepareSummary
 ) -> bytes | None:
-    """The bytes of the image, decoded once here so that a faulty one is found before the long steps."""
+    """Returns the bytes of an image, decoded once so that a bad one is found before the long steps."""
     try:
         if data is None and link is not None:
             data = read_image_file(options.images or source.path.parent, link, source.where(row))
@@ -255,7 +263,7 @@ def _sound_image(
 
 @contextmanager
 def _both_or_neither(out: Path) -> Iterator[Path]:
-    """A folder to write both files in; they take their places in `out` when all went well."""
+    """Yields a temporary folder for both files, which are moved to `out` at the end, or removed if the body fails."""
     folder = None
     try:
         fresh = not out.exists()
@@ -269,8 +277,8 @@ def _both_or_neither(out: Path) -> Iterator[Path]:
         fsync_path(out)
         fresh = False
     except OSError as error:
-        what = error.strerror or str(error)
-        raise UserError(f"cannot write: {what} ({out}); give a folder with room that you may write in", ENVIRONMENT) from None
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write: {reason} ({out}); give a folder with room that you may write in", ENVIRONMENT) from None
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

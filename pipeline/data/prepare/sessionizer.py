@@ -1,7 +1,7 @@
-"""A raw event log -> sessions: events grouped, put in order, filtered, every loss counted.
+"""Groups a raw event log into sessions: ordered, filtered, and with every dropped event counted.
 
-Sessions come from a column of their names or, where there is none, from pauses of a user. Order comes from a time, a position
-or the file itself; without a time, the events are numbered instead, so that sessions keep the order of the file.
+Sessions are named by a column or, without one, cut at the pauses of a user. Events are ordered by time, by position or as in the
+file; without a time they are numbered instead, so that sessions keep the order of the file.
 """
 
 from collections.abc import Callable
@@ -13,41 +13,44 @@ import pyarrow.compute as pc
 
 from pipeline.core.errors import DATA, UserError
 from pipeline.data.parquet_checks import check_ids
-from pipeline.data.prepare.tables import Source
+from pipeline.data.prepare.tables import SourceTable
 from pipeline.data.prepare.timestamps import codes, is_number, read_times
 
 
 @dataclass(frozen=True)
 class SessionRules:
-    gap: float  # seconds of pause of a user that end a session, where no column names sessions
-    min_item_count: int  # events of rarer items are dropped
-    max_length: int  # only the last so many events of a session are kept; 0: all
+    """How sessions are cut and filtered."""
+
+    gap: float  # longest pause in seconds inside a session, if no column names sessions
+    min_item_count: int  # events of items with fewer events are dropped
+    max_length: int  # longest session in events, of which the last are kept; 0: no limit
 
 
 @dataclass
 class _Events:
-    """The events still in the log; every array (E,)."""
+    """The remaining events; every array (E,)."""
 
-    place: np.ndarray  # decides between equal times: row of the file, or rank of the position
-    session: np.ndarray  # number of the session, or of the user before sessions are cut
-    item: np.ndarray  # position in the list of distinct item_ids of the log
-    order: np.ndarray  # time or position; zeros where the file gives the order
+    place: np.ndarray  # orders events of equal time: row of the file, or rank of the position
+    session: np.ndarray  # number of the session; before sessions are cut, of the user
+    item: np.ndarray  # index into the distinct item_ids of the log
+    order: np.ndarray  # time or position; zeros if the file gives the order
 
     def keep(self, mask: np.ndarray) -> "_Events":
         return _Events(self.place[mask], self.session[mask], self.item[mask], self.order[mask])
 
 
 def build_sessions(
-    source: Source,
+    source: SourceTable,
     columns: dict[str, str],
     item_ids: pa.ChunkedArray,
     rules: SessionRules,
     drop: Callable[[str, int], None],
     note: Callable[[str], None],
 ) -> pa.Table:
-    """(session_id, item_id, timestamp in seconds) of the sessions with two usable events or more, and the user_id where the log has one.
+    """Returns a table of (session_id, item_id, timestamp in seconds) and, if the log has it, user_id. Raises `UserError` (3).
 
-    `columns`: our column -> the file's. `drop(reason, count)` and `note(text)` hear what happened.
+    Sessions have two usable events or more. `columns`: our column -> the file's. `drop(reason, count)` counts dropped events, and
+    `note(text)` records how the log was read.
     """
     if not source.rows:
         raise UserError(f"no events ({source.path}); a session log needs sessions of two events or more", DATA)
@@ -71,7 +74,7 @@ def build_sessions(
     if groups == "session_id" and "user_id" in columns:
         try:
             users = _users(group, names, source.ids(columns["user_id"]))
-        except UserError as error:  # sessions have their own names, and need no users
+        except UserError as error:  # named sessions need no users
             note(f"users left out: {error}")
     if groups == "user_id":
         events, names, users = _cut(events, names, rules.gap * unit)
@@ -85,28 +88,28 @@ def build_sessions(
 
 
 def _users(session: np.ndarray, names: list[str], user_ids: pa.ChunkedArray) -> list[str]:
-    """The user of each session, that of its first event; one without is a user of its own."""
-    whose, users = codes(user_ids)
-    there = np.flatnonzero((session >= 0) & (whose >= 0))[::-1]
-    of = np.full(len(names), -1)
-    of[session[there]] = whose[there]
-    return [users[user] if user >= 0 else name for user, name in zip(of, names, strict=True)]
+    """Returns the user of each session, from its first event with one; a session without any is a user of its own."""
+    user, users = codes(user_ids)
+    events = np.flatnonzero((session >= 0) & (user >= 0))[::-1]  # the first event is assigned last
+    user_of_session = np.full(len(names), -1)
+    user_of_session[session[events]] = user[events]
+    return [users[number] if number >= 0 else name for number, name in zip(user_of_session, names, strict=True)]
 
 
-def _order(source: Source, columns: dict[str, str], note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
-    """(E,) what orders the events, units of it a second, (E,) where it is known."""
+def _order(source: SourceTable, columns: dict[str, str], note: Callable[[str], None]) -> tuple[np.ndarray, int, np.ndarray]:
+    """Returns what orders the events (E,), its units in a second, and where it is known (E,)."""
     if "timestamp" in columns:
         return read_times(source, columns["timestamp"], note)
-    said = f"column `{columns['position']}`" if "position" in columns else "order of the file"
-    note(f"{source.path}: no time; events are in the {said}, sessions in that of the file, and numbered instead of timed")
+    source_of_order = f"column `{columns['position']}`" if "position" in columns else "order of the file"
+    note(f"{source.path}: no time; events are in the {source_of_order}, sessions in that of the file, and numbered instead of timed")
     if "position" not in columns:
         return np.zeros(source.rows), 1, np.ones(source.rows, bool)
     position = _numbers(source, columns["position"])
     return position, 1, ~np.isnan(position)
 
 
-def _numbers(source: Source, name: str) -> np.ndarray:
-    """(E,) float64, NaN where the cell is empty."""
+def _numbers(source: SourceTable, name: str) -> np.ndarray:
+    """Reads a column as (E,) float64, NaN where the cell is empty."""
     values = source.column(name)
     try:
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
@@ -118,13 +121,13 @@ def _numbers(source: Source, name: str) -> np.ndarray:
 
 
 def _cut(events: _Events, users: list[str], gap: float) -> tuple[_Events, list[str], list[str]]:
-    """Sessions of each user: a pause of more than `gap` begins a new one, named `user-0`, `user-1`, ...; their names and users."""
+    """Cuts each user's events at pauses of more than `gap` into sessions `user-0`, `user-1`, ...; returns also their names and users."""
     order = np.lexsort((events.place, events.order, events.session))
     user, clock = events.session[order], events.order[order]
     new_user = np.r_[True, user[1:] != user[:-1]][: len(user)]
     begins = new_user | np.r_[True, np.diff(clock) > gap][: len(user)]
     session = np.cumsum(begins) - 1
-    first = np.maximum.accumulate(np.where(new_user, session, 0))  # of the same user
+    first = np.maximum.accumulate(np.where(new_user, session, 0))  # first session of the same user
     names = [f"{users[u]}-{n}" for u, n in zip(user[begins], (session - first)[begins], strict=True)]
     return _Events(events.place[order], session, events.item[order], clock), names, [users[u] for u in user[begins]]
 
@@ -136,9 +139,9 @@ def _filter(
     rules: SessionRules,
     timed: bool,
     drop: Callable[[str, int], None],
-    source: Source,
+    source: SourceTable,
 ) -> _Events:
-    """The usable events, session after session by (start, place in the file), in order inside each."""
+    """Returns the usable events, sorted by session (start, place in the file) and in order inside each session."""
     drop("events without item_id", (events.item < 0).sum())
     events = events.keep(events.item >= 0)
     known = pc.is_in(pa.array(log_ids, pa.string()), item_ids.combine_chunks()).to_numpy(zero_copy_only=False)[events.item]
@@ -165,7 +168,7 @@ def _filter(
 
 
 def _runs(session: np.ndarray) -> np.ndarray:
-    """The sessions in the order in which they come."""
+    """Returns the session numbers in the order in which they occur."""
     return session[np.flatnonzero(np.r_[True, session[1:] != session[:-1]][: len(session)])]
 
 

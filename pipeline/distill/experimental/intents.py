@@ -7,14 +7,14 @@ import torch
 
 from pipeline.distill.experimental.hook import LossInputs, Option, Tensors
 from pipeline.distill.windows import Window
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts
 
 
 class Intents(Option):
     """Adds the attributes that most items of a window share to its prompt, and their token loss."""
 
-    def __init__(self, prompts: Prompts, encoder: Encoder, weight: float) -> None:
+    def __init__(self, prompts: Prompts, encoder: PromptProcessor, weight: float) -> None:
         self.prompts, self.encoder, self.weight = prompts, encoder, weight
 
     def prompt_parts(self, session: np.ndarray, first: int, window: np.ndarray) -> dict[str, str]:

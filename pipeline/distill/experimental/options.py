@@ -6,12 +6,12 @@ from pipeline.distill.experimental.intents import Intents
 from pipeline.distill.experimental.session_summaries import SessionSummaries
 from pipeline.distill.experimental.soft_targets import SoftTargets, Teacher
 from pipeline.distill.experimental.token_distillation import TokenDistillation
-from pipeline.mllm.processor import Encoder
+from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts
 
 
 def phase_options(
-    phase: str, config: Config, prompts: Prompts, encoder: Encoder, teacher: Teacher | None, summaries: dict[str, str]
+    phase: str, config: Config, prompts: Prompts, encoder: PromptProcessor, teacher: Teacher | None, summaries: dict[str, str]
 ) -> list[Option]:
     transfer, align = config.distill.transfer, config.distill.align
     options: list[Option] = []
