@@ -55,7 +55,7 @@ def test_a_wrong_key_is_said_where_it_was_given(browser: Browser, server: Server
     expect(opened.locator("#wrong-key")).to_be_hidden()
     key.fill("quite another key")
     opened.keyboard.press("Enter")
-    expect(opened.get_by_role("alert").filter(has_text="does not know this key")).to_be_visible()
+    expect(opened.get_by_role("alert").filter(has_text="This key is wrong")).to_be_visible()
     expect(key).to_be_focused()
     opened.keyboard.type(KEY)  # the wrong one is selected
     opened.keyboard.press("Enter")
