@@ -76,7 +76,7 @@ def test_l1out_is_near_the_information_below_log_n(table: Table) -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_strangers_share_nothing_and_estimates_rise_with_the_information(table: Table, name: str) -> None:
+def test_unrelated_pairs_share_nothing_and_estimates_rise_with_the_information(table: Table, name: str) -> None:
     assert abs(table[name][0.0]) < 0.1
     assert sorted(table[name].values()) == list(table[name].values())
 
@@ -169,14 +169,14 @@ def test_mine_divides_its_gradient_by_the_running_mean() -> None:
     assert torch.isfinite(bound.state_dict()["log_mean"])  # kept with the weights
 
 
-def test_smile_reads_no_stranger_beyond_the_clip() -> None:
+def test_smile_reads_no_unrelated_pair_beyond_the_clip() -> None:
     (x, y), critic = gaussians(64, 2.0), Separable(D, D, 8)
     critic.g = critic.h = nn.Identity()  # type: ignore[assignment]
     scores = x @ y.T
-    strangers = scores[~torch.eye(64, dtype=torch.bool)]
-    assert strangers.max() > 5
+    unrelated = scores[~torch.eye(64, dtype=torch.bool)]
+    assert unrelated.max() > 5
     for clip in (1.0, 5.0, math.inf):
-        expected = scores.diagonal().mean() - strangers.clamp(-clip, clip).exp().mean().log()
+        expected = scores.diagonal().mean() - unrelated.clamp(-clip, clip).exp().mean().log()
         assert float(SMILE(critic, clip).estimate(x, y)) == pytest.approx(float(expected), abs=1e-4)
 
 
@@ -248,7 +248,7 @@ def test_info_nce_finds_two_nats() -> None:
     assert 3.7 < np.mean([optimal_bound(64, nats=12.0) for _ in range(20)]) <= math.log(64)  # what the batch allows
 
 
-def test_info_nce_of_strangers_is_nothing() -> None:
+def test_info_nce_of_unrelated_pairs_is_nothing() -> None:
     x, y = gaussians(4096, nats=0.0)
     x, y = (torch.nn.functional.normalize(z, dim=-1) for z in (x, y))
     assert abs(math.log(4096) - float(info_nce(x, y, 1.0))) < 0.1
