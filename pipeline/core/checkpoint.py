@@ -22,6 +22,7 @@ from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json, environment_error, fsync_path, remove, sha256_file
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
+SAVE_SECONDS = 120.0  # between two checkpoints of a long stretch
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
 

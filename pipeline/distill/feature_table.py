@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.core.checkpoint import Checkpoints
+from pipeline.core.checkpoint import SAVE_SECONDS, Checkpoints
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.core.progress import Steps
@@ -17,7 +17,7 @@ from pipeline.distill.phases import Phase, Tensors
 from pipeline.mllm.model import Mllm, embed_batches
 from pipeline.mllm.token_batches import cut
 
-TABLE, TABLE_ROWS, SAVE_SECONDS = "table", 4096, 120.0  # folder of a table; items per round; time between two saves
+TABLE, TABLE_ROWS = "table", 4096  # folder of a table; items per round
 ALIKE = 0.9  # mean cosine between items above which features have collapsed; in trained runs it is 0.2 to 0.7
 
 

@@ -24,6 +24,7 @@ from recommender.experiments.evaluate import MAIN, TESTED, chosen_reference, cle
 from recommender.metrics.evaluator import BucketMetrics, average, baseline_ranks, buckets_of, model_ranks
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import ROWS, Figure, table
+from recommender.session_model.windows import Windows
 from recommender.training.dataset import TrainingData, load_training_data, model_fingerprint
 from recommender.training.search import settings_for
 from recommender.training.trainer import alone, train_model
@@ -58,10 +59,11 @@ def evaluate_windows(
         for number in range(count):
             window = load_training_data(config, run, data, window=(number, count))
             facts.append({f"{part}_sessions": len(getattr(window.split, part)) for part in ("train", "valid", "test")})
+            windows = window.windows(config.data.max_prefix)
             for name in baselines:
-                by_model[name].append(figures_of_baseline(name, window, config))
+                by_model[name].append(figures_of_baseline(name, window, windows[2]))
             for name in neural:
-                runs = [figures_of_model(name, seed, settings[name], window, accelerator, work / str(number)) for seed in seeds]
+                runs = [figures_of_model(name, seed, settings[name], window, windows, accelerator, work / str(number)) for seed in seeds]
                 by_model[name].append(average(runs)[0])
     by_model = dict(sorted(by_model.items(), key=lambda entry: ROWS.index(entry[0])))
     report = markdown(by_model, facts, len(seeds), reference, left_out)
@@ -79,15 +81,23 @@ def evaluate_windows(
         return staging.publish({"fingerprint": fingerprint, "protocol": f"windows-{count}"}), report, left_out
 
 
-def figures_of_baseline(name: str, inputs: TrainingData, config: Config) -> BucketMetrics:
-    """Returns the test metrics of a baseline in the window `inputs`."""
-    test, train = inputs.windows(config.data.max_prefix)[2], inputs.split.train
+def figures_of_baseline(name: str, inputs: TrainingData, test: Windows) -> BucketMetrics:
+    """Returns the metrics of a baseline in the window `inputs`, on its `test`."""
+    train = inputs.split.train
     scorer = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
     return summarise_buckets(baseline_ranks(scorer, test, available=inputs.available), buckets_of(test, inputs.counts))
 
 
-def figures_of_model(name: str, seed: int, config: Config, inputs: TrainingData, accelerator: Accelerator, work: Path) -> BucketMetrics:
-    """Trains a model on the window `inputs` and returns its test metrics, or returns those stored in `work`."""
+def figures_of_model(
+    name: str,
+    seed: int,
+    config: Config,
+    inputs: TrainingData,
+    windows: tuple[Windows, Windows, Windows],
+    accelerator: Accelerator,
+    work: Path,
+) -> BucketMetrics:
+    """Trains a model on the window `inputs`, packed as `windows`, and returns its test metrics, or returns those stored in `work`."""
     path, fingerprint = work / f"{name}-{seed}.json", model_fingerprint(name, seed, config, inputs)
     try:
         stored = json.loads(path.read_bytes())
@@ -95,7 +105,6 @@ def figures_of_model(name: str, seed: int, config: Config, inputs: TrainingData,
             return dict(stored["metrics"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    windows = inputs.windows(config.data.max_prefix)
     model = train_model(name, seed, config, inputs, windows[:2], accelerator, work, fresh=False).model
     metrics = summarise_buckets(model_ranks(model, windows[2], available=inputs.available), buckets_of(windows[2], inputs.counts))
     write_json(path, {"fingerprint": fingerprint, "metrics": metrics})

@@ -31,6 +31,7 @@ TOP = 20  # recommendations of each case, for coverage and Gini
 PREFIXES_AT_ONCE = 256  # in a batch of a baseline
 REFIT_NOTE = "the figures are of models trained on the training sessions alone; the published model was then trained on all sessions"
 BucketMetrics = dict[str, dict[str, float]]  # bucket -> metric -> value
+Limits = tuple[Tensor, Tensor]  # begin and end of the availability of each item, (N,) both, Unix seconds
 
 
 def positions_of(windows: Windows, log: SessionLog) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +50,7 @@ def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None =
     model.eval()
     case = windows.targets != PAD
     number = np.cumsum(case).reshape(case.shape) - 1  # of each case
-    ranks = np.empty(windows.cases)
+    ranks, limits = np.empty(windows.cases), limits_of(available, model.known.device)
     with torch.inference_mode():
         tables: Any = model.tables()
 
@@ -57,7 +58,7 @@ def model_ranks(model: Model, windows: Windows, recommended: np.ndarray | None =
         batch_ranks, counts = [], np.zeros(len(model.known), np.int64)
         with torch.inference_mode():
             for scores, targets, times in scored(model, tables, windows.take(which)):
-                hide_unavailable(scores, targets, times, available)
+                hide_unavailable(scores, targets, times, limits)
                 batch_ranks.append(target_ranks(scores, targets))
                 if recommended is not None:
                     count_top(scores, counts)
@@ -112,13 +113,20 @@ def scored(model: Model, tables: Any, windows: Windows) -> Iterator[tuple[Tensor
     return zip(scores, (targets[part][real[part]] for part in parts), case_times, strict=True)
 
 
-def hide_unavailable(scores: Tensor, targets: Tensor, times: Tensor | None, available: Availability | None) -> None:
+def limits_of(available: Availability | None, device: torch.device) -> Limits | None:
+    """Returns the availability as tensors; None: all items are always available."""
+    if available is None:
+        return None
+    return torch.as_tensor(available.begin, device=device), torch.as_tensor(available.end, device=device)
+
+
+def hide_unavailable(scores: Tensor, targets: Tensor, times: Tensor | None, limits: Limits | None) -> None:
     """Sets the scores (B, N) of items that are not available at the times (B,) to -inf; times None: of items that never are.
 
     The scores of targets (B,) stay, as a target was clicked."""
-    if available is None:
+    if limits is None:
         return
-    begin, end = (torch.as_tensor(limit, device=scores.device) for limit in available)
+    begin, end = limits
     now = torch.zeros((1, 1), device=scores.device, dtype=torch.long) if times is None else times[:, None]
     target_scores = scores.gather(1, targets[:, None])
     scores.masked_fill_((begin > now) | (end <= now), -torch.inf)
@@ -131,11 +139,11 @@ def baseline_ranks(
     """Returns the ranks of a baseline; parameters and result as in `model_ranks`."""
     prefixes, targets = prefixes_of(windows)
     times = None if windows.times is None else torch.as_tensor(windows.times[windows.targets != PAD])
-    ranks = [np.empty(0)]
+    ranks, limits = [np.empty(0)], limits_of(available, torch.device("cpu"))
     for part in (slice(start, start + PREFIXES_AT_ONCE) for start in range(0, len(targets), PREFIXES_AT_ONCE)):
-        if available is not None:
+        if limits is not None:
             scores, target = torch.as_tensor(score(prefixes[part])), torch.as_tensor(targets[part]).long()
-            hide_unavailable(scores, target, None if times is None else times[part], available)
+            hide_unavailable(scores, target, None if times is None else times[part], limits)
             ranks.append(target_ranks(scores, target).numpy())
             if recommended is not None:
                 count_top(scores, recommended)

@@ -105,6 +105,12 @@ def batches(count: int, batch: int, seed: int, epoch: int) -> Iterator[np.ndarra
         yield order[start : start + batch]
 
 
+def training_windows(log: SessionLog, max_prefix: int, timed: bool = False) -> Windows:
+    """Packs training sessions: every case has at least half of `max_prefix` events before it, if there are so many. `timed`: with the
+    times of the targets."""
+    return pack(log.rows, log.offsets, max_prefix, max(max_prefix // 2, 1), log.times if timed else None)
+
+
 def cases_of(log: SessionLog, max_prefix: int, timed: bool = False) -> Windows:
     """Packs the cases of a log for evaluation: all cases of each session, or, of a last-out split, whose other events were trained on, the
     last one. With `timed`, the windows have the targets' times."""

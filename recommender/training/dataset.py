@@ -18,7 +18,7 @@ from pipeline.data.split import Split, split_sessions, split_window
 from recommender.baselines.registry import MODELS, chosen
 from recommender.session_model.config import FORM
 from recommender.session_model.whitening import Whitening, fit_whitening
-from recommender.session_model.windows import Windows, cases_of, pack
+from recommender.session_model.windows import Windows, cases_of, training_windows
 
 PUBLICATION = {"index", "models", "seeds", "refit", "new_items"}  # settings without effect on a trained model
 SAME_VECTORS = (
@@ -59,10 +59,9 @@ class TrainingData:
 
     def windows(self, max_prefix: int) -> tuple[Windows, Windows, Windows]:
         """Returns the windows of training, validation and test."""
-        train, timed = self.split.train, self.available is not None
-        stride = max(max_prefix // 2, 1)
-        training = pack(train.rows, train.offsets, max_prefix, stride, train.times if timed else None)
-        return training, cases_of(self.split.valid, max_prefix, timed), cases_of(self.split.test, max_prefix, timed)
+        split, timed = self.split, self.available is not None
+        valid, test = (cases_of(log, max_prefix, timed) for log in (split.valid, split.test))
+        return training_windows(split.train, max_prefix, timed), valid, test
 
 
 def load_training_data(

@@ -32,6 +32,7 @@ class Current:
 
     before: Version  # of the session model
     catalog: Catalog  # of the data folder, only the items that can be recommended
+    data_catalog: Catalog  # of the data folder, all items
     embeddings: Embeddings | None  # None: the model reads only ids
     rows: np.ndarray  # (N,) row of each item in the published model; -1: a new item
     removed: int  # items of the published model that are no longer in the catalogue
@@ -115,7 +116,7 @@ def open_current(run: Path, data: Path) -> Current:
     old = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
     rows = np.array([old.get(item_id, -1) for item_id in item_ids])
     unchanged = source == before.manifest["embeddings_manifest_sha256" if reads else "catalogue_sha256"]
-    return Current(before, catalog.only(item_ids), embeddings, rows, len(old) - int((rows >= 0).sum()), source, unchanged)
+    return Current(before, catalog.only(item_ids), catalog, embeddings, rows, len(old) - int((rows >= 0).sum()), source, unchanged)
 
 
 def refresh(run: Path, data: Path, setting: str = "auto", new_items: float = 0.0, rebuild: bool = False) -> Refreshed:

@@ -24,7 +24,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
 from pipeline.core.artifact import locked
-from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
+from pipeline.core.checkpoint import SAVE_SECONDS, Checkpoints, pack_optimizer, unpack_optimizer
 from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.interrupt import Interrupt
@@ -34,7 +34,7 @@ from pipeline.data.availability import Availability
 from recommender.baselines.registry import MODELS, Model
 from recommender.baselines.sasrec import SASRec
 from recommender.baselines.sequence_model import SequenceModel
-from recommender.metrics.evaluator import model_ranks
+from recommender.metrics.evaluator import Limits, limits_of, model_ranks
 from recommender.metrics.ranks import NotANumber, summarise
 from recommender.session_model.config import ModelConfig, Parts
 from recommender.session_model.model import SessionModel
@@ -46,9 +46,7 @@ from recommender.training.loss_log import Diverged, LossLog
 
 SCALAR_RATE = 3.0  # learning rate of the biases and component weights of our model, relative to that of the matrices
 MANY_ITEMS = 5_000  # larger catalogues use sampled candidates: a softmax over all items costs more than it gains
-SAVE_SECONDS = 120.0  # between checkpoints inside an epoch
 Watch = Callable[[list[float]], None]  # called after each epoch with the validation scores of all epochs so far
-Limits = tuple[Tensor, Tensor]  # begin and end of the availability of each item, (N,) both, Unix seconds
 
 
 class Trained(NamedTuple):
@@ -237,13 +235,6 @@ def status(loss: float, metric: str, scores: list[float]) -> str:
     """Returns the text of the progress bar: the last loss (NaN: none yet, as losses arrive some steps at a time) and the best score."""
     facts = [] if math.isnan(loss) else [f"loss {loss:.3f}"]
     return ", ".join([*facts, f"validation {metric} {max(scores):.4f}"] if scores else facts)
-
-
-def limits_of(available: Availability | None, device: torch.device) -> Limits | None:
-    """Returns the availability as tensors; None: all items are always available."""
-    if available is None:
-        return None
-    return torch.as_tensor(available.begin, device=device), torch.as_tensor(available.end, device=device)
 
 
 def share_sampled(settings: SbrConfig, counts: np.ndarray) -> Tensor | None:

@@ -17,13 +17,12 @@ from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.core.files import canonical_json, remove
-from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.metrics.evaluator import model_ranks
 from recommender.metrics.ranks import case_values
-from recommender.session_model.windows import cases_of, pack
+from recommender.session_model.windows import cases_of, training_windows
 from recommender.training.dataset import newest_session
-from recommender.training.rebuild_index import open_current
+from recommender.training.rebuild_index import Current, open_current
 from recommender.training.trainer import alone, fit, make_accelerator
 
 LEAST_SESSIONS = 10  # new sessions: of fewer, a tenth is less than one session
@@ -53,7 +52,7 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
             raise UserError(
                 f"the published model was not trained on all sessions ({run}); train it with sbr.refit=true to update it", ARTIFACT
             )
-        log = sessions_of(current.catalog.item_ids, data)
+        log = sessions_of(current, data)
         new = sessions_after(log, *before.manifest["newest_session"])
         if len(new) < LEAST_SESSIONS:
             return Updated(before, 0, f"{len(new)} new sessions, fewer than {LEAST_SESSIONS}: nothing to learn yet")
@@ -67,7 +66,7 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
         parts = [before.manifest["fingerprint"], current.source, train.ids_sha256(), settings.model_dump(), config.seed]
         fingerprint = hashlib.sha256(canonical_json(parts)).hexdigest()
         prefix = model.config.max_prefix
-        windows = pack(train.rows, train.offsets, prefix, max(prefix // 2, 1), None if limits is None else train.times)
+        windows = training_windows(train, prefix, limits is not None)
         checkpoints = Checkpoints(folder / "checkpoints" / "update", fingerprint)
         fit("update", config.seed, model, settings, limits, counts, windows, accelerator, checkpoints, folder, False, EPOCHS)
         cases = cases_of(checked, prefix, limits is not None)
@@ -94,9 +93,9 @@ def sessions_after(log: SessionLog, start: int, session_id: str) -> np.ndarray:
     return np.concatenate([[n for n in same if log.session_ids[n] > session_id], np.flatnonzero(log.start > start)]).astype(np.int64)
 
 
-def sessions_of(item_ids: list[str], data: Path) -> SessionLog:
-    """Reads the sessions of a data folder, in rows of `item_ids`, which are all of its items or some."""
-    catalog = load_catalog(data)
+def sessions_of(current: Current, data: Path) -> SessionLog:
+    """Reads the sessions of a data folder, in rows of the items that can be recommended."""
+    catalog, item_ids = current.data_catalog, current.catalog.item_ids
     log = load_sessions(data, catalog)
     place = np.full(len(catalog), -1)
     place[[catalog.row[item] for item in item_ids]] = np.arange(len(item_ids))
