@@ -110,13 +110,15 @@ def picture(shape: Any, max_pixels: int | None) -> tuple[int, int]:
 
 
 def steps(config: Config) -> dict[str, tuple[int, int, int]]:
-    """By phase: sequences of one item, items in sequences of several, and pictures, of the largest step."""
+    """By phase: sequences of one item, items in sequences of several, and pictures, of the largest forward pass."""
     cfg = config.distill
-    shown = cfg.transfer.batch * cfg.transfer.items
+    most = cfg.chunk or cfg.transfer.batch + cfg.transfer.sessions + 2 * cfg.knowledge.batch + cfg.align.batch
+    block = min(cfg.transfer.batch, most)
+    within = min(cfg.transfer.sessions, most - block) * cfg.transfer.items
     return {
-        "knowledge": (2 * cfg.knowledge.batch, 0, cfg.knowledge.batch),
-        "transfer": (shown, shown, shown + cfg.transfer.batch),
-        "align": (cfg.align.batch, 0, cfg.align.batch),
+        "knowledge": (min(2 * cfg.knowledge.batch, most), 0, min(cfg.knowledge.batch, most)),
+        "transfer": (block, within, block + within),
+        "align": (min(cfg.align.batch, most), 0, min(cfg.align.batch, most)),
     }
 
 
@@ -128,13 +130,13 @@ def memory(config: Config) -> dict[str, float]:
     total = sum(p.numel() for p in whole.parameters())
     four_bits = sum(m.weight.numel() for m in whole.get_decoder().modules() if isinstance(m, nn.Linear)) if config.backbone.quantize else 0
     model = adapted(Backbone(whole, None, None), config.backbone).model
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + 3 * config.distill.dim * shape.get_text_config().hidden_size
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + 4 * config.distill.dim * shape.get_text_config().hidden_size
     text, vision = shape.get_text_config(), shape.vision_config
     patches, image_tokens = picture(shape, config.backbone.max_pixels)
     item = config.backbone.max_text_tokens + image_tokens
     largest = {}
     for phase, (alone, within, pictures) in steps(config).items():
-        sequences = alone + (config.distill.transfer.batch if within else 0)
+        sequences = alone + within // config.distill.transfer.items
         tokens = (alone + within) * item + sequences * (FRAME + ANSWER)
         kept = tokens * text.hidden_size * text.num_hidden_layers * 2 + tokens * (16 * text.hidden_size + 6 * text.intermediate_size) * 2
         logits = sequences * ANSWER * text.vocab_size * 10

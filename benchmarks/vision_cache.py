@@ -133,7 +133,7 @@ def chunks(folder: Path, rounds: int) -> None:
 
 
 def peak(folder: Path, chunk: str, rounds: int) -> None:
-    more = ["distill.transfer.steps=2", "distill.transfer.batch=64", "distill.vision_cache_gb=1", f"distill.chunk={chunk}"]
+    more = ["distill.transfer.steps=2", "distill.transfer.batch=256", "distill.vision_cache_gb=1", f"distill.chunk={chunk}"]
     steps = Steps(settings(folder, *more), folder, folder / f"chunk-{chunk}")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = [steps.take() for _ in range(rounds)]

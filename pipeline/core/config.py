@@ -143,9 +143,9 @@ class BackboneConfig(Section):
         description="nf4: frozen weights in 4 bits (QLoRA), with the extra `qlora` and a GPU; so far tried with random weights only",
     )
     pooling: Literal["last", "mean"] = Field(
-        default="last",
-        description="the item feature: last hidden state of the prompt's last token (last), or mean over the prompt's tokens, in a session "
-        "those since the item before (mean), which can suit backbones never trained to give one vector",
+        default="mean",
+        description="the item feature: mean of the last hidden states over the prompt's tokens, in a session those since the item before "
+        "(mean), or that of the last token (last), for backbones trained to give their vector there",
     )
     max_text_tokens: Positive = Field(default=96, description="longest item text in tokens; the rest is cut off")
     max_pixels: Positive | None = Field(
@@ -181,18 +181,26 @@ class KnowledgeConfig(PhaseConfig):
 
 
 class TransferConfig(PhaseConfig):
-    """Stage 2, first half: trains the Transfer-MLLM T on session instructions."""
+    """Stage 2, first half: trains the Transfer-MLLM T on blocks of items and on session instructions."""
 
-    steps: Count = Field(default=450, description="training steps")
-    batch: Positive = Field(default=32, description="sessions in a step, over all processes together")
-    lr: Rate = Field(default=1.5e-3, description="peak learning rate of AdamW")
+    steps: Count = Field(default=200, description="training steps")
+    batch: Positive = Field(
+        default=128, description="items of a block, over all processes together: half of them whole sessions, half at random"
+    )
+    window: Positive = Field(default=1, description="largest distance in a session of two items that count as a pair, as 1 / distance")
+    popularity: Share = Field(
+        default=0.25, description="share of an item's popularity that t(v) need not express: 0 for all in t(v), 1 for none"
+    )
+    sessions: Count = Field(default=16, description="session prompts in a step, over all processes together; 0: none")
+    session: Weight = Field(default=0.5, description="weight of the next-item cross-entropy of the session prompts")
+    lr: Rate = Field(default=3e-3, description="peak learning rate of AdamW")
     start: Literal["knowledge", "base"] = Field(
         default="knowledge", description="initial weights of T: those of K (knowledge) or of the untrained backbone (base)"
     )
     items: Positive = Field(
         default=4, description="items in a window of a session, drawn at random; the next item is the target after each of them"
     )
-    retrieval: Weight = Field(default=1.0, description="weight of next-item InfoNCE, which has a learned temperature")
+    retrieval: Weight = Field(default=1.0, description="weight of the cross-entropy of the transitions within a block, in either direction")
     generation: Weight = Field(default=0.2, description="weight of generating the next item's text (data.text)")
     disentangle: Weight = Field(default=0.05, description="weight of vCLUB-S between transition t(v) and content c(v), per dimension")
     withhold_text: Share = Field(
@@ -268,6 +276,7 @@ VariantName = Literal[
     "side_by_side",
     "merge",
     "frozen",
+    "closed_form",
 ]
 
 
@@ -300,7 +309,7 @@ class DistillConfig(Section):
     variant: VariantName = Field(
         default="full",
         description="ablation: full is the whole method; the no_... variants leave one part out; knowledge and transfer are K and T alone; "
-        "side_by_side and merge combine K and T without alignment; frozen trains the heads only",
+        "side_by_side and merge combine K and T without alignment; frozen trains the heads only; closed_form trains nothing",
     )
     merge: MergeConfig = MergeConfig()
     checkpoint_every: Positive = Field(default=100, description="steps between two checkpoints")

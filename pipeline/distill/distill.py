@@ -155,7 +155,11 @@ def read_inputs(config: Config, data: Path, open_teacher: OpenTeacher | None, ev
 def check_settings(inputs: Inputs) -> None:
     """Raises `UserError` for settings that do not fit the data or the environment."""
     settings = inputs.config.distill
-    if settings.transfer.intent and not inputs.views.attributes:
+    transfer = settings.transfer
+    for option in ("summary", "intent", "teacher"):
+        if getattr(transfer, option) and not transfer.sessions:
+            raise UserError(f"distill.transfer.{option} needs session prompts (distill.transfer.sessions); give some", USAGE)
+    if transfer.intent and not inputs.views.attributes:
         raise UserError("distill.transfer.intent needs item columns beside those of data.text (data.attributes); set it to 0", USAGE)
     known = [tracker.value for tracker in get_available_trackers()] + ["all"]
     for name in settings.log_with:
@@ -164,10 +168,15 @@ def check_settings(inputs: Inputs) -> None:
 
 
 def check_batches(config: Config, world: int) -> None:
-    for kind in PHASES:
-        batch = getattr(config.distill, kind.name).batch
-        if batch % world:
-            raise UserError(f"distill.{kind.name}.batch = {batch} does not divide by {world} processes (config); make it a multiple", USAGE)
+    settings = config.distill
+    amounts = {
+        "knowledge.batch": settings.knowledge.batch,
+        "transfer.sessions": settings.transfer.sessions,
+        "align.batch": settings.align.batch,
+    }
+    for name, amount in amounts.items():
+        if amount % world:
+            raise UserError(f"distill.{name} = {amount} does not divide by {world} processes (config); make it a multiple", USAGE)
 
 
 def prepare(inputs: Inputs, run: Path) -> tuple[Group, Backbone]:

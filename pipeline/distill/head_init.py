@@ -1,4 +1,4 @@
-"""Initialises the new heads of a phase: centred, and whitened for a pretrained backbone."""
+"""Initialises the new heads of a phase: centred, whitened for a pretrained backbone, and, for transitions, in closed form."""
 
 import math
 
@@ -8,14 +8,25 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from pipeline.core.prefetch import loaded_ahead
+from pipeline.distill.feature_table import item_features
 from pipeline.distill.phases import Phase, Tensors
-from pipeline.mllm.model import Mllm, pooled
+from pipeline.mllm.model import STATE, Mllm, pooled
 
-READS = 8  # hidden states per dimension that whitening is measured on, if the phase has enough steps
+READS = 8  # hidden states per dimension that whitening is measured on
 SMALLEST = 1e-9  # smallest share of a direction in the variance of the states; below, it is rounding
 
 
 def start_heads(phase: Phase, mllm: Mllm) -> None:
+    """Starts the new heads: those of transitions in closed form, on the states of `head_rows`, the others by `start_by_variance`."""
+    mllm.eval()  # no dropout; the training loop switches it on
+    start_by_variance(phase, mllm)
+    if len(rows := phase.head_rows()):
+        states = item_features(mllm, phase, rows, (STATE,), phase.config.distill.workers)[STATE]
+        for head, affine in phase.head_maps(rows, F.layer_norm(states, states.shape[-1:])).items():
+            mllm.set_head(head, affine.to(states.device))
+
+
+def start_by_variance(phase: Phase, mllm: Mllm) -> None:
     """Centres and whitens the new heads, measured on the sequences of the first steps, so that features differ from item to item.
 
     All new heads are centred, because hidden states share one large direction. In pretrained backbones a second dominant direction encodes
@@ -42,7 +53,7 @@ def start_heads(phase: Phase, mllm: Mllm) -> None:
 def first_reads(phase: Phase, mllm: Mllm, steps: int) -> Tensors:
     """Computes the pooled hidden states (R, d) of this process's share of the first steps, by name of the sequences."""
     reads: dict[str, list[Tensor]] = {}
-    for batch in loaded_ahead(phase.__getitem__, range(min(steps, len(phase))), phase.config.distill.workers):
+    for batch in loaded_ahead(phase.__getitem__, range(steps), phase.config.distill.workers):
         chunks, facts = send_to_device(batch, phase.group.accelerator.device, non_blocking=True)
         states_of: dict[str, list[Tensor]] = {}
         with torch.no_grad():
@@ -51,8 +62,8 @@ def first_reads(phase: Phase, mllm: Mllm, steps: int) -> Tensors:
                     states_of.setdefault(name, []).append(pooled(states, chunk[name]))
         for name, parts in states_of.items():
             read = torch.cat(parts)
-            if name == "items" and "candidates" in facts:  # without the repeated items that pad the shares of the processes
-                read = read[: max(0, len(facts["candidates"]) - phase.group.rank * len(read))]
+            if name == "items" and "block" in facts:  # without the repeated items that pad the shares of the processes
+                read = read[: max(0, len(facts["block"]) - phase.group.rank * len(read))]
             reads.setdefault(name, []).append(read)
     return {name: torch.cat(parts) for name, parts in reads.items()}
 

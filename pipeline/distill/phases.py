@@ -17,10 +17,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core.config import Config, PhaseConfig
 from pipeline.data.session_log import SessionLog
+from pipeline.distill.blocks import Blocks, transition_loss
+from pipeline.distill.closed_form import chosen_closed_form, linear_fit
 from pipeline.distill.critic import Critic, club, club_bound, smile
 from pipeline.distill.experimental.hook import LossInputs, Option
 from pipeline.distill.grad_cache import Chunk, split
@@ -32,10 +35,12 @@ from pipeline.objectives.contrastive import info_nce, relation_loss
 
 Tensors = dict[str, Tensor]
 Critics = dict[str, Critic]
-ORDER, PROBE, DROPOUT, DRAW = range(1, 5)  # uses of randomness; part of its key, so that no two uses share a stream
+LEAST_VARIANCE = 1e-6  # of layer-normed states from item to item; below, it is rounding
+HEAD_ROWS = 2**16  # items whose states start the heads of transitions, at most
+ORDER, PROBE, DROPOUT, DRAW, FILL = range(1, 6)  # uses of randomness; part of its key, so that no two uses share a stream
 
 
-@lru_cache(maxsize=3)  # the epoch of a step, the next one where a batch spans both, and the order of the probe
+@lru_cache(maxsize=6)  # by use: the epoch of a step and the next one, where a batch spans both
 def shuffled(count: int, *key: int) -> np.ndarray:
     """Shuffles the indices below `count`, as the key says: (count,)."""
     return np.random.default_rng(key).permutation(count)
@@ -44,7 +49,7 @@ def shuffled(count: int, *key: int) -> np.ndarray:
 def drawn(count: int, batch: int, step: int, *key: int) -> np.ndarray:
     """Draws the indices below `count` of a step: shuffled epochs, one after the other, cut into batches."""
     places = range(step * batch, (step + 1) * batch)
-    return np.array([shuffled(count, *key, ORDER, place // count)[place % count] for place in places])
+    return np.array([shuffled(count, *key, ORDER, place // count)[place % count] for place in places], np.int64)
 
 
 def first_of_each(rows: np.ndarray) -> Tensor:
@@ -85,8 +90,8 @@ class Phase:
         # numpy pads a short key with zeros, so the length is part of the key
         return np.random.default_rng([self.config.seed, self.number, use, len(more), step, *more])
 
-    def drawn(self, count: int, step: int) -> np.ndarray:
-        return drawn(count, self.settings.batch, step, self.config.seed, self.number)
+    def drawn(self, count: int, batch: int, step: int, *use: int) -> np.ndarray:
+        return drawn(count, batch, step, self.config.seed, self.number, *use)
 
     def __len__(self) -> int:
         return self.settings.steps
@@ -102,6 +107,14 @@ class Phase:
 
     def critics(self) -> Critics:
         """Makes the untrained critics of this phase's losses."""
+        return {}
+
+    def head_rows(self) -> np.ndarray:
+        """Selects the items whose states start some heads in closed form."""
+        return np.empty(0, np.int64)
+
+    def head_maps(self, rows: np.ndarray, states: Tensor) -> Tensors:
+        """Computes from the layer-normed states (n, d) of `head_rows` the affine maps (D, d + 1) that heads start with, by head."""
         return {}
 
     def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
@@ -134,7 +147,7 @@ class Knowledge(Phase):
         return False
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
-        rows = self.drawn(len(self.prompts), step)
+        rows = self.drawn(len(self.prompts), self.settings.batch, step)
         pairs = [self.prompts.pair(int(row), self.rng(step, n)) for n, row in enumerate(rows)]
         sequences = [
             self.encoder.encode(self.prompts.knowledge(int(rows[n]), pairs[n][side], self.rng(step, int(n), side)))
@@ -152,56 +165,52 @@ class Knowledge(Phase):
 
 
 class Transfer(Phase):
-    """Stage 2, first half: next-item retrieval and generation over training sessions, with t(v) disentangled from c(v)."""
+    """Stage 2, first half: which items follow which, learned from blocks of items and from session prompts; t(v) disentangled from c(v)."""
 
     name, number = "transfer", 1
-    heads: ClassVar = {"sessions": ("session",), "items": ("transition", "content")}
-    new = ("session", "transition", "content")
+    heads: ClassVar = {"sessions": ("session",), "items": ("query", "transition", "content")}
+    new = ("session", "query", "transition", "content")
 
     @property
     def from_knowledge(self) -> bool:
         return self.config.distill.transfer.start == "knowledge"
 
     @cached_property
-    def inclusion_probability(self) -> np.ndarray:
-        """Computes the probability that an item is a target in the window of one drawn session: (N,).
-
-        For an item that occurs twice in a window, the expected count, at most 1.
-        """
-        cfg, lengths = self.config.distill.transfer, np.diff(self.train.offsets)
-        length, place = np.repeat(lengths, lengths), np.arange(len(self.train.rows)) - np.repeat(self.train.offsets[:-1], lengths)
-        if cfg.summary:
-            windows = np.maximum(1, -(-(length - 1) // cfg.items))  # as in `window_starts`; every item except the first is in one
-            target_share = (place > 0) / windows
-        else:
-            windows = np.maximum(1, length - cfg.items)
-            target_share = (np.minimum(place, windows) - np.maximum(0, place - cfg.items)) / windows
-        probability: np.ndarray = np.minimum(1, np.bincount(self.train.rows, target_share, len(self.prompts)) / len(self.train))
-        return probability
+    def blocks(self) -> Blocks:
+        cfg = self.config.distill.transfer
+        return Blocks(self.train, len(self.prompts), cfg.batch, cfg.window, cfg.popularity)
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
-        cfg = self.config.distill.transfer
-        windows = [self._window(int(s), self.rng(step, n)) for n, s in enumerate(self.drawn(len(self.train), step))]
-        target = np.full((cfg.batch, cfg.items), -1)
-        for b, window in enumerate(windows):
-            target[b, : len(window.rows) - 1] = window.rows[1:]
-        # the candidates are distinct items, so no negative is false
-        candidates, place = np.unique(target[target >= 0], return_inverse=True)
-        target[target >= 0] = place
-        padded = np.resize(candidates, math.ceil(len(candidates) / self.group.world) * self.group.world)
-        sequences = {
-            "sessions": [self._session(windows[b], self.rng(step, b, 1)) for b in self.group.share(np.arange(cfg.batch))],
-            "items": [self._item(int(row), self.rng(step, int(row), 2)) for row in self.group.share(padded)],
-        }
-        probability = 1 - (1 - self.inclusion_probability[candidates]) ** cfg.batch  # of being a candidate in this batch
-        facts = {
-            "target": torch.from_numpy(target),
-            "candidates": torch.from_numpy(candidates),
-            "log_q": torch.from_numpy(np.log(probability)).float(),
-        }
+        cfg, known = self.config.distill.transfer, self.blocks.known
+        sessions = self.drawn(len(self.train), max(cfg.sessions, self.blocks.sessions), step)
+        windows = [self._window(int(session), self.rng(step, n)) for n, session in enumerate(sessions[: cfg.sessions])]
+        fill = known[self.drawn(len(known), min(self.blocks.half, len(known)), step, FILL)]
+        targets = [window.rows[1:] for window in windows]
+        block = self.blocks.rows(sessions[: self.blocks.sessions], np.concatenate([fill, *targets]), self.rng(step))
+        padded = np.resize(block, math.ceil(len(block) / self.group.world) * self.group.world)
+        sequences = {"items": [self._item(int(row), self.rng(step, int(row), 2)) for row in self.group.share(padded)]}
+        facts = self.blocks.facts(block)
+        if windows:
+            sequences["sessions"] = [self._session(windows[b], self.rng(step, b, 1)) for b in self.group.share(np.arange(cfg.sessions))]
+            target = np.full((cfg.sessions, cfg.items), -1)
+            for b, window in enumerate(windows):
+                target[b, : len(window.rows) - 1] = np.searchsorted(block, window.rows[1:])
+            facts["target"] = torch.from_numpy(target)
         for option in self.options:
             facts |= option.facts(windows)
         return sequences, facts
+
+    def head_rows(self) -> np.ndarray:
+        counts = np.asarray(self.blocks.counts.sum(0) + self.blocks.counts.sum(1))
+        return np.sort(np.argsort(-counts, kind="stable")[: min(HEAD_ROWS, len(self.blocks.known))])
+
+    def head_maps(self, rows: np.ndarray, states: Tensor) -> Tensors:
+        if states.var(0).mean() < LEAST_VARIANCE:  # items that look alike have no directions
+            return {}
+        places = np.full(len(self.prompts), -1)
+        places[rows] = np.arange(len(rows))
+        maps, _ = chosen_closed_form(states.cpu(), self.train.moved(places, training=True), self.config.distill.dim, self.config.seed)
+        return {"query": maps.query, "session": maps.query, "transition": maps.item}
 
     def _view(self, row: int, rng: np.random.Generator) -> View:
         cfg = self.config.distill.transfer
@@ -230,25 +239,35 @@ class Transfer(Phase):
 
     def losses(self, out: Tensors, facts: Tensors, critics: Critics) -> Tensors:
         cfg = self.config.distill.transfer
-        has_target = facts["target"] >= 0  # (B, n)
-        local = out["sessions.session"].new_zeros(len(has_target) // self.group.world, cfg.items, self.config.distill.dim)
-        local[has_target.chunk(self.group.world)[self.group.rank]] = out["sessions.session"]
-        session = self.group.gather(local)[has_target]
-        transition, content = (self.group.gather(out[f"items.{head}"])[: len(facts["candidates"])] for head in ("transition", "content"))
-        known = self.tables["knowledge"][facts["candidates"]]
+        heads = (self.group.gather(out[f"items.{head}"])[: len(facts["block"])] for head in ("query", "transition", "content"))
+        query, transition, content = heads
         losses = {
-            "retrieval": cfg.retrieval * info_nce(session, transition, 1.0, facts["log_q"], facts["target"][has_target]),
-            "generation": cfg.generation * out["sessions.nll"],
-            "tie": cfg.tie * info_nce(content, known, cfg.temperature),
+            "retrieval": cfg.retrieval * transition_loss(query, transition, facts["pairs"], facts["bias"]),
+            "tie": cfg.tie * info_nce(content, self.tables["knowledge"][facts["block"]], cfg.temperature),
             # the gradient moves c(v) only: moved from both sides, t(v) would collapse
             "disentangle": cfg.disentangle * club_bound(critics["club"], transition.detach(), content),
         }
+        if "target" in facts:
+            losses |= self._session_losses(out, facts, transition)
+        return losses
+
+    def _session_losses(self, out: Tensors, facts: Tensors, transition: Tensor) -> Tensors:
+        """Computes the losses of the session prompts, whose candidates are the items of the block."""
+        cfg = self.config.distill.transfer
+        has_target = facts["target"] >= 0  # (B, n)
+        local = out["sessions.session"].new_zeros(len(has_target) // self.group.world, cfg.items, self.config.distill.dim)
+        local[has_target.chunk(self.group.world)[self.group.rank]] = out["sessions.session"]
+        scores = self.group.gather(local)[has_target] @ transition.T
+        losses = {
+            "sessions": cfg.session * F.cross_entropy(scores + facts["bias"][0], facts["target"][has_target]),
+            "generation": cfg.generation * out["sessions.nll"],
+        }
         for option in self.options:
-            losses |= option.losses(LossInputs(out, facts, self.group, session @ transition.T, has_target))
+            losses |= option.losses(LossInputs(out, facts, self.group, scores, has_target))
         return losses
 
     def unseen(self, facts: Tensors) -> np.ndarray:
-        return self._others(np.flatnonzero(self.inclusion_probability), facts["candidates"])
+        return self._others(self.blocks.known, facts["block"])
 
     def probe(self, features: Tensors, rows: Tensor, critics: Critics) -> dict[str, float]:
         return {"club_bound": critics["club"].measure(features["transition"], features["content"])}
@@ -262,13 +281,19 @@ class Align(Phase):
     new = ("transition",)
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
-        cfg, rows = self.config.distill.align, self.drawn(len(self.prompts), step)
+        cfg, rows = self.config.distill.align, self.drawn(len(self.prompts), self.settings.batch, step)
         sequences = []
         for n in self.group.share(np.arange(len(rows))):
             row, rng = int(rows[n]), self.rng(step, int(n))
             view = self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
             sequences.append(self.encoder.encode(self.prompts.knowledge(row, view, rng)))
         return {"items": sequences}, {"rows": torch.from_numpy(rows), "first": first_of_each(rows)}
+
+    def head_rows(self) -> np.ndarray:
+        return np.linspace(0, len(self.prompts) - 1, min(HEAD_ROWS, len(self.prompts))).astype(np.int64)
+
+    def head_maps(self, rows: np.ndarray, states: Tensor) -> Tensors:
+        return {"transition": linear_fit(states, self.tables["transition"][rows])}
 
     def critics(self) -> Critics:
         cfg, device = self.config.distill, self.group.accelerator.device

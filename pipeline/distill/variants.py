@@ -46,6 +46,7 @@ VARIANTS: dict[VariantName, Variant] = {
     "side_by_side": Variant(last="transfer", published="side_by_side"),  # k(v) and t(v) in two passes: the cost that alignment saves
     "merge": Variant(last="transfer", published="merge"),
     "frozen": Variant(frozen=True),
+    "closed_form": Variant({phase: {"steps": 0} for phase in ("knowledge", "transfer", "align")}, frozen=True),
 }
 
 

@@ -26,6 +26,8 @@ MODEL_INPUTS = (
     "mm_token_type_ids",
     "token_type_ids",
 )  # tensors of a batch that the base model takes unchanged
+SCALED = {"session", "query"}  # heads of queries: their features hold the learned scale of the logits
+STATE = "state"  # in place of a head's name: h(v) itself
 FIRST_SCALE, MAX_SCALE = 4.0, 100.0  # scale of the session head's logits: small at first, while the features are still poor
 
 
@@ -42,7 +44,7 @@ class Mllm(nn.Module):
         self.backbone = backbone
         width = backbone.config.get_text_config().hidden_size
         self.heads = nn.ModuleDict({name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim)) for name in heads})
-        if "session" in heads:
+        if SCALED & set(heads):
             self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
         self.teacher: dict[str, Tensor] | None = None  # frozen values of the trainable weights of the backbone
 
@@ -64,8 +66,11 @@ class Mllm(nn.Module):
             batch = batches[name]
             read = pooled(states, batch)
             for head in heads[name]:
+                if head == STATE:
+                    out[f"{name}.{head}"] = read
+                    continue
                 out[f"{name}.{head}"] = F.normalize(self.heads[head](read), dim=-1)
-                if head == "session":
+                if head in SCALED:
                     out[f"{name}.{head}"] = out[f"{name}.{head}"] * self.log_scale.exp()
             if len(batch["answers"]):
                 logits = self._logits(states, batch)
@@ -100,6 +105,15 @@ class Mllm(nn.Module):
         """Sets the first rows of an untrained head's weight to `directions` (n <= D, d)."""
         with torch.no_grad():
             self.heads[head][1].weight[: len(directions)] = directions  # type: ignore[index]
+
+    def set_head(self, head: str, linear: Tensor) -> None:
+        """Sets a head to an affine map (n <= D, d + 1) of the layer-normed states, the offset last; the other rows are zero."""
+        with torch.no_grad():
+            norm, layer = self.heads[head].children()
+            assert isinstance(norm, nn.LayerNorm) and isinstance(layer, nn.Linear)
+            norm.reset_parameters()
+            for parameter, value in ((layer.weight, linear[:, :-1]), (layer.bias, linear[:, -1])):
+                parameter.zero_()[: len(linear)] = value
 
     def centre(self, head: str, mean: Tensor) -> None:
         """Shifts an untrained head so that `mean` (D,), the mean of its raw outputs, becomes zero."""

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,17 +39,14 @@ from helpers.runs import (
 from pipeline.core.artifact import locked
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
-from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 from pipeline.core.prefetch import loaded_ahead, telling_of_dead_workers
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.data.session_log import SessionLog, load_sessions
+from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
 from pipeline.distill.distill import check_batches
-from pipeline.distill.experimental.session_summaries import SessionSummaries
-from pipeline.distill.phases import Align, Transfer, drawn, first_of_each
-from pipeline.mllm.prompts import Prompts
+from pipeline.distill.phases import Align, drawn, first_of_each
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,21 +137,6 @@ def test_an_epoch_takes_every_item_once() -> None:
     for epoch in range(4):
         assert sorted(taken[epoch * 50 : (epoch + 1) * 50]) == list(range(50))
     assert list(taken[:50]) != list(taken[50:100])
-
-
-@pytest.mark.parametrize("summary", [0, 1])
-def test_an_item_is_as_likely_a_candidate_as_the_loss_takes_it_to_be(tiny_data: Path, summary: int) -> None:
-    """The correction of the retrieval loss against drawing: a long session asks for few of its items at a time."""
-    config = load_config(None, ["distill.transfer.items=2", f"distill.transfer.summary={summary}"])
-    rows = np.array([0, 1, 2, *[3, 4, 5, 6, 7] * 4, 8, 9])
-    train = SessionLog(["a", "b", "c"], rows, np.array([0, 3, 23, 25]), np.arange(3), np.arange(25))
-    catalog = load_catalog(tiny_data)
-    options = [SessionSummaries(defaultdict(str), 2, summary)] if summary else []
-    phase = Transfer(config, Prompts(catalog, config.data), None, train, None, {}, options)  # type: ignore[arg-type]
-    came = np.zeros(len(catalog))
-    for n in range(6000):
-        came[np.unique(phase._window(n % 3, np.random.default_rng(n)).rows[1:])] += 1
-    np.testing.assert_allclose(phase.inclusion_probability, came / 6000, atol=0.02)
 
 
 def test_batches_of_one_do(tiny_data: Path, tmp_path: Path) -> None:
@@ -463,6 +444,6 @@ def test_an_item_twice_in_a_batch_is_no_negative_of_itself(tiny_data: Path, tmp_
 
 
 def test_a_batch_that_does_not_divide_is_one_clear_line() -> None:
-    with pytest.raises(UserError, match=r"distill\.transfer\.batch") as error:
-        check_batches(settings("distill.transfer.batch=7"), 2)
+    with pytest.raises(UserError, match=r"distill\.transfer\.sessions") as error:
+        check_batches(settings("distill.transfer.sessions=7"), 2)
     assert error.value.code == USAGE

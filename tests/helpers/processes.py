@@ -27,6 +27,7 @@ SETTINGS = [
     *("backbone.tiny.vocab=400", "backbone.tiny.image_size=24", "backbone.tiny.patch=6", "backbone.tiny.heads=2"),
     *("backbone.tiny.vision_dim=16", "backbone.tiny.vision_layers=1", "backbone.tiny.dim=32", "backbone.tiny.layers=1"),
     *(f"distill.{phase}.{setting}" for phase in ("knowledge", "transfer", "align") for setting in ("steps=3", f"batch={ITEMS}")),
+    "distill.transfer.lr=1e-4",  # three steps at the rate of two hundred would only shift all features
     *("distill.dim=8", "distill.critic.warmup=1", "sbr.epochs=1", "sbr.dim=16"),
 ]
 SET = [word for setting in SETTINGS for word in ("--set", setting)]

@@ -34,4 +34,4 @@ class SoftTargets(Option):
     def losses(self, step: LossInputs) -> Tensors:
         assert step.scores is not None and step.has_target is not None
         prefixes = [step.facts["shown"][b, : n + 1] for b, n in step.has_target.nonzero().tolist()]
-        return {"soft": self.weight * soft_loss(step.scores, self.teacher(prefixes, step.facts["candidates"]))}
+        return {"soft": self.weight * soft_loss(step.scores, self.teacher(prefixes, step.facts["block"]))}
