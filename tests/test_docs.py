@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
@@ -155,6 +157,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = load_config(None, SETTINGS)
     draw_shop(folder / "own", settings.shop, settings.data)
     items, log = (pq.read_table(folder / "own" / f"{name}.parquet").to_pylist() for name in ("items", "sessions"))
+    vectors = list(np.random.default_rng(0).normal(size=(len(items), 16)).astype(np.float32))
+    pq.write_table(pa.table({"item_id": [item["item_id"] for item in items], "vector": vectors}), folder / "vectors.parquet")
     (folder / "images").mkdir()
     for item in items:
         (folder / "images" / f"{item['item_id']}.png").write_bytes(item["image"]["bytes"])

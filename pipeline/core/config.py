@@ -38,10 +38,11 @@ class NeighboursConfig(Section):
 class DataConfig(Section):
     """Catalogue and sessions: the split into training, validation and test, and the item columns that are used."""
 
-    protocol: Literal["time", "user-hash", "last-out"] = Field(
+    protocol: Literal["time", "user-hash", "cold-items", "last-out"] = Field(
         default="time",
-        description="how sessions are split in every step: by start time (time), by a hash of the user_id or session_id (user-hash), "
-        "or each session's last item for the test and the one before it for validation (last-out)",
+        description="how sessions are split in every step: by start time (time), by a hash of the user_id or session_id (user-hash), the "
+        "same with a tenth of the items withheld from training and validation (cold-items), or each session's last item for the test and "
+        "the one before it for validation (last-out)",
     )
     valid: Share = Field(
         default=0.1, description="share of the sessions held out for validation; with protocol time those just before the test sessions"
@@ -131,7 +132,13 @@ class LoraSettings(Section):
 class BackboneConfig(Section):
     """The multimodal LLM, the backbone of every stage."""
 
-    name: str = Field(default="tiny", description="`tiny`, or a Hugging Face image-text-to-text model by name or local folder")
+    name: str = Field(
+        default="tiny",
+        description="`tiny`, a Hugging Face image-text-to-text model by name or local folder, or `vectors`, a table of vectors of your own",
+    )
+    path: str | None = Field(
+        default=None, description="table of item vectors, .parquet or .npy, for the backbone `vectors`; null: for any other backbone"
+    )
     revision: str | None = Field(default=None, description="commit of the model, where it is named on the hub; null: the latest")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -155,6 +162,14 @@ class BackboneConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(default="sdpa", description="attention implementation of transformers")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass: less memory, more time")
     tiny: TinyConfig = TinyConfig()
+
+    @model_validator(mode="after")
+    def _vectors_have_no_layers(self) -> "BackboneConfig":
+        if (self.name == "vectors") != (self.path is not None):
+            raise ValueError("name: vectors and path: FILE go together")
+        if self.name == "vectors" and (self.lora or self.quantize or self.gradient_checkpointing):
+            raise ValueError("vectors have no layers for lora, quantize or gradient_checkpointing")
+        return self
 
 
 class PhaseConfig(Section):

@@ -1,6 +1,7 @@
 """Loads `sessions.parquet`: ordered sessions of events, each with an item of the catalogue."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class SessionLog:
     dropped: int = 0  # sessions of one event, which are left out
     users: list[str] = field(default_factory=list)  # (S,) user of each session; empty if the file has no users
     last_out: bool = False  # of the protocol last-out, which holds out the last item of each session instead of sessions
+    item_ids: Sequence[str] = ()  # (N,) of the rows, as loaded; what the protocol cold-items chooses items by
+    withheld: bool = False  # of the protocol cold-items: some items are withheld from these sessions
 
     def __len__(self) -> int:
         return len(self.session_ids)
@@ -63,7 +66,7 @@ class SessionLog:
         remaining = rows >= 0
         if self.last_out and not training:  # the item before the last one was trained on, so it cannot become the target
             remaining &= np.repeat(remaining[self.offsets[1:] - 1], np.diff(self.offsets))
-        return replace(self, rows=rows).keep(remaining)
+        return replace(self, rows=rows, item_ids=()).keep(remaining)
 
     def _without_events(self, sessions: np.ndarray) -> "SessionLog":
         """Returns ids, users and starts of `sessions`; the events are still those of the whole log."""
@@ -73,7 +76,8 @@ class SessionLog:
 
     def ids_sha256(self) -> str:
         """Returns a hash of the session ids, which identifies the training sessions in manifests."""
-        digest = hashlib.sha256(b"last-out" if self.last_out else b"")  # last-out: all parts have the same ids
+        # last-out: all parts have the same ids; cold-items: they may be those of user-hash
+        digest = hashlib.sha256(b"last-out" if self.last_out else b"cold-items" if self.withheld else b"")
         for session_id in sorted(self.session_ids):
             text = session_id.encode()
             digest.update(len(text).to_bytes(8, "little") + text)
@@ -108,7 +112,8 @@ def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
             DATA,
         )
     clock, unit = read_clock(path, table["timestamp"], "timestamp")
-    return _sessions(path, session, session_ids, rows, clock, unit, table["user_id"] if users else None)
+    log = _sessions(path, session, session_ids, rows, clock, unit, table["user_id"] if users else None)
+    return replace(log, item_ids=catalog.item_ids)
 
 
 def _codes(path: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[str]]:

@@ -3,6 +3,8 @@
 - `time`: the latest sessions are the test, those before them validation. This is how a shop uses a model, and the default.
 - `user-hash`: all sessions of a user are in one part, by a hash of the user (of the session_id, if `sessions.parquet` has no
   `user_id`). It tests unseen users; but training sessions are as recent as test sessions, so popularity is known in advance.
+- `cold-items`: a tenth of the items, by a hash of the item_id, is withheld from training and validation, whose sessions are those of
+  `user-hash`. Their events in test sessions are cold cases: strict item cold start, whatever the log.
 - `last-out`: the last item of every session is the test, the one before it validation, the earlier ones training. One case a
   session, and part of every test session was trained on.
 
@@ -18,6 +20,8 @@ from pipeline.core.config import DataConfig
 from pipeline.core.errors import DATA, UserError
 from pipeline.data.session_log import SessionLog
 
+COLD_ITEMS = 0.1  # share of the items that the protocol cold-items withholds
+
 
 @dataclass(frozen=True)
 class Split:
@@ -32,7 +36,10 @@ def split_sessions(log: SessionLog, data: DataConfig) -> Split:
     """Splits by the protocol of the settings. Raises `UserError` (3) if a part would be empty."""
     if data.protocol == "time":
         return split_by_time(log, data.valid, data.test)
-    return split_by_user(log, data.valid, data.test) if data.protocol == "user-hash" else split_last_out(log)
+    if data.protocol == "last-out":
+        return split_last_out(log)
+    split = split_by_user(log, data.valid, data.test)
+    return split if data.protocol == "user-hash" else without_cold_items(split)
 
 
 def split_by_time(log: SessionLog, valid: float, test: float) -> Split:
@@ -60,8 +67,25 @@ def split_window(log: SessionLog, data: DataConfig, number: int, count: int) -> 
 
 def split_by_user(log: SessionLog, valid: float, test: float) -> Split:
     """Takes about these shares of the users; a user's part does not change as the log grows."""
-    share = np.array([int.from_bytes(hashlib.sha256(user.encode()).digest()[:8], "big") / 2**64 for user in log.users or log.session_ids])
+    share = np.array([_hashed(user) for user in log.users or log.session_ids])
     return _split(log, np.where(share < test, 2, np.where(share < test + valid, 1, 0)))
+
+
+def without_cold_items(split: Split) -> Split:
+    """Withholds a tenth of the items from training and validation; an item's part does not change as the catalogue grows."""
+    cold = np.array([_hashed(f"item {item_id}") < COLD_ITEMS for item_id in split.train.item_ids])
+    try:
+        train, valid = (replace(log.keep(~cold[log.rows]), withheld=True) for log in (split.train, split.valid))
+    except ValueError:
+        raise UserError(
+            "no session of two events is left without the withheld items (data.protocol = cold-items); take another protocol", DATA
+        ) from None
+    return Split(train, valid, split.test)
+
+
+def _hashed(text: str) -> float:
+    """Returns a hash of the text in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _split(log: SessionLog, part: np.ndarray) -> Split:

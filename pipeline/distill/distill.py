@@ -37,12 +37,14 @@ from pipeline.distill.variants import VARIANTS, Variant, merged, side_by_side, v
 from pipeline.distill.vision_features import fill_vision_cache
 from pipeline.mllm import prompts
 from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
+from pipeline.mllm.item_vectors import VECTORS
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 from pipeline.mllm.neighbour_titles import load_neighbours
 from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import load_templates
 from pipeline.mllm.prompts import Prompts, check_columns
 from pipeline.mllm.saved_mllm import save_mllm
+from pipeline.mllm.vector_prompts import processor_for, prompts_for
 from pipeline.mllm.vision_tower import pack_attention
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # arguments: a run folder, item_ids, the training sessions
@@ -144,7 +146,7 @@ def read_inputs(config: Config, data: Path, open_teacher: OpenTeacher | None, ev
     train = log if everything else split_sessions(log, config.data).train
     neighbours = load_neighbours(config.data.neighbours, catalog, train.ids_sha256())
     check_columns(catalog, config.data)
-    views = Prompts(catalog, config.data, load_templates(config.data.prompts), neighbours)
+    views = prompts_for(config.backbone)(catalog, config.data, load_templates(config.data.prompts), neighbours)
     teacher = None
     if (teacher_run := config.distill.transfer.teacher) is not None:
         assert open_teacher is not None, "distill.transfer.teacher needs open_teacher"
@@ -207,7 +209,7 @@ def start(inputs: Inputs, run: Path, group: Group, backbone: Backbone) -> Machin
     if inputs.variant.frozen:
         backbone.model.requires_grad_(False)
     cache = fill_vision_cache(config, run, backbone, inputs.views, group) if config.distill.vision_cache_gb else None
-    encoder = PromptProcessor(config.backbone, backbone, inputs.views.catalog, vision_cache=cache)
+    encoder = processor_for(config.backbone, backbone, inputs.views.catalog, vision_cache=cache)
     return Machinery(group, backbone, encoder, base, metrics)
 
 
@@ -219,7 +221,8 @@ def run_phase(
     tables = {head: table for result in results.values() for head, table in result.tables.items()}
     summaries = {key: text for result in results.values() for key, text in result.summaries.items()}
     options = phase_options(kind.name, config, inputs.views, machinery.encoder, inputs.teacher, summaries)
-    phase = kind(config, inputs.views, machinery.encoder, inputs.train, machinery.group, tables, options)
+    frozen = inputs.variant.frozen or config.backbone.name == VECTORS
+    phase = kind(config, inputs.views, machinery.encoder, inputs.train, machinery.group, tables, options, frozen)
     torch.manual_seed(config.seed)
     heads = [head for names in kind.heads.values() for head in names]
     mllm = Mllm(machinery.backbone.model, heads, config.distill.dim)
@@ -254,12 +257,18 @@ def find_finished(checkpoints: Checkpoints, step: int, run: Run) -> None:
 
 
 def load_start(mllm: Mllm, phase: Phase, base: Tensors, results: dict[str, PhaseResult]) -> None:
-    """Loads the weights that a phase starts from: the backbone's, or K's, with K's head copied into each new head."""
+    """Loads the weights that a phase starts from: the backbone's, or K's, with K's head copied into each new head.
+
+    On a frozen backbone, where K and T read the same states, p begins as T's head of t(v).
+    """
     state: Tensors = dict(base)
     if phase.from_knowledge:
         knowledge = results["knowledge"].weights
         head = below("heads.knowledge.", knowledge)
         state |= knowledge | {f"heads.{new}.{name}": weight for new in phase.new for name, weight in head.items()}
+    if isinstance(phase, Align) and phase.frozen:
+        transfer = results["transfer"].weights
+        state |= {name: weight for name, weight in transfer.items() if name.startswith("heads.transition.")}
     initial = trainable_state(mllm)
     load_trainable(mllm, {name: state.get(name, initial[name].detach()) for name in initial}, phase.name)
 

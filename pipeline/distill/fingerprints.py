@@ -10,6 +10,7 @@ from pipeline.distill.experimental.soft_targets import Teacher
 from pipeline.distill.phases import PHASES, Align, Transfer
 from pipeline.distill.variants import VARIANTS
 from pipeline.mllm import prompts
+from pipeline.mllm.item_vectors import VECTORS, table_sha256
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.tiny_backbone import TOKENIZER
 
@@ -24,13 +25,15 @@ def fingerprints(config: Config, views: Prompts, train: SessionLog, teacher: Tea
         "templates": views.templates.model_dump(),
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
-        "backbone": config.backbone.model_dump() | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
+        "backbone": config.backbone.model_dump(exclude={"path"}) | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
         "weights": backbone_sha256,
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),
         "catalogue": views.catalog.sha256,
         "sessions": _content_sha256(train),
     }
+    if config.backbone.name == VECTORS:
+        chain["vectors"] = table_sha256(config.backbone)
     if views.neighbours is not None:
         chain["neighbours"] = views.neighbours.settings()
     variant = VARIANTS[config.distill.variant]

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.distill.feature_table import item_features
 from pipeline.distill.phases import Phase, Tensors
+from pipeline.mllm.item_vectors import VECTORS
 from pipeline.mllm.model import STATE, Mllm, pooled
 
 READS = 8  # hidden states per dimension that whitening is measured on
@@ -42,6 +43,8 @@ def start_by_variance(phase: Phase, mllm: Mllm) -> None:
             count = group.total(torch.tensor(float(len(normed)), device=normed.device))
             mean = group.total(normed.sum(0)) / count
             directions = whitening(group.total(normed.T @ normed) / count - mean.outer(mean), phase.config.distill.dim)
+            if phase.config.backbone.name == VECTORS:  # what an encoder was trained to tell apart keeps its share
+                directions = F.normalize(directions, dim=1)
         for name, read in reads.items():
             for head in set(phase.heads[name]) & set(phase.new):
                 if whiten:

@@ -70,6 +70,7 @@ class Phase:
     group: Group
     tables: Tensors  # of earlier phases: "knowledge" k(v) and "transition" t(v), each (N, D)
     options: Sequence[Option] = ()  # from related work, off by default
+    frozen: bool = False  # the backbone does not train: all phases read the same states
 
     name: ClassVar[str]
     number: ClassVar[int]
@@ -290,6 +291,8 @@ class Align(Phase):
         return {"items": sequences}, {"rows": torch.from_numpy(rows), "first": first_of_each(rows)}
 
     def head_rows(self) -> np.ndarray:
+        if self.frozen:  # p begins as T's head
+            return np.empty(0, np.int64)
         return np.linspace(0, len(self.prompts) - 1, min(HEAD_ROWS, len(self.prompts))).astype(np.int64)
 
     def head_maps(self, rows: np.ndarray, states: Tensor) -> Tensors:

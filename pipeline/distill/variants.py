@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.core.config import Config, VariantName
 from pipeline.data.embeddings import HALVES
 from pipeline.mllm.backbone import Backbone
+from pipeline.mllm.item_vectors import VECTORS
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 
 Weights = Mapping[str, dict[str, Tensor]]  # phase -> its trained weights, by `trainable_state`
@@ -50,9 +51,16 @@ VARIANTS: dict[VariantName, Variant] = {
 }
 
 
+# of a backbone of vectors: k(v) is the vectors' main directions, T trains heads on blocks, p(v) is its head for t(v)
+WITHOUT_LAYERS: dict[str, dict[str, float]] = {"knowledge": {"steps": 0}, "transfer": {"sessions": 0}, "align": {"steps": 0}}
+
+
 def varied(config: Config) -> Config:
-    """Applies the settings of the config's variant."""
-    settings = VARIANTS[config.distill.variant].settings
+    """Applies the settings of the config's variant, and those of a backbone without layers."""
+    settings = {name: dict(update) for name, update in VARIANTS[config.distill.variant].settings.items()}
+    if config.backbone.name == VECTORS:
+        for name, update in WITHOUT_LAYERS.items():
+            settings[name] = settings.get(name, {}) | update
     phases = {name: getattr(config.distill, name).model_copy(update=update) for name, update in settings.items()}
     return config.model_copy(update={"distill": config.distill.model_copy(update=phases)})
 

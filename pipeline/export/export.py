@@ -29,11 +29,11 @@ from pipeline.export.item_batches import ItemBatches
 from pipeline.export.part_claims import PartClaims, current_pointer
 from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm import early_exit, prompts
+from pipeline.mllm.item_vectors import VECTORS, table_sha256
 from pipeline.mllm.neighbour_titles import Neighbours, load_neighbours
-from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import Templates
-from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.saved_mllm import load_mllm
+from pipeline.mllm.vector_prompts import processor_for, prompts_for
 from pipeline.mllm.vision_cache import VisionCache
 
 COMPILED_LENGTHS = 32  # sequences are padded to multiples of this for torch.compile
@@ -119,7 +119,11 @@ def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | V
         )
     trained = BackboneConfig.model_validate(settings["backbone"])
     backbone = trained.model_copy(
-        update={"max_pixels": config.export.max_pixels or trained.max_pixels, "attention": config.export.attention or trained.attention}
+        update={
+            "max_pixels": config.export.max_pixels or trained.max_pixels,
+            "attention": config.export.attention or trained.attention,
+            "path": config.backbone.path or trained.path,
+        }
     )
     catalog = load_catalog(data, stream=True)
     halves = [half for half in HALVES if half in settings["heads"]]  # an ablation may have one
@@ -150,6 +154,8 @@ def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | V
         "compile": config.export.compile,
     }
     facts: dict[str, Any] = recipe | layout | {"catalogue_sha256": catalog.sha256}
+    if backbone.name == VECTORS:
+        facts["vectors_sha256"] = table_sha256(backbone)
     pointer = current_pointer(root)
     current = published(root, "embeddings")
     unchanged = current is not None and all(current.manifest.get(key) == value for key, value in facts.items())
@@ -175,20 +181,20 @@ def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | V
 
 def _exporter(config: Config, run: Path, plan: Plan, claims: PartClaims) -> Exporter:
     """Loads the MLLM, its adapters merged, and returns what computes the parts."""
-    mllm, backbone, _ = load_mllm(plan.model.path, plan.backbone, merge=True)
+    mllm, backbone, _ = load_mllm(plan.model.path, plan.backbone, merge=True, catalog=plan.catalog)
     if plan.layers is not None:
         early_exit.stop_after(mllm, plan.layers)
     # the features that `tpad distill` has cached, as far as they are of this vision tower and image budget
     vision_cache = VisionCache(run / "vision", backbone, plan.backbone.max_pixels) if (run / "vision").is_dir() else None
     source = ItemBatches(
         plan.catalog,
-        Prompts(
+        prompts_for(plan.backbone)(
             plan.catalog,
             plan.data.model_copy(update={"on_bad_image": "error"}),
             Templates.model_validate(plan.settings["templates"]),
             plan.neighbours,
         ),
-        PromptProcessor(plan.backbone, backbone, plan.catalog, cache_bytes=0, vision_cache=vision_cache),
+        processor_for(plan.backbone, backbone, plan.catalog, cache_bytes=0, vision_cache=vision_cache),
         config.export.token_budget,
         config.data.on_bad_image,
         COMPILED_LENGTHS if config.export.compile else 1,

@@ -22,6 +22,7 @@ from pipeline.data.catalog import Catalog
 from pipeline.data.images import ImageError
 from pipeline.mllm.processor import Encoded, PromptProcessor
 from pipeline.mllm.prompts import Prompts, View
+from pipeline.mllm.vector_prompts import VectorProcessor
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class ItemBatches:
         return contents, np.array(lengths, np.int64)
 
     def _content(self, row: int) -> np.ndarray:
-        """Returns the sha256 (32,) of text, image bytes and, for an incomplete item, its neighbours' titles."""
+        """Returns the sha256 (32,) of text, image bytes and, for an incomplete item, its neighbours' titles; or of the item's vector."""
+        if isinstance(self.processor, VectorProcessor):
+            return np.frombuffer(self.processor.content(row), np.uint8)
         text = self.prompts.text(row).encode()
         try:
             image = self.catalog.image_bytes(row)

@@ -23,6 +23,8 @@ from transformers.utils import cached_file
 from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import sha256_file
+from pipeline.data.catalog import Catalog
+from pipeline.mllm.item_vectors import VECTORS, ItemVectors, VectorModel
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.tiny_backbone import tiny_config, tiny_processor, train_tokenizer
 
@@ -41,12 +43,19 @@ class Backbone:
 def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backbone:
     """Builds the backbone as training starts from it: the tiny one drawn from `seed`, any other with its published weights."""
     torch.manual_seed(seed)
+    if config.name == VECTORS:
+        return vector_backbone(config, prompts.catalog)
     if config.name == "tiny":
         tokenizer = train_tokenizer(config.tiny.vocab, prompts.words())
         backbone = Backbone(from_config(tiny_config(config.tiny, tokenizer), config), tokenizer, tiny_processor(config.tiny))
     else:
         backbone = published_backbone(config)
     return adapted(backbone, config)
+
+
+def vector_backbone(config: BackboneConfig, catalog: Catalog) -> Backbone:
+    """Reads the table of vectors of a catalogue's items as a backbone without weights. Raises `UserError` (2 or 3)."""
+    return Backbone(VectorModel(ItemVectors(config, catalog)), None, None)
 
 
 def adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
@@ -108,7 +117,7 @@ def published_backbone(config: BackboneConfig) -> Backbone:
 
 def weights_sha256(config: BackboneConfig) -> str | None:
     """Hashes the weight files of a local folder, whose model may be replaced. None for the tiny one and for a name on the hub."""
-    if config.name == "tiny" or not Path(config.name).is_dir():
+    if config.name in ("tiny", VECTORS) or not Path(config.name).is_dir():
         return None
     listed = "".join(f"{path.name} {sha256_file(path)}\n" for path in _weights(config, "*.safetensors"))
     return hashlib.sha256(listed.encode()).hexdigest()

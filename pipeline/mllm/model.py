@@ -25,6 +25,7 @@ MODEL_INPUTS = (
     "attention_mask",
     "mm_token_type_ids",
     "token_type_ids",
+    "vectors",
 )  # tensors of a batch that the base model takes unchanged
 SCALED = {"session", "query"}  # heads of queries: their features hold the learned scale of the logits
 STATE = "state"  # in place of a head's name: h(v) itself

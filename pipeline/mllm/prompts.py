@@ -26,9 +26,9 @@ VERSION = "2"  # part of fingerprints and manifests; raise it whenever prompts c
 class PromptPart(NamedTuple):
     """One part of a prompt."""
 
-    kind: Literal["words", "text", "image", "turn", "read", "answer", "intent"]  # "text": of an item, may be cut
+    kind: Literal["words", "text", "image", "turn", "read", "answer", "intent", "vector"]  # "text": of an item, may be cut
     text: str = ""
-    row: int = -1  # of the item, for "image"
+    row: int = -1  # of the item, for "image" and "vector"
 
 
 class View(NamedTuple):

@@ -12,26 +12,29 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import write_json
-from pipeline.mllm.backbone import Backbone, adapted, from_config, published_backbone, weights_sha256
+from pipeline.data.catalog import Catalog
+from pipeline.mllm.backbone import Backbone, adapted, from_config, published_backbone, vector_backbone, weights_sha256
+from pipeline.mllm.item_vectors import VECTORS
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 
 
 def save_mllm(folder: Path, model: Mllm | SideBySide, backbone: Backbone, settings: dict[str, Any]) -> None:
     """Writes the trained weights, the backbone's config, tokenizer and image processor, and `settings` to build it again."""
     backbone.model.config.save_pretrained(folder)
-    backbone.tokenizer.save_pretrained(folder)
-    backbone.image_processor.save_pretrained(folder)
+    if backbone.tokenizer is not None:
+        backbone.tokenizer.save_pretrained(folder)
+        backbone.image_processor.save_pretrained(folder)
     save_file({name: p.detach().cpu().contiguous() for name, p in trainable_state(model).items()}, folder / "weights.safetensors")
     write_json(folder / "mllm.json", settings)
 
 
 def load_mllm(
-    folder: Path, config: BackboneConfig | None = None, merge: bool = False
+    folder: Path, config: BackboneConfig | None = None, merge: bool = False, catalog: Catalog | None = None
 ) -> tuple[Mllm | SideBySide, Backbone, dict[str, Any]]:
     """Loads what `save_mllm` wrote, whose files must have been verified: model, backbone, settings. Raises `UserError` (4).
 
     `config` overrides settings of the backbone on which no weight depends. `merge` adds the adapters into the weights they adapt:
-    the same model, for inference only.
+    the same model, for inference only. A backbone of vectors takes those of the items of `catalog`.
     """
     settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
     config = config or BackboneConfig.model_validate(settings["backbone"])
@@ -41,10 +44,10 @@ def load_mllm(
             "`tpad distill` again",
             ARTIFACT,
         )
-    backbone = _saved_backbone(folder, config)
+    backbone = _saved_backbone(folder, config, catalog)
     mllm: Mllm | SideBySide
     if settings.get("side_by_side"):
-        other = _saved_backbone(folder, config)
+        other = _saved_backbone(folder, config, catalog)
         models = zip(settings["heads"], (backbone, other), strict=True)
         mllm = SideBySide({half: Mllm(part.model, [half], settings["dim"]) for half, part in models})
     else:
@@ -55,8 +58,11 @@ def load_mllm(
     return mllm, backbone, settings
 
 
-def _saved_backbone(folder: Path, config: BackboneConfig) -> Backbone:
+def _saved_backbone(folder: Path, config: BackboneConfig, catalog: Catalog | None) -> Backbone:
     """Builds the backbone as before training, with empty adapters."""
+    if config.name == VECTORS:
+        assert catalog is not None, "vectors are those of a catalogue"
+        return vector_backbone(config, catalog)
     if config.name != "tiny":
         return adapted(published_backbone(config), config)
     model = from_config(AutoConfig.from_pretrained(folder), config)

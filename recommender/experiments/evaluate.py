@@ -50,7 +50,7 @@ from recommender.training.search import settings_for, with_settings
 from recommender.training.trainer import alone, train_model
 
 PAPER_MAX = "paper-max"
-PROTOCOLS = ("time", "user-hash", "last-out", PAPER_MAX)
+PROTOCOLS = ("time", "user-hash", "cold-items", "last-out", PAPER_MAX)
 CONTROL_CASES = 20_000  # maximum number of cases that are ranked again with shuffled prefixes
 ORDERS = ("original", "shuffled", "shuffled but the last item")
 MAIN = ("HR@5", "HR@10", "HR@20", "MRR@20", "NDCG@20")

@@ -1,6 +1,7 @@
 """Tests the protocols of splitting; artifacts of another split are refused, and every command obeys the setting."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,30 @@ def test_sessions_of_a_user_column_stay_together(tmp_path: Path) -> None:
     assert sum(map(len, user_ids)) == 90
     with pytest.raises(UserError, match="other training sessions"):  # they were distilled from a split by session
         load_training_data(settings("user-hash"), tmp_path, data)
+
+
+def test_cold_items_are_in_the_test_alone(tmp_path: Path) -> None:
+    """A tenth of the items, the same however the log or the catalogue grows; the sessions are split as by user-hash."""
+    items = [f"item-{n:03d}" for n in range(200)]
+    rng = np.random.default_rng(0)
+    rows = rng.integers(200, size=(300, 6)).astype(np.int32)
+    log = SessionLog([f"s{n}" for n in range(300)], rows.ravel(), np.arange(301) * 6, np.arange(300), np.arange(1800), item_ids=items)
+    split, whole = (split_sessions(log, DataConfig(protocol=protocol)) for protocol in ("cold-items", "user-hash"))
+    trained = set(split.train.rows) | set(split.valid.rows)
+    cold = (set(whole.train.rows) | set(whole.valid.rows)) - trained
+    assert 10 <= len(cold) <= 32
+    assert cold & set(split.test.rows)
+    assert np.array_equal(split.test.rows, whole.test.rows)
+    kept = [row for row in whole.train.rows if row not in cold]
+    assert len(split.train.rows) >= len(kept) - 6  # nothing else is withheld, but sessions of one event that are left
+    assert split.train.ids_sha256() != whole.train.ids_sha256()
+    half = np.array([n if n < 100 else -1 for n in range(200)])
+    smaller = split_sessions(replace(log.moved(half), item_ids=items[:100]), DataConfig(protocol="cold-items"))
+    assert set(range(100)) - set(smaller.train.rows) - set(smaller.valid.rows) >= {row for row in cold if row < 100}
+
+
+def test_vectors_that_have_seen_the_withheld_items_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    publish_embeddings(tmp_path, data, write_data(data), settings("user-hash"))
+    with pytest.raises(UserError, match=r"other training sessions.*data\.protocol"):
+        train_sbr(settings("cold-items"), tmp_path, data)
