@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from torch import Tensor
 
 from pipeline.core.prefetch import loaded_ahead
@@ -25,6 +25,9 @@ def start_heads(phase: Phase, mllm: Mllm) -> None:
         states = item_features(mllm, phase, rows, (STATE,), phase.config.distill.workers)[STATE]
         for head, affine in phase.head_maps(rows, F.layer_norm(states, states.shape[-1:])).items():
             mllm.set_head(head, affine.to(states.device))
+    if phase.group.world > 1:  # the decompositions of two machines may differ in signs
+        for weight in mllm.heads.parameters():
+            weight.data.copy_(broadcast(weight.data))
 
 
 def start_by_variance(phase: Phase, mllm: Mllm) -> None:

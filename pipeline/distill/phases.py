@@ -210,7 +210,9 @@ class Transfer(Phase):
             return {}
         places = np.full(len(self.prompts), -1)
         places[rows] = np.arange(len(rows))
-        maps, _ = chosen_closed_form(states.cpu(), self.train.moved(places, training=True), self.config.distill.dim, self.config.seed)
+        maps, rank = chosen_closed_form(states.cpu(), self.train.moved(places, training=True), self.config.distill.dim, self.config.seed)
+        if not self.settings.steps:  # training needs every direction to learn in, the closed form alone the best ones
+            maps = maps.cut(rank)
         return {"query": maps.query, "session": maps.query, "transition": maps.item}
 
     def _view(self, row: int, rng: np.random.Generator) -> View:
