@@ -198,7 +198,7 @@ class KnowledgeConfig(PhaseConfig):
 class TransferConfig(PhaseConfig):
     """Stage 2, first half: trains the Transfer-MLLM T on blocks of items and on session instructions."""
 
-    steps: Count = Field(default=200, description="training steps")
+    steps: Count = Field(default=300, description="training steps")
     batch: Positive = Field(
         default=128, description="items of a block, over all processes together: half of them whole sessions, half at random"
     )
