@@ -241,7 +241,7 @@ class TransferConfig(PhaseConfig):
 class AlignConfig(PhaseConfig):
     """Stage 2, second half: transitional pattern alignment, which turns K into the unified MLLM."""
 
-    steps: Count = Field(default=200, description="training steps")
+    steps: Count = Field(default=100, description="training steps")
     batch: Positive = Field(default=128, description="items in a step, over all processes together")
     lr: Rate = Field(default=2e-3, description="peak learning rate of AdamW")
     align: Weight = Field(default=1.0, description="weight of the lower bound of the mutual information of p(v) and t(v)")
