@@ -4,7 +4,8 @@
     python benchmarks/distill.py configs/qwen3-vl-2b.yaml --set backbone.name=artifacts/random
 
 Items and sessions are those of the sample shop, with pictures of 256 pixels a side. A step's seconds are a median, without
-the first two; tokens are those of all its sequences, image tokens included and padding not.
+the first two; tokens are those of all its sequences, image tokens included and padding not. Pairs are those that T learns from: of its
+blocks, and of session prompts alone.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from accelerate import Accelerator
 from memory import SHAPES, memory
 
 from pipeline.core.checkpoint import Checkpoints
+from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.metrics_log import MetricsLog
 from pipeline.data.catalog import load_catalog
 from pipeline.data.sample_shop import draw_shop
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_sessions
-from pipeline.distill.phases import PHASES
+from pipeline.distill.phases import PHASES, Transfer
 from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import train_phase
 from pipeline.mllm.backbone import build_backbone
@@ -47,6 +49,19 @@ class Watch(MetricsLog):
     def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
         super().log(phase, step, values)
         self.over.append(time.perf_counter())
+
+
+def prompts_alone(config: Config) -> Config:
+    """T as it learned before there were blocks: 32 session prompts, whose candidates are the items they ask for."""
+    transfer = config.distill.transfer.model_copy(update={"batch": 1, "sessions": 32})
+    return config.model_copy(update={"distill": config.distill.model_copy(update={"transfer": transfer})})
+
+
+def pairs_of(facts: dict[str, torch.Tensor], config: Config) -> float:
+    """Pairs of events that a step of T learns from: those of the log within the block, or one for each question of a prompt."""
+    if "pairs" not in facts:
+        return 0.0
+    return float(facts["pairs"].sum() if config.distill.transfer.batch > 1 else (facts["target"] >= 0).sum())
 
 
 def main() -> None:
@@ -71,20 +86,25 @@ def main() -> None:
         pack_attention(backbone.model, accelerator.device)
         encoder = PromptProcessor(config.backbone, backbone, catalog)
         mllm = Mllm(backbone.model, [head for kind in PHASES for of in kind.heads.values() for head in of], config.distill.dim)
-        print("| phase | sequences a step | tokens a step | s a step | tokens a second | peak GB |\n| --- | --- | --- | --- | --- | --- |")
-        for kind in PHASES:
-            phase = kind(config, views, encoder, split.train, group, {"knowledge": drawn, "transition": drawn})
+        heads = ("phase", "sequences a step", "tokens a step", "pairs a step", "s a step", "tokens a second", "pairs a second", "peak GB")
+        print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+        rows = [(kind.name, kind, config) for kind in PHASES]
+        rows.insert(2, ("transfer, session prompts alone", Transfer, prompts_alone(config)))
+        for name, kind, settings in rows:
+            phase = kind(settings, views, encoder, split.train, group, {"knowledge": drawn, "transition": drawn})
             watch = Watch(folder / "metrics.jsonl", accelerator)
             if accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            train_phase(phase, mllm, accelerator, Checkpoints(folder / kind.name, ""), watch)
+            train_phase(phase, mllm, accelerator, Checkpoints(folder / name, ""), watch)
             masks = [
                 [of["attention_mask"] for chunk in phase[n][0] for of in chunk.values() if "attention_mask" in of] for n in range(WARM)
             ]
             tokens, sequences = (statistics.mean(sum(map(count, of)) for of in masks) for count in (lambda m: int(m.sum()), len))
             seconds = statistics.median(b - a for a, b in zip(watch.over[WARM - 1 :], watch.over[WARM:], strict=False))
             peak = torch.cuda.max_memory_allocated() / 1e9 if accelerator.device.type == "cuda" else float("nan")
-            print(f"| {kind.name} | {sequences:.0f} | {tokens:,.0f} | {seconds:.2f} | {tokens / seconds:,.0f} | {peak:.1f} |", flush=True)
+            pairs = statistics.mean(pairs_of(phase[n][1], settings) for n in range(WARM))
+            cells = [f"{sequences:.0f}", f"{tokens:,.0f}", f"{pairs:,.0f}", f"{seconds:.2f}", f"{tokens / seconds:,.0f}"]
+            print(f"| {name} | {' | '.join(cells)} | {pairs / seconds:,.0f} | {peak:.1f} |", flush=True)
         if published.backbone.name in SHAPES:
             print(f"computed for the largest step by benchmarks/memory.py: {memory(published)['total']:.1f} GB")
 
