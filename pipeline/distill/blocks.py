@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.core.errors import DATA, UserError
 from pipeline.data.session_log import SessionLog
 from pipeline.distill.closed_form import transition_counts
 
@@ -23,6 +24,8 @@ class Blocks:
         self.counts = transition_counts(train, items, window)
         followed, following = (np.asarray(self.counts.sum(axis)) for axis in (1, 0))
         self.known = np.flatnonzero(followed + following)  # the items of some transition
+        if not len(self.known):
+            raise UserError("no training session has two different items, so there are no transitions to learn; give longer sessions", DATA)
         self.sessions = min(len(train), max(1, round(self.half * len(train) / len(train.rows))))  # of a block
         bias = self._log_probability(items)
         # (2, N): what is added to the logits of an item that follows, and of one that is followed
@@ -37,10 +40,10 @@ class Blocks:
         probability: np.ndarray = np.log(np.maximum(1 - missed, 1e-9))
         return probability
 
-    def rows(self, sessions: np.ndarray, fill: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Returns the items of a block, ascending: those of `sessions`, at most half of it, and the random ones."""
-        first = np.unique(np.concatenate([self.train.session(int(session)) for session in sessions]))
-        return np.intersect1d(np.union1d(rng.permutation(first)[: self.half], fill), self.known)
+    def rows(self, sessions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns the items of `sessions` for a block: half of it at most."""
+        rows: np.ndarray = rng.permutation(np.unique(np.concatenate([self.train.session(int(session)) for session in sessions])))
+        return rows[: self.half]
 
     def facts(self, block: np.ndarray) -> dict[str, Tensor]:
         """Returns the rows of a block (b,), the weights of its pairs (b, b), and the biases of the logits (2, b)."""

@@ -187,7 +187,7 @@ class Transfer(Phase):
         windows = [self._window(int(session), self.rng(step, n)) for n, session in enumerate(sessions[: cfg.sessions])]
         fill = known[self.drawn(len(known), min(self.blocks.half, len(known)), step, FILL)]
         targets = [window.rows[1:] for window in windows]
-        block = self.blocks.rows(sessions[: self.blocks.sessions], np.concatenate([fill, *targets]), self.rng(step))
+        block = np.unique(np.concatenate([self.blocks.rows(sessions[: self.blocks.sessions], self.rng(step)), fill, *targets]))
         padded = np.resize(block, math.ceil(len(block) / self.group.world) * self.group.world)
         sequences = {"items": [self._item(int(row), self.rng(step, int(row), 2)) for row in self.group.share(padded)]}
         facts = self.blocks.facts(block)

@@ -139,6 +139,35 @@ def test_an_epoch_takes_every_item_once() -> None:
     assert list(taken[:50]) != list(taken[50:100])
 
 
+def with_sessions(data: Path, to: Path, more: list[list[str]], only: bool = False) -> Path:
+    """The data folder with sessions added at its beginning, or with these alone."""
+    shutil.copytree(data, to)
+    table = pq.read_table(to / "sessions.parquet")
+    early = [(f"first-{n}", item, n * 10 + k) for n, items in enumerate(more) for k, item in enumerate(items)]
+    columns = {name: list(column) for name, column in zip(("session_id", "item_id", "timestamp"), zip(*early, strict=True), strict=True)}
+    added = pa.table({name: pa.array(columns[name], table.schema.field(name).type) for name in table.column_names})
+    pq.write_table(added if only else pa.concat_tables([added, table]), to / "sessions.parquet")
+    return to
+
+
+def test_an_item_that_only_repeats_is_learned_from_without_stumbling(tiny_data: Path, tmp_path: Path) -> None:
+    """It has no transition to another item, but a session prompt asks for it."""
+    items = pq.read_table(tiny_data / "items.parquet")["item_id"].to_pylist()
+    sold = set(pq.read_table(tiny_data / "sessions.parquet")["item_id"].to_pylist())
+    lonely = next((item for item in items if item not in sold), items[0])
+    data = with_sessions(tiny_data, tmp_path / "data", [[lonely] * 3] * 30)
+    distill_run(tmp_path / "run", data, "distill.transfer.sessions=16", "distill.transfer.steps=20")
+    assert np.isfinite([line["sessions"] for (phase, _), line in losses(tmp_path / "run").items() if phase == "transfer"]).all()
+
+
+def test_a_log_without_two_different_items_is_one_clear_line(tiny_data: Path, tmp_path: Path) -> None:
+    items = pq.read_table(tiny_data / "items.parquet")["item_id"].to_pylist()
+    data = with_sessions(tiny_data, tmp_path / "data", [[item] * 2 for item in items], only=True)
+    with pytest.raises(UserError, match="no training session has two different items") as error:
+        distill_run(tmp_path / "run", data)
+    assert error.value.code == DATA
+
+
 def test_batches_of_one_do(tiny_data: Path, tmp_path: Path) -> None:
     """One item has no other to be told from: nothing to learn there, and nothing to stumble over."""
     distill_run(tmp_path, tiny_data, *(f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=4", "batch=1")))
