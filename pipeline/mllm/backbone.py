@@ -99,12 +99,13 @@ def published_backbone(config: BackboneConfig) -> Backbone:
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             use_safetensors=True,
+            trust_remote_code=False,
             **more,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         tokenizer.chat_template = _processor_template(config) or tokenizer.chat_template
         # the PIL variant everywhere, so that an image gives the same pixels with and without torchvision
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil", trust_remote_code=False)
     except ImportError as error:
         raise _lacking(error, config) from None
     except (OSError, ValueError) as error:
@@ -156,7 +157,9 @@ def _nf4(config: BackboneConfig) -> BitsAndBytesConfig:
 def from_config(hf_config: PretrainedConfig, config: BackboneConfig) -> Any:
     """Builds the model of a Hugging Face config, with random weights."""
     try:
-        return AutoModelForImageTextToText.from_config(hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+        return AutoModelForImageTextToText.from_config(
+            hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention, trust_remote_code=False
+        )
     except ImportError as error:
         raise _lacking(error, config) from None
 

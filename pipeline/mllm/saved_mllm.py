@@ -65,9 +65,14 @@ def _saved_backbone(folder: Path, config: BackboneConfig, catalog: Catalog | Non
         return vector_backbone(config, catalog)
     if config.name != "tiny":
         return adapted(published_backbone(config), config)
-    model = from_config(AutoConfig.from_pretrained(folder), config)
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    return adapted(Backbone(model, AutoTokenizer.from_pretrained(folder), processor), config)
+    try:  # code that a config names is never run, nor asked about
+        model = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), config)
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise UserError(f"cannot load the MLLM: {reason} ({folder}); run `tpad distill` again", ARTIFACT) from None
+    return adapted(Backbone(model, tokenizer, processor), config)
 
 
 def merge_adapters(model: nn.Module) -> None:

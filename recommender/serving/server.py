@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.core.errors import ENVIRONMENT, UserError
 from recommender.serving.app import create_app
+from recommender.serving.bounded_heads import BoundedHeads
 from recommender.serving.live_version import Service
 from recommender.serving.middleware import log_to_stderr
 from recommender.serving.workers import ENDS, share
@@ -34,6 +35,7 @@ def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, w
         log_to_stderr()
         config = uvicorn.Config(
             create_app(service, key),
+            http=BoundedHeads,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from helpers.items import make
 from helpers.processes import ENVIRONMENT, contents, kill_when, start
 from helpers.runs import PHASES, change_items, distill_run, export_run, published_folder, settings
+from pipeline.core.artifact import OWN_KEYS, open_verified, stage
 from pipeline.core.errors import ARTIFACT, DATA, UserError
 from pipeline.core.errors import ENVIRONMENT as ENVIRONMENT_ERROR
 from pipeline.data.catalog import load_catalog
@@ -454,3 +456,29 @@ def test_items_that_change_while_in_use_are_no_bad_images(data: Path, tmp_path: 
     for work in (lambda: setup.prompts.has_image(0), lambda: source.measure(rows, known), lambda: source.load(rows, rows)):
         with pytest.raises(UserError, match="the items changed while in use"):
             work()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_an_mllm_that_names_code_of_its_own_is_refused_and_nothing_is_asked(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Sealed again with right sums: the code must not run, whatever somebody would answer on the terminal."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run / "mllm", run / "mllm")
+    before = open_verified(run / "mllm", "mllm", "")
+    ran = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Own: pass\n"
+    with stage(run / "mllm", "mllm") as staging:
+        shutil.copytree(before.path, staging.path, dirs_exist_ok=True)
+        (staging.path / "own.py").write_text(code)
+        content = json.loads((staging.path / file).read_text())
+        own = dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText", "AutoImageProcessor"), "own.Own")
+        content |= {"model_type": "own", "image_processor_type": "Own", "tokenizer_class": "Own"}
+        content["auto_map"] = own | {"AutoTokenizer": ["own.Own", None]}
+        (staging.path / file).write_text(json.dumps(content))
+        staging.publish({key: value for key, value in before.manifest.items() if key not in OWN_KEYS} | {"forged": True})
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    # transformers may still have a tokenizer or image processor of its own for the model
+    with pytest.raises(UserError) if file == "config.json" else suppress(UserError):
+        export_run(run, tiny_data)
+    assert not ran.exists()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from safetensors.numpy import load_file, save
 from helpers.processes import FORK, tpad, tpad_from_nothing
 from helpers.server import HOSTILE, Server, publish_again, serving, write_shop
 from pipeline.core.config_file import load_config
-from recommender.serving import middleware
+from recommender.serving import bounded_heads, middleware
 from recommender.serving.recommender import Recommender
 from recommender.serving.server import serve
 from recommender.serving.thumbnails import Thumbnails
@@ -282,6 +283,34 @@ def test_idle_hurried_and_garbled_clients_do_no_harm(server: Server) -> None:
     wait_for(lambda: numbers(server)["tpad_requests_in_flight"] == 1)
 
 
+def test_a_head_without_end_is_refused_while_others_are_answered(server: Server) -> None:
+    """Its bytes were held and searched again with every piece: one client without a key could stop the service."""
+    with socket.create_connection(("127.0.0.1", server.port)) as flood:
+        flood.sendall(b"GET /livez HTTP/1.1\r\nhost: a\r\nx: ")
+        with suppress(ConnectionError):  # the service closes while pieces are on their way
+            for _ in range(50):
+                flood.sendall(b"y" * 1_000_000)
+                assert server.ask("/livez").status == 200
+        with suppress(ConnectionError):
+            assert flood.recv(100).startswith(b"HTTP/1.1 431")
+    with socket.create_connection(("127.0.0.1", server.port)) as many, suppress(ConnectionError):
+        many.sendall(b"GET /livez HTTP/1.1\r\n" + b"a: b\r\n" * 20_000 + b"\r\n")
+        assert many.recv(100).startswith(b"HTTP/1.1 431")
+    large = server.ask("/livez", x="y" * 60_000)
+    assert large.status == 200
+
+
+def test_requests_of_one_connection_each_have_the_whole_limit(server: Server) -> None:
+    one = b"GET /livez HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 40_000 + b"\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(one * 3)  # without waiting for answers
+        client.settimeout(20)
+        answers = b""
+        while answers.count(b'{"status":"alive"}') < 3:
+            answers += client.recv(65536)
+    assert answers.count(b"HTTP/1.1 200") == 3
+
+
 def test_requests_beyond_the_concurrency_limit_get_429(server: Server) -> None:
     """256 requests that wait for their bodies fill the limit."""
     head = b"POST /recommend HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n"
@@ -300,7 +329,7 @@ def test_requests_beyond_the_concurrency_limit_get_429(server: Server) -> None:
 
 
 def serve_impatiently(run: Path, port: int) -> None:
-    middleware.BODY_TIMEOUT = 0.2
+    middleware.BODY_TIMEOUT = bounded_heads.HEAD_SECONDS = 0.2
     serve(run, None, "127.0.0.1", port, None, 1, print)
 
 
@@ -315,6 +344,9 @@ def test_a_body_that_stalls_is_answered_by_408_and_the_connection_closed(run: Pa
         answer = b"".join(iter(lambda: slow.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"no data received for" in answer
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(b"GET /livez HTTP/1.1\r\nhost:")
+        assert b"".join(iter(lambda: slow.recv(65536), b"")).startswith(b"HTTP/1.1 408")
     process.terminate()
     process.join()
     assert process.exitcode == 143
