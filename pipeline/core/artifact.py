@@ -62,6 +62,8 @@ class Staging:
         if self.published or OWN_KEYS & manifest.keys() or keep < 1:
             raise ValueError(f"published twice, or a manifest with one of {sorted(OWN_KEYS)}, or keep < 1")
         remove(self.path / MANIFEST)
+        for leftover in self.path.rglob(".*.tmp"):  # of a writer that was killed here
+            remove(leftover)
         names, folders = _walk(self.path)
         files = [{"name": n, "bytes": (self.path / n).stat().st_size, "sha256": sha256_file(self.path / n)} for n in names]
         full = manifest | {"format_version": FORMAT_VERSION, "kind": self.kind, "files": files}

@@ -83,6 +83,17 @@ def test_equal_content_gives_an_equal_manifest_anywhere(tmp_path: Path) -> None:
     assert publish(tmp_path / "a", "other").manifest_sha256 != publish(tmp_path / "a").manifest_sha256
 
 
+def test_temporary_files_of_a_killed_writer_are_not_published(tmp_path: Path) -> None:
+    with stage(tmp_path, "mllm") as staging:
+        (staging.path / "deep").mkdir()
+        (staging.path / "weights.bin").write_bytes(b"whole")
+        for name in (".manifest.json.4711.tmp", "deep/.part-00000.parquet.12.tmp"):
+            (staging.path / name).write_bytes(b"half")
+        version = staging.publish({})
+    assert [file["name"] for file in version.manifest["files"]] == ["weights.bin"]
+    assert sorted(path.name for path in version.path.rglob("*") if path.is_file()) == ["manifest.json", "weights.bin"]
+
+
 def test_nothing_published_names_the_command_to_run(tmp_path: Path) -> None:
     assert refusal(tmp_path / "embeddings", "embeddings") == f"embeddings not found ({tmp_path / 'embeddings'}); {HINT}"
     with pytest.raises(RuntimeError), stage(tmp_path / "embeddings", "embeddings") as staging:
