@@ -157,7 +157,7 @@ def draw_shop(out: Path, shop: ShopConfig, data: DataConfig) -> None:
     law = build_law(shop)
     sessions, starts = _sessions(law, shop, data)
     out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(_items_table(law, shop), out / "items.parquet", row_group_size=1024)
+    pq.write_table(_items_table(law, shop), out / "items.parquet", row_group_size=1024, write_page_checksum=True)
     lengths = [len(s) for s in sessions]
     times = np.concatenate([start + 30 * np.arange(length) for start, length in zip(starts, lengths, strict=True)])
     events = {
@@ -165,7 +165,7 @@ def draw_shop(out: Path, shop: ShopConfig, data: DataConfig) -> None:
         "item_id": [_item_id(row) for session in sessions for row in session],
         "timestamp": times,
     }
-    pq.write_table(pa.table(events), out / "sessions.parquet")
+    pq.write_table(pa.table(events), out / "sessions.parquet", write_page_checksum=True)
     test = sessions[len(sessions) - _held_out(shop, data.test) :]
     best = {"shop": shop.model_dump(), "valid": data.valid, "test": data.test, "max_prefix": data.max_prefix}
     best["metrics"] = ceiling(law, test, data.max_prefix)

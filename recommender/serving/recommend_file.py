@@ -73,7 +73,7 @@ def recommend_file(
     try:
         with (
             replacing(out) as temporary,
-            pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer,
+            pq.ParquetWriter(temporary, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
             Steps("recommendations", last - first, show=number == 0) as shown,
         ):
             for chunk in session_range(complete_sessions(pieces, recommender, sessions), first, last):
@@ -226,7 +226,7 @@ def read_pieces(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 names = file.schema_arrow.names
                 selected = [name for name in columns if name in names] if set(NEEDED) <= set(names) else names  # an error names all columns
                 for batch in file.iter_batches(PIECE, columns=selected):

@@ -24,7 +24,7 @@ from recommender.serving import batch_scorer
 from recommender.serving import recommend_file as batch
 from recommender.serving import recommender as recommend
 from recommender.serving.live_version import LoadedVersion
-from recommender.serving.recommend_file import recommend_file
+from recommender.serving.recommend_file import read_pieces, recommend_file
 from recommender.serving.recommender import Recommender
 from recommender.training.rebuild_index import refresh
 from recommender.training.train import train_sbr
@@ -589,3 +589,23 @@ def test_recommend_before_training_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tpad train-sbr") as error:
         Recommender.load(tmp_path)
     assert error.value.code == ARTIFACT
+
+
+def test_a_flipped_bit_in_a_file_of_sessions_is_never_read_as_another_item(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table = pa.table({"session_id": [f"s{n // 4}" for n in range(400)], "item_id": [f"item-{n:03d}" for n in rng.integers(60, size=400)]})
+    sound = tmp_path / "sound.parquet"
+    pq.write_table(table, sound, write_page_checksum=True, compression="none", use_dictionary=False)
+    data, refused = sound.read_bytes(), 0
+    for place in rng.choice(len(data), 120, replace=False):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path = tmp_path / "flipped.parquet"
+        path.write_bytes(flipped)
+        try:
+            read = pa.concat_tables(list(read_pieces(path, ["session_id", "item_id"])))
+        except UserError:
+            refused += 1
+        else:
+            assert read.select(["session_id", "item_id"]).to_pydict() == table.to_pydict()
+    assert refused > 60
