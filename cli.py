@@ -18,7 +18,7 @@ import typer
 from typer import Option
 from typer.core import TyperGroup
 
-from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.core.errors import ENVIRONMENT, USAGE, UserError, printable
 from pipeline.core.process import join_cpu_processes
 from pipeline.run_folder import find_images, open_run, remember, say
 
@@ -251,9 +251,9 @@ def recommend(
         raise UserError("--session names no item (command line); give item_ids, e.g. --session a,b,c", USAGE)
     answer = recommender.recommend(items, k, exclude_seen, filters, diversify, new_items, moment)
     if as_json:
-        ranked = [item._asdict() for item in answer.items]
-        fields = {"session": items, "items": ranked, "unknown": answer.unknown, "fallback": answer.fallback}
-        typer.echo(json.dumps(fields, ensure_ascii=False))
+        fields = {"session": items, "items": [i._asdict() for i in answer.items], "unknown": answer.unknown, "fallback": answer.fallback}
+        text = json.dumps(fields, ensure_ascii=False)
+        typer.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
         return
     from recommender.serving.printed_answer import figures_line, print_items, session_lines
 
@@ -319,9 +319,7 @@ def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]
 
 @app.command()
 def evaluate(
-    protocol: Annotated[
-        str | None, Option(metavar="time|user-hash|cold-items|last-out|paper-max", help="Split. Default: the run's.")
-    ] = None,
+    protocol: Annotated[str | None, Option(metavar="time|user-hash|cold-items|last-out|paper-max", help="Default: the run's.")] = None,
     models: Annotated[str | None, Option(metavar="A,B,...", help="Models and baselines. Default: all of them.")] = None,
     windows: Annotated[int, Option(metavar="N", min=0, help="Evaluate at N cut-off times in the log: mean and spread.")] = 0,
     seeds: Annotated[int | None, Option(min=1, help="How often each model is trained (sbr.seeds).")] = None,
@@ -350,7 +348,7 @@ def evaluate(
             version, text, left_out = evaluate_windows(settings, run, folder, windows, names, against, fresh)
         else:
             version, text, left_out = evaluation.evaluate(settings, run, folder, protocol, names, against, fresh)
-        typer.echo(text.partition("\n## Distinct")[0])
+        typer.echo(printable(text.partition("\n## Distinct")[0]))
         if left_out:
             say(f"left out: {left_out}")
         say(f"evaluation: {version.path / 'report.md'}")
@@ -401,7 +399,7 @@ def prepare(
     from pipeline.data.prepare.prepare import prepare as run_import
 
     options = PrepareOptions(items, sessions, out, images, session_gap, min_item_count, max_session_length, on_bad_image, columns)  # type: ignore[arg-type]
-    typer.echo("\n".join(run_import(options).lines()))
+    typer.echo(printable("\n".join(run_import(options).lines())))
     command, last = ("distill", "") if items else ("train-sbr", " --set 'sbr.models=[ID-only]'")
     say(f"next: tpad {command} --data {out} --run artifacts/{out.name}{last}")
 
@@ -443,7 +441,7 @@ def main() -> None:
     except UsageError as error:
         message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
         command = error.ctx.command_path if error.ctx else "tpad"  # type: ignore[attr-defined]
-        typer.echo(f"error: {message[0].lower()}{message[1:]} (command line); see `{command} --help`", err=True)
+        typer.echo(printable(f"error: {message[0].lower()}{message[1:]} (command line); see `{command} --help`"), err=True)
         raise SystemExit(USAGE) from None
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError, printable
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config
@@ -22,7 +22,7 @@ MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the only one that prints, u
 def say(line: str) -> None:
     """Prints a line to stderr, in the main process."""
     if MAIN_PROCESS:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from helpers.processes import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad, tpad_from_nothing
+from helpers.server import publish_again
 from pipeline.core.artifact import OWN_KEYS, open_verified, stage
 from pipeline.core.config_file import load_config
 
@@ -489,3 +490,23 @@ def test_help_takes_under_half_a_second() -> None:
         assert done.returncode == 0
         assert all(name in done.stdout for name in (*CHAIN, "prepare"))
     assert min(took) < 0.5
+
+
+def test_titles_and_ids_give_no_commands_to_the_terminal(run: Path, tmp_path: Path) -> None:
+    """OSC 52 would fill the clipboard, OSC 8 hide a link, C1 do either in one byte; JSON stays JSON."""
+    hostile = "\x1b]52;c;aGk=\x07 mug \x1b[2J\x9b31m\u202e\x7f"
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    before = open_verified(copy / "sbr", "sbr", "")
+    items = pq.read_table(before.path / "items.parquet")
+    place = items.column_names.index("title")
+    titled = items.set_column(place, "title", pa.array([hostile] * len(items), items.schema.field("title").type))
+    sink = pa.BufferOutputStream()
+    pq.write_table(titled, sink, write_page_checksum=True)
+    publish_again(copy, items_parquet=sink.getvalue().to_pybytes())
+    control = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
+    first = items["item_id"][0].as_py()
+    for words in (["recommend", "--session", f"{first},{hostile}"], ["recommend", "--session", first, "--json"], ["recommend", hostile]):
+        done = tpad(*words, "--run", str(copy))
+        assert not control.search(done.stdout + done.stderr), words
+        if "--json" in words:
+            assert json.loads(done.stdout)["items"][0]["title"] == hostile

@@ -10,13 +10,16 @@ ARTIFACT = 4  # an artifact is missing, corrupt or does not match
 ENVIRONMENT = 5  # device, package, disk
 
 
+def printable(text: str) -> str:
+    """Escapes what is not printable, but line ends: titles, ids and names from outside must not give commands to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """An error the user can fix: one line, `what (where); what to do`, and the exit code of the contract (2, 3, 4 or 5)."""
 
     def __init__(self, message: str, code: int) -> None:
-        # the message may quote a file or an id, whose control characters must not reach the terminal
-        line = " ".join(message.split())
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+        super().__init__(printable(" ".join(message.split())))  # it may quote a file or an id
         self.code = code
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, int]]:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.core.errors import printable
+
 if TYPE_CHECKING:
     from recommender.serving.recommender import Item, Recommender
 
@@ -32,7 +34,7 @@ def print_items(recommender: "Recommender", items: "list[Item]") -> None:
     table.add_column("score", justify="right")
     for item in items:
         reasons = ("" if item_id is None else recommender.titles[recommender.row[item_id]] for item_id in (item.similar_to, item.after))
-        table.add_row(str(item.rank), *map(escape, (item.item_id, item.title, *reasons)), f"{item.score:.4f}")
+        table.add_row(str(item.rank), *(escape(printable(text)) for text in (item.item_id, item.title, *reasons)), f"{item.score:.4f}")
     print_table(table)
 
 
