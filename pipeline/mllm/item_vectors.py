@@ -96,7 +96,8 @@ def _read(path: Path) -> tuple[list[str], np.ndarray]:
 def _read_npy(path: Path) -> tuple[list[str], np.ndarray]:
     names = path.with_suffix(".txt")
     try:
-        vectors = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            vectors = np.lib.format.read_array(file, allow_pickle=False)
         item_ids = names.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
