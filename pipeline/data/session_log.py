@@ -33,6 +33,10 @@ class SessionLog:
     def __len__(self) -> int:
         return len(self.session_ids)
 
+    def session_of_event(self) -> np.ndarray:
+        """Returns (E,) the number of each event's session."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
     def session(self, i: int) -> np.ndarray:
         """Returns the item rows of the i-th session."""
         rows: np.ndarray = self.rows[self.offsets[i] : self.offsets[i + 1]]
@@ -49,7 +53,7 @@ class SessionLog:
     def keep(self, events: np.ndarray) -> "SessionLog":
         """Returns the log with the events (E,) bool only, without sessions of fewer than two. Raises ValueError if none is left."""
         lengths = np.diff(self.offsets)
-        count = np.bincount(np.repeat(np.arange(len(self)), lengths)[events], minlength=len(self))
+        count = np.bincount(self.session_of_event()[events], minlength=len(self))
         sessions = np.flatnonzero(count >= 2)
         if not len(sessions):
             raise ValueError("no session of two events")

@@ -17,13 +17,17 @@ ITSELF = -1e4  # logit of an item after itself
 
 
 class Blocks:
-    """Draws blocks of about `size` items, half of them from whole sessions and half at random, with the transitions between them."""
+    """Draws blocks of about `size` items, half of them from whole sessions and half at random, with the transitions between them.
+
+    `window` and `popularity` are those of `distill.transfer`. Raises `UserError` (3) for a log without a transition.
+    """
 
     def __init__(self, train: SessionLog, items: int, size: int, window: int, popularity: float) -> None:
         self.train, self.half = train, max(1, size // 2)
         self.counts = transition_counts(train, items, window)
         followed, following = (np.asarray(self.counts.sum(axis)) for axis in (1, 0))
-        self.known = np.flatnonzero(followed + following)  # the items of some transition
+        self.pairs = followed + following  # (N,) of each item
+        self.known = np.flatnonzero(self.pairs)  # the items of some transition
         if not len(self.known):
             raise UserError("no training session has two different items, so there are no transitions to learn; give longer sessions", DATA)
         self.sessions = min(len(train), max(1, round(self.half * len(train) / len(train.rows))))  # of a block
@@ -33,8 +37,7 @@ class Blocks:
 
     def _log_probability(self, items: int) -> np.ndarray:
         """Computes the log probability that an item is in a block: (N,)."""
-        session = np.repeat(np.arange(len(self.train)), np.diff(self.train.offsets))
-        rows = np.unique(session * items + self.train.rows) % items  # an item counts once in a session
+        rows = np.unique(self.train.session_of_event() * items + self.train.rows) % items  # an item counts once in a session
         missed = (1 - np.bincount(rows, minlength=items) / len(self.train)) ** self.sessions
         missed *= 1 - min(1.0, self.half / len(self.known))
         probability: np.ndarray = np.log(np.maximum(1 - missed, 1e-9))

@@ -24,7 +24,7 @@ def transition_counts(log: SessionLog, items: int, window: int) -> csr_array:
 
     Pairs of an item with itself are left out.
     """
-    session = np.repeat(np.arange(len(log)), np.diff(log.offsets))
+    session = log.session_of_event()
     counts = csr_array((items, items), dtype=np.float32)
     for distance in range(1, window + 1):
         earlier, later = log.rows[:-distance], log.rows[distance:]
@@ -81,22 +81,23 @@ def chosen_closed_form(features: Tensor, log: SessionLog, dim: int, seed: int) -
 
     A fifth of the items is withheld from the transitions; then each of their predecessors ranks them. Only training sessions are read.
     """
-    following = transition_counts(log, len(features), 1)
+    counts = {window: transition_counts(log, len(features), window) for window in WINDOWS}
+    following = counts[1]
     known = np.flatnonzero(following.sum(0) + following.sum(1))
     withheld = np.zeros(len(features), bool)
     withheld[np.random.default_rng(seed).permutation(known)[: int(WITHHELD * len(known))]] = True
     best, chosen = -1.0, (WINDOWS[0], RIDGES[-1], dim)
     if withheld.any():
         for window in WINDOWS:
-            counts = transition_counts(log, len(features), window)[~withheld][:, ~withheld]
+            others = counts[window][~withheld][:, ~withheld]
             for ridge in RIDGES:
-                maps = closed_form(features[torch.from_numpy(~withheld)], counts, dim, ridge)
+                maps = closed_form(features[torch.from_numpy(~withheld)], others, dim, ridge)
                 for rank in sorted({min(rank, dim) for rank in (*RANKS, dim)}):
                     score = withheld_mrr(features, maps.cut(rank), following, withheld, seed)
                     if score > best:
                         best, chosen = score, (window, ridge, rank)
     window, ridge, rank = chosen
-    return closed_form(features, transition_counts(log, len(features), window), dim, ridge), rank
+    return closed_form(features, counts[window], dim, ridge), rank
 
 
 def withheld_mrr(features: Tensor, maps: TransitionMaps, following: csr_array, withheld: np.ndarray, seed: int) -> float:

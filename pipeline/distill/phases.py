@@ -202,8 +202,7 @@ class Transfer(Phase):
         return sequences, facts
 
     def head_rows(self) -> np.ndarray:
-        counts = np.asarray(self.blocks.counts.sum(0) + self.blocks.counts.sum(1))
-        return np.sort(np.argsort(-counts, kind="stable")[: min(HEAD_ROWS, len(self.blocks.known))])
+        return np.sort(np.argsort(-self.blocks.pairs, kind="stable")[: min(HEAD_ROWS, len(self.blocks.known))])
 
     def head_maps(self, rows: np.ndarray, states: Tensor) -> Tensors:
         if states.var(0).mean() < LEAST_VARIANCE:  # items that look alike have no directions

@@ -125,11 +125,11 @@ def _read_parquet(path: Path) -> tuple[list[str], np.ndarray]:
     if not is_text(ids.type):
         ids = ids.cast(pa.string())  # ids are strings everywhere
     check_ids(ids, "item_id", lambda row: f"{path} row {row}")
-    lengths = {len(vector) if vector is not None else -1 for vector in table[lists[0]].to_numpy()}
+    vectors = table[lists[0]].to_numpy()
+    lengths = {len(vector) if vector is not None else -1 for vector in vectors}
     if len(lengths) != 1 or min(lengths) < 1:
         raise UserError(f"the vectors of `{lists[0]}` differ in length ({path}: {sorted(lengths)[:5]}); give each as many numbers", DATA)
-    values = np.stack(table[lists[0]].to_numpy()).astype(np.float32)
-    return ids.to_pylist(), values
+    return ids.to_pylist(), np.stack(vectors).astype(np.float32)
 
 
 def _is_vector(kind: pa.DataType) -> bool:
