@@ -4,7 +4,6 @@ The only file where both halves, `pipeline` and `recommender`, meet. Everything 
 quick. A `UserError` becomes one line on stderr and its exit code; results go to stdout, everything else to stderr.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -18,9 +17,12 @@ import typer
 from typer import Option
 from typer.core import TyperGroup
 
+from pipeline.command_options import RUN, ConfigFile, DataFolder, Fresh, Override, RunFolder, following
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError, printable
 from pipeline.core.process import join_cpu_processes
+from pipeline.prepare_command import prepare
 from pipeline.run_folder import find_images, open_run, remember, say
+from recommender.recommend_command import recommend
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config, VariantName
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from pipeline.export.export import Exported
     from recommender.training.teacher import Teacher
 
-RUN, ABLATION = Path("artifacts/shop"), Path("artifacts/ablation")
+ABLATION = Path("artifacts/ablation")
 DEBUG = "--debug"
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings its own copy of click, or uses the other, by version
 
@@ -62,17 +64,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ConfigFile = Annotated[Path | None, Option("--config", help="Settings (YAML). Default: the last ones of the run, else the built-in ones.")]
-DataFolder = Annotated[
-    Path | None, Option("--data", help="Folder of items and sessions (Parquet). Default: the run's, else the sample shop.")
-]
-RunFolder = Annotated[Path, Option("--run", help="Folder of the run: everything made from one catalogue.")]
-Override = Annotated[list[str] | None, Option("--set", metavar="A.B=VALUE", help="Overrides one setting, e.g. sbr.epochs=5; repeatable.")]
-Fresh = Annotated[bool, Option("--fresh", help="Start over instead of resuming.")]
-
-
-def following(command: str, run: Path) -> None:
-    say(f"next: tpad {command}{f' --run {run}' if run != RUN else ''}")
 
 
 def open_teacher(run: Path, item_ids: list[str], train: "SessionLog") -> "Teacher":
@@ -206,63 +197,7 @@ def index(
         following("recommend", run)
 
 
-@app.command()
-def recommend(
-    session: Annotated[str | None, Option(help="item_ids, oldest first: a,b,c. Default: a session of the test split.")] = None,
-    k: Annotated[int, Option("-k", min=1, help="How many items.")] = 10,
-    exclude_seen: Annotated[bool, Option("--exclude-seen", help="Leave out the items of the session.")] = False,
-    as_json: Annotated[bool, Option("--json", help="JSON instead of a table.")] = False,
-    filter_: Annotated[list[str] | None, Option("--filter", metavar="COLUMN=VALUE", help="Only items with this value; repeatable.")] = None,
-    diversify: Annotated[float, Option(help="Diversity by MMR, from 0 (relevance only) to 1 (diversity only).")] = 0.0,
-    new_items: Annotated[float | None, Option(metavar="SHIFT", help="Log-odds added to cold items. Default: sbr.new_items.")] = None,
-    at: Annotated[str | None, Option(metavar="TIME", help="Items available then: ISO 8601 (UTC) or Unix seconds. Default: now.")] = None,
-    sessions: Annotated[Path | None, Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")] = None,
-    out: Annotated[Path | None, Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
-    run: RunFolder = RUN,
-) -> None:
-    """Answer "what next?" for one session, or for a file of them."""
-    if (sessions is None) != (out is None) or (sessions is not None and session is not None):
-        raise UserError("--sessions FILE and --out FILE go together, without --session (command line); see `tpad recommend --help`", USAGE)
-    if sessions is not None and as_json:
-        raise UserError("--json is for one session (command line); a file's answers are Parquet, at --out", USAGE)
-    from recommender.serving.options import check_utf8, parse_filters, parse_time
-    from recommender.serving.recommender import Recommender
-
-    check_utf8("--session", session or "")
-    moment = None if at is None else parse_time(at)
-    filters = parse_filters(filter_ or [])
-    recommender = Recommender.load(run)
-    if sessions is not None and out is not None:
-        from recommender.serving.recommend_file import recommend_file
-
-        share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        answers = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share)
-        say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")
-        if answers.popular or answers.unknown_events:
-            say(f"events of items not in the catalogue, left out: {answers.unknown_events}")
-            say(f"sessions of no other items, which got the most popular ones: {answers.popular}")
-        return
-    if session is None:
-        items = recommender.samples[0]
-        say("a session of the test split:")
-    else:
-        items = [item for part in session.split(",") if (item := part.strip())]
-    if not items:
-        raise UserError("--session names no item (command line); give item_ids, e.g. --session a,b,c", USAGE)
-    answer = recommender.recommend(items, k, exclude_seen, filters, diversify, new_items, moment)
-    if as_json:
-        fields = {"session": items, "items": [i._asdict() for i in answer.items], "unknown": answer.unknown, "fallback": answer.fallback}
-        text = json.dumps(fields, ensure_ascii=False)
-        typer.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
-        return
-    from recommender.serving.printed_answer import figures_line, print_items, session_lines
-
-    say("\n".join(session_lines(recommender, items)))
-    if answer.fallback:
-        say("no item of this session is in the catalogue: these are the most popular ones")
-    print_items(recommender, answer.items)
-    if session is None:
-        typer.echo(figures_line(recommender))
+app.command()(recommend)
 
 
 @app.command()
@@ -381,27 +316,7 @@ def serve(
         run_service(run, find_images(data, run), host, port, key, workers, say)
 
 
-@app.command()
-def prepare(
-    sessions: Annotated[Path, Option(help="Log of events: session (or user) and item, with a time or a position.")],
-    out: Annotated[Path, Option(help="Folder to write items.parquet and sessions.parquet to.")],
-    items: Annotated[Path | None, Option(help="Catalogue: CSV, TSV, JSONL or Parquet. Default: the ids in the log.")] = None,
-    images: Annotated[Path | None, Option(help="Folder of item_id.jpg (.png, .webp), or of the image column's paths.")] = None,
-    column: Annotated[list[str] | None, Option(metavar="OURS=THEIRS", help="A column's name, e.g. item_id=movieId; repeatable.")] = None,
-    session_gap: Annotated[float, Option(help="Minutes of pause that begin a session, where only users are named.")] = 30.0,
-    min_item_count: Annotated[int, Option(help="Drop the events of items with fewer events.")] = 1,
-    max_session_length: Annotated[int, Option(help="Keep the last so many events of a session; 0: all.")] = 0,
-    on_bad_image: Annotated[str, Option(metavar="error|text_only", help="Stop at a broken image, or leave it out.")] = "error",
-) -> None:
-    """Turn your own tables and images into a data folder, and report what was read and dropped, and why."""
-    columns = dict(part.partition("=")[::2] for part in column or [])
-    from pipeline.data.prepare.prepare import PrepareOptions
-    from pipeline.data.prepare.prepare import prepare as run_import
-
-    options = PrepareOptions(items, sessions, out, images, session_gap, min_item_count, max_session_length, on_bad_image, columns)  # type: ignore[arg-type]
-    typer.echo(printable("\n".join(run_import(options).lines())))
-    command, last = ("distill", "") if items else ("train-sbr", " --set 'sbr.models=[ID-only]'")
-    say(f"next: tpad {command} --data {out} --run artifacts/{out.name}{last}")
+app.command()(prepare)
 
 
 @app.command()

@@ -31,7 +31,7 @@ PACKAGES = {  # package -> what it may import: these, and what these may import
     "pipeline.mllm": ("pipeline.data",),
     "pipeline.distill": ("pipeline.mllm", "pipeline.objectives"),
     "pipeline.export": ("pipeline.mllm",),
-    "pipeline": ("pipeline.data",),  # run_folder.py
+    "pipeline": ("pipeline.data",),  # run_folder.py and parts of the command line
     "recommender.session_model": ("pipeline.core", "pipeline.data", "pipeline.objectives"),
     "recommender.baselines": ("recommender.session_model",),
     "recommender.retrieval": ("recommender.session_model",),
@@ -40,7 +40,7 @@ PACKAGES = {  # package -> what it may import: these, and what these may import
     "recommender.experiments": ("recommender.training",),
     "recommender.serving": ("recommender.retrieval",),
     "recommender.report": ("recommender.serving", "recommender.metrics"),
-    "recommender": ("recommender.retrieval",),  # doctor.py
+    "recommender": ("recommender.serving", "pipeline"),  # doctor.py, recommend_command.py
 }
 WITHOUT_MODELS = ("pipeline.core", "pipeline.data", "pipeline.objectives")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES if path.name != "__init__.py"}

@@ -1,0 +1,71 @@
+"""`tpad recommend`: the options, and what is printed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from pipeline.command_options import RUN, RunFolder
+from pipeline.core.errors import USAGE, UserError
+from pipeline.run_folder import say
+
+
+def recommend(
+    session: Annotated[str | None, Option(help="item_ids, oldest first: a,b,c. Default: a session of the test split.")] = None,
+    k: Annotated[int, Option("-k", min=1, help="How many items.")] = 10,
+    exclude_seen: Annotated[bool, Option("--exclude-seen", help="Leave out the items of the session.")] = False,
+    as_json: Annotated[bool, Option("--json", help="JSON instead of a table.")] = False,
+    filter_: Annotated[list[str] | None, Option("--filter", metavar="COLUMN=VALUE", help="Only items with this value; repeatable.")] = None,
+    diversify: Annotated[float, Option(help="Diversity by MMR, from 0 (relevance only) to 1 (diversity only).")] = 0.0,
+    new_items: Annotated[float | None, Option(metavar="SHIFT", help="Log-odds added to cold items. Default: sbr.new_items.")] = None,
+    at: Annotated[str | None, Option(metavar="TIME", help="Items available then: ISO 8601 (UTC) or Unix seconds. Default: now.")] = None,
+    sessions: Annotated[Path | None, Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")] = None,
+    out: Annotated[Path | None, Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
+    run: RunFolder = RUN,
+) -> None:
+    """Answer "what next?" for one session, or for a file of them."""
+    if (sessions is None) != (out is None) or (sessions is not None and session is not None):
+        raise UserError("--sessions FILE and --out FILE go together, without --session (command line); see `tpad recommend --help`", USAGE)
+    if sessions is not None and as_json:
+        raise UserError("--json is for one session (command line); a file's answers are Parquet, at --out", USAGE)
+    from recommender.serving.options import check_utf8, parse_filters, parse_time
+    from recommender.serving.recommender import Recommender
+
+    check_utf8("--session", session or "")
+    moment = None if at is None else parse_time(at)
+    filters = parse_filters(filter_ or [])
+    recommender = Recommender.load(run)
+    if sessions is not None and out is not None:
+        from recommender.serving.recommend_file import recommend_file
+
+        share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        answers = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share)
+        say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")
+        if answers.popular or answers.unknown_events:
+            say(f"events of items not in the catalogue, left out: {answers.unknown_events}")
+            say(f"sessions of no other items, which got the most popular ones: {answers.popular}")
+        return
+    if session is None:
+        items = recommender.samples[0]
+        say("a session of the test split:")
+    else:
+        items = [item for part in session.split(",") if (item := part.strip())]
+    if not items:
+        raise UserError("--session names no item (command line); give item_ids, e.g. --session a,b,c", USAGE)
+    answer = recommender.recommend(items, k, exclude_seen, filters, diversify, new_items, moment)
+    if as_json:
+        fields = {"session": items, "items": [i._asdict() for i in answer.items], "unknown": answer.unknown, "fallback": answer.fallback}
+        text = json.dumps(fields, ensure_ascii=False)
+        typer.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
+        return
+    from recommender.serving.printed_answer import figures_line, print_items, session_lines
+
+    say("\n".join(session_lines(recommender, items)))
+    if answer.fallback:
+        say("no item of this session is in the catalogue: these are the most popular ones")
+    print_items(recommender, answer.items)
+    if session is None:
+        typer.echo(figures_line(recommender))
