@@ -25,7 +25,8 @@ from pipeline.run_folder import find_images, open_run, remember, say
 from recommender.recommend_command import recommend
 
 if TYPE_CHECKING:
-    from pipeline.core.config import Config, VariantName
+    from pipeline.core.config import Config
+    from pipeline.core.distill_config import VariantName
     from pipeline.data.session_log import SessionLog
     from pipeline.export.export import Exported
     from recommender.training.teacher import Teacher
@@ -227,7 +228,7 @@ def finished_run(settings: "Config", run: Path, data: Path, siblings: Sequence[P
 
 
 def parse_variants(text: str) -> "list[VariantName]":
-    from pipeline.core.config import VariantName
+    from pipeline.core.distill_config import VariantName
 
     known: list[VariantName] = list(get_args(VariantName))
     asked = [part for word in text.split(",") if (part := word.strip())]

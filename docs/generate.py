@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the code beside this file, whatever is installed
 
 import cli
-from pipeline.core.config import Config, Section
+from pipeline.core.config import Config
+from pipeline.core.section import Section
 from pipeline.core.strict_yaml import written
 
 ROOT = Path(__file__).parent.parent

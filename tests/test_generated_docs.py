@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.processes import ROOT
-from pipeline.core.config import Config, LoraSettings, Section
+from pipeline.core.config import Config, LoraSettings
 from pipeline.core.config_file import load_config
+from pipeline.core.section import Section
 
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 

@@ -11,8 +11,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from pipeline.core.config import Config, Section
+from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
+from pipeline.core.section import Section
 from pipeline.core.strict_yaml import parse, read, written
 
 S = TypeVar("S", bound=Section)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.checkpoint import pack_optimizer, unpack_optimizer
-from pipeline.core.config import CriticConfig, DistillConfig
+from pipeline.core.distill_config import CriticConfig, DistillConfig
 from pipeline.objectives.mutual_information import SMILE, Bound, CLUBSample, Gaussian, InfoNCE, Separable
 
 # Lower limit of q's log-variance, for features of unit variance. Where one feature nearly determines the other, an unlimited q gives the

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.core.config import Config, PhaseConfig
+from pipeline.core.config import Config
+from pipeline.core.distill_config import PhaseConfig
 from pipeline.data.session_log import SessionLog
 from pipeline.distill.blocks import Blocks, transition_loss
 from pipeline.distill.closed_form import chosen_closed_form, linear_fit

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core.checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
-from pipeline.core.config import PhaseConfig
+from pipeline.core.distill_config import PhaseConfig
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.metrics_log import MetricsLog

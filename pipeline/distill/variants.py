@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 from peft.tuners.lora import LoraModel
 from torch import Tensor
 
-from pipeline.core.config import Config, VariantName
+from pipeline.core.config import Config
+from pipeline.core.distill_config import VariantName
 from pipeline.data.embeddings import HALVES
 from pipeline.mllm.backbone import Backbone
 from pipeline.mllm.item_vectors import VECTORS

@@ -11,8 +11,8 @@ from typing import Annotated
 from pydantic import AfterValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.core.config import Section
 from pipeline.core.config_file import load_section
+from pipeline.core.section import Section
 
 
 def wording(*names: str) -> AfterValidator:

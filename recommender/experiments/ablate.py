@@ -22,8 +22,9 @@ import torch
 
 from pipeline.core.artifact import locked
 from pipeline.core.checkpoint import seconds_of
-from pipeline.core.config import Config, VariantName
+from pipeline.core.config import Config
 from pipeline.core.config_file import altered
+from pipeline.core.distill_config import VariantName
 from pipeline.core.errors import ENVIRONMENT, UserError
 from pipeline.core.files import write_json
 from pipeline.core.process import end_with

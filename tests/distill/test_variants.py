@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from helpers.runs import PHASES, STEPS, export_run, losses, same, settings, weights
-from pipeline.core.config import VariantName
 from pipeline.core.config_file import load_config
+from pipeline.core.distill_config import VariantName
 from pipeline.core.errors import USAGE, UserError
 from pipeline.data.embeddings import read_embeddings
 from pipeline.distill.distill import distill

@@ -21,7 +21,7 @@ from benchmarks.mutual_information import (
     measured,
     squared_correlation,
 )
-from pipeline.core.config import CriticConfig
+from pipeline.core.distill_config import CriticConfig
 from pipeline.distill.critic import Critic
 from pipeline.objectives.contrastive import info_nce
 from pipeline.objectives.mutual_information import CLUB, SMILE, Bound, CLUBSample, Gaussian, InfoNCE, Separable
