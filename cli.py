@@ -255,7 +255,9 @@ def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]
 
 @app.command()
 def evaluate(
-    protocol: Annotated[str | None, Option(metavar="time|user-hash|cold-items|last-out|paper-max", help="Default: the run's.")] = None,
+    protocol: Annotated[
+        str | None, Option(metavar="time|user-hash|cold-items|last-out|paper-max", help="The split. Default: data.protocol.")
+    ] = None,
     models: Annotated[str | None, Option(metavar="A,B,...", help="Models and baselines. Default: all of them.")] = None,
     windows: Annotated[int, Option(metavar="N", min=0, help="Evaluate at N cut-off times in the log: mean and spread.")] = 0,
     seeds: Annotated[int | None, Option(min=1, help="How often each model is trained (sbr.seeds).")] = None,

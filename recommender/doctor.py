@@ -67,6 +67,7 @@ def examine(run: Path) -> Findings:
 def examine_torch(findings: Findings) -> None:
     import torch
 
+    threads = f"threads: {torch.get_num_threads()}"
     cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     findings.add("GPUs", "; ".join(f"{card.name}, {card.total_memory / GIB:.0f} GiB" for card in cards) or "none visible to torch")
     if cards:
@@ -75,9 +76,9 @@ def examine_torch(findings: Findings) -> None:
         device = "the GPU of this Mac (mps)"
     else:
         reason = "this build of torch is for CPUs" if torch.version.cuda is None and torch.version.hip is None else "torch finds no GPU"
-        device = f"the CPU, with {torch.get_num_threads()} threads: {reason}"
+        device = f"the CPU ({threads}): {reason}"
     findings.add("training, export", device)
-    findings.add("recommending", f"the CPU, with {torch.get_num_threads()} threads: a session takes milliseconds there")
+    findings.add("recommending", f"the CPU ({threads}): a session takes milliseconds there")
 
 
 def examine_faiss(findings: Findings) -> None:

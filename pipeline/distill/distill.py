@@ -35,13 +35,13 @@ from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import below, train_phase
 from pipeline.distill.variants import VARIANTS, Variant, merged, side_by_side, varied
 from pipeline.distill.vision_features import fill_vision_cache
-from pipeline.mllm import prompts
 from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
 from pipeline.mllm.item_vectors import VECTORS
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 from pipeline.mllm.neighbour_titles import load_neighbours
 from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import load_templates
+from pipeline.mllm.prompts import VERSION as PROMPTS_VERSION
 from pipeline.mllm.prompts import Prompts, check_columns
 from pipeline.mllm.saved_mllm import save_mllm
 from pipeline.mllm.vector_prompts import processor_for, prompts_for
@@ -58,7 +58,7 @@ class Inputs:
 
     config: Config  # with the settings of its variant
     variant: Variant
-    views: Prompts
+    prompts: Prompts
     train: SessionLog
     teacher: Teacher | None
     backbone_sha256: str | None  # of local weights
@@ -79,7 +79,7 @@ class Machinery:
 
     group: Group
     backbone: Backbone
-    encoder: PromptProcessor
+    processor: PromptProcessor
     base: Tensors  # the backbone's trainable weights before training
     metrics: MetricsLog
 
@@ -114,13 +114,13 @@ def distill(
     run, where `distill.transfer.teacher` names one.
     """
     inputs = read_inputs(config, data, open_teacher, everything)
-    hashes = fingerprints(inputs.config, inputs.views, inputs.train, inputs.teacher, inputs.backbone_sha256)
+    hashes = fingerprints(inputs.config, inputs.prompts, inputs.train, inputs.teacher, inputs.backbone_sha256)
     version = published(run / "mllm", "mllm")
     if not fresh and version is not None and version.manifest["fingerprint"] == hashes[-1]:
         return False
     check_settings(inputs)
     keep_freed_memory()
-    group, backbone = prepare(inputs, run)
+    group, backbone = join_and_build(inputs, run)
     folder = run / "distill"
     folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder, patience=LOCK_SECONDS) if group.accelerator.is_main_process else nullcontext()
@@ -133,7 +133,7 @@ def distill(
                 break
         published_config, unified = assemble(inputs, machinery, results)
         if group.accelerator.is_main_process:
-            publish(run, published_config, inputs.views, unified, backbone, inputs.backbone_sha256, inputs.train.ids_sha256(), hashes[-1])
+            publish(run, published_config, inputs.prompts, unified, backbone, inputs.backbone_sha256, inputs.train.ids_sha256(), hashes[-1])
         group.accelerator.wait_for_everyone()
         group.accelerator.end_training()
     return True
@@ -146,12 +146,12 @@ def read_inputs(config: Config, data: Path, open_teacher: OpenTeacher | None, ev
     train = log if everything else split_sessions(log, config.data).train
     neighbours = load_neighbours(config.data.neighbours, catalog, train.ids_sha256())
     check_columns(catalog, config.data)
-    views = prompts_for(config.backbone)(catalog, config.data, load_templates(config.data.prompts), neighbours)
+    prompts = prompts_for(config.backbone)(catalog, config.data, load_templates(config.data.prompts), neighbours)
     teacher = None
     if (teacher_run := config.distill.transfer.teacher) is not None:
         assert open_teacher is not None, "distill.transfer.teacher needs open_teacher"
         teacher = open_teacher(Path(teacher_run), catalog.item_ids, train)
-    return Inputs(config, variant, views, train, teacher, weights_sha256(config.backbone))
+    return Inputs(config, variant, prompts, train, teacher, weights_sha256(config.backbone))
 
 
 def check_settings(inputs: Inputs) -> None:
@@ -161,7 +161,7 @@ def check_settings(inputs: Inputs) -> None:
     for option in ("summary", "intent", "teacher"):
         if getattr(transfer, option) and not transfer.sessions:
             raise UserError(f"distill.transfer.{option} needs session prompts (distill.transfer.sessions); give some", USAGE)
-    if transfer.intent and not inputs.views.attributes:
+    if transfer.intent and not inputs.prompts.attributes:
         raise UserError("distill.transfer.intent needs item columns beside those of data.text (data.attributes); set it to 0", USAGE)
     known = [tracker.value for tracker in get_available_trackers()] + ["all"]
     for name in settings.log_with:
@@ -181,7 +181,7 @@ def check_batches(config: Config, world: int) -> None:
             raise UserError(f"distill.{name} = {amount} does not divide by {world} processes (config); make it a multiple", USAGE)
 
 
-def prepare(inputs: Inputs, run: Path) -> tuple[Group, Backbone]:
+def join_and_build(inputs: Inputs, run: Path) -> tuple[Group, Backbone]:
     """Joins the processes of the launcher and builds the backbone, sharded where FSDP is wanted."""
     config = inputs.config
     shard = fsdp.wanted(config)
@@ -191,7 +191,7 @@ def prepare(inputs: Inputs, run: Path) -> tuple[Group, Backbone]:
             raise UserError(f"no training in {precision} (accelerate launch --mixed_precision); take no, and set backbone.dtype", USAGE)
         group = Group(accelerator)
         check_batches(config, group.world)
-        backbone = build_backbone(config.backbone, inputs.views, config.seed)
+        backbone = build_backbone(config.backbone, inputs.prompts, config.seed)
     pack_attention(backbone.model, accelerator.device)
     if shard and group.world > 1:
         share = fsdp.shard(backbone.model, accelerator.device, group.world)
@@ -208,9 +208,9 @@ def start(inputs: Inputs, run: Path, group: Group, backbone: Backbone) -> Machin
     base = {f"backbone.{name}": weight.detach().clone() for name, weight in trainable_state(backbone.model).items()}
     if inputs.variant.frozen:
         backbone.model.requires_grad_(False)
-    cache = fill_vision_cache(config, run, backbone, inputs.views, group) if config.distill.vision_cache_gb else None
-    encoder = processor_for(config.backbone, backbone, inputs.views.catalog, vision_cache=cache)
-    return Machinery(group, backbone, encoder, base, metrics)
+    cache = fill_vision_cache(config, run, backbone, inputs.prompts, group) if config.distill.vision_cache_gb else None
+    processor = processor_for(config.backbone, backbone, inputs.prompts.catalog, vision_cache=cache)
+    return Machinery(group, backbone, processor, base, metrics)
 
 
 def run_phase(
@@ -220,9 +220,9 @@ def run_phase(
     config, accelerator, folder = inputs.config, machinery.accelerator, run.folder / "distill"
     tables = {head: table for result in results.values() for head, table in result.tables.items()}
     summaries = {key: text for result in results.values() for key, text in result.summaries.items()}
-    options = phase_options(kind.name, config, inputs.views, machinery.encoder, inputs.teacher, summaries)
+    options = phase_options(kind.name, config, inputs.prompts, machinery.processor, inputs.teacher, summaries)
     frozen = inputs.variant.frozen or config.backbone.name == VECTORS
-    phase = kind(config, inputs.views, machinery.encoder, inputs.train, machinery.group, tables, options, frozen)
+    phase = kind(config, inputs.prompts, machinery.processor, inputs.train, machinery.group, tables, options, frozen)
     torch.manual_seed(config.seed)
     heads = [head for names in kind.heads.values() for head in names]
     mllm = Mllm(machinery.backbone.model, heads, config.distill.dim)
@@ -232,7 +232,7 @@ def run_phase(
     checkpoints = Checkpoints(folder / kind.name, fingerprint)
     table_parts = Checkpoints(folder / kind.name / TABLE, fingerprint, keep=1)
     if accelerator.is_main_process:
-        for finished, step in ((checkpoints, phase.settings.steps), (table_parts, len(inputs.views))):
+        for finished, step in ((checkpoints, phase.settings.steps), (table_parts, len(inputs.prompts))):
             find_finished(finished, step, run)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -289,7 +289,7 @@ def assemble(inputs: Inputs, machinery: Machinery, results: dict[str, PhaseResul
 def publish(
     run: Path,
     config: Config,
-    views: Prompts,
+    prompts: Prompts,
     mllm: Mllm | SideBySide,
     backbone: Backbone,
     backbone_sha256: str | None,
@@ -302,14 +302,14 @@ def publish(
         "backbone": config.backbone.model_dump() | {"revision": config.backbone.revision or commit},
         "weights_sha256": backbone_sha256,
         "data": config.data.model_dump(exclude={"neighbours": {"run"}, "prompts": True}),
-        "neighbours": views.neighbours and views.neighbours.sha256,
+        "neighbours": prompts.neighbours and prompts.neighbours.sha256,
         "dim": config.distill.dim,
         "heads": list(mllm.heads if isinstance(mllm, Mllm) else mllm.halves),
-        "prompts": prompts.VERSION,
-        "templates": views.templates.model_dump(),
+        "prompts": PROMPTS_VERSION,
+        "templates": prompts.templates.model_dump(),
     }
     if isinstance(mllm, SideBySide):
         settings["side_by_side"] = True
     with stage(run / "mllm", "mllm") as staging:
         save_mllm(staging.path, mllm, backbone, settings)
-        staging.publish({"fingerprint": fingerprint, "catalogue_sha256": views.catalog.sha256, "sessions_sha256": sessions_sha256})
+        staging.publish({"fingerprint": fingerprint, "catalogue_sha256": prompts.catalog.sha256, "sessions_sha256": sessions_sha256})

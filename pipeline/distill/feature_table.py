@@ -51,14 +51,14 @@ def feature_table(mllm: Mllm, phase: Phase, head: str, checkpoints: Checkpoints)
 
 def item_features(mllm: Mllm, phase: Phase, rows: np.ndarray, heads: tuple[str, ...], workers: int = 0) -> Tensors:
     """Embeds items, each process its share: (n, D) by head, the same on all processes."""
-    group, encoder, device = phase.group, phase.encoder, phase.group.accelerator.device
+    group, processor, device = phase.group, phase.processor, phase.group.accelerator.device
     share = group.share(np.resize(rows, math.ceil(len(rows) / group.world) * group.world))
-    lengths = np.array([encoder.length(phase.prompts.item(int(row))) for row in share])
+    lengths = np.array([processor.length(phase.prompts.item(int(row))) for row in share])
     places = cut(lengths, phase.config.export.token_budget)
     passes = [min(n, len(places) - 1) for n in range(group.most(len(places)))]  # the same number on all processes (see `fsdp.py`)
 
     def load(number: int) -> Chunk:
-        return encoder.collate({"items": [encoder.encode(phase.prompts.item(int(row))) for row in share[places[number]]]})
+        return processor.collate({"items": [processor.encode(phase.prompts.item(int(row))) for row in share[places[number]]]})
 
     features = embed_batches(mllm, places, loaded_ahead(load, passes, workers), heads, device)
     return {head: group.gather(torch.from_numpy(part).to(device))[: len(rows)] for head, part in features.items()}

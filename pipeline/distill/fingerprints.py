@@ -9,33 +9,33 @@ from pipeline.data.session_log import SessionLog
 from pipeline.distill.experimental.soft_targets import Teacher
 from pipeline.distill.phases import PHASES, Align, Transfer
 from pipeline.distill.variants import VARIANTS
-from pipeline.mllm import prompts
 from pipeline.mllm.item_vectors import VECTORS, table_sha256
+from pipeline.mllm.prompts import VERSION as PROMPTS_VERSION
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.tiny_backbone import TOKENIZER
 
 
-def fingerprints(config: Config, views: Prompts, train: SessionLog, teacher: Teacher | None, backbone_sha256: str | None) -> list[str]:
+def fingerprints(config: Config, prompts: Prompts, train: SessionLog, teacher: Teacher | None, backbone_sha256: str | None) -> list[str]:
     """Hashes everything that the weights depend on: one fingerprint a phase, the last one for the published MLLM.
 
     The checkpoint interval, the number of processes, the chunk size and the vision cache are left out: they do not change the weights.
     """
     chain: dict[str, Any] = {
-        "prompts": prompts.VERSION,
-        "templates": views.templates.model_dump(),
+        "prompts": PROMPTS_VERSION,
+        "templates": prompts.templates.model_dump(),
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
         "backbone": config.backbone.model_dump(exclude={"path"}) | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
         "weights": backbone_sha256,
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),
-        "catalogue": views.catalog.sha256,
+        "catalogue": prompts.catalog.sha256,
         "sessions": _content_sha256(train),
     }
     if config.backbone.name == VECTORS:
         chain["vectors"] = table_sha256(config.backbone)
-    if views.neighbours is not None:
-        chain["neighbours"] = views.neighbours.settings()
+    if prompts.neighbours is not None:
+        chain["neighbours"] = prompts.neighbours.settings()
     variant = VARIANTS[config.distill.variant]
     if variant.frozen:
         chain["frozen"] = True

@@ -5,7 +5,8 @@
     align      K gains a second head p(v) that takes over t(v): the unified MLLM                       -> published
 
 The paper's public text gives this structure; losses and prompts are this project's own choices. Only training sessions are read. Every
-random draw is a function of (seed, phase, step), so a run that was killed and resumed, or spread over processes, gives the same weights.
+random draw is a function of (seed, phase, step), so a run that was killed and resumed, or spread over processes, gives the same weights;
+but each process draws the dropout of its share.
 Every process computes the loss of the global batch from gathered features. The training loop is in `trainer.py`.
 """
 
@@ -66,7 +67,7 @@ class Phase:
 
     config: Config
     prompts: Prompts
-    encoder: PromptProcessor
+    processor: PromptProcessor
     train: SessionLog
     group: Group
     tables: Tensors  # of earlier phases: "knowledge" k(v) and "transition" t(v), each (N, D)
@@ -101,7 +102,7 @@ class Phase:
     def __getitem__(self, step: int) -> tuple[list[Chunk], Tensors]:
         """Collates this process's tensors of a step, in chunks, and facts about the global batch."""
         sequences, facts = self.work(step)
-        return [self.encoder.collate(part) for part in split(sequences, self.config.distill.chunk)], facts
+        return [self.processor.collate(part) for part in split(sequences, self.config.distill.chunk)], facts
 
     def work(self, step: int) -> tuple[dict[str, list[Encoded]], Tensors]:
         """Draws a step: this process's sequences, by name, and facts about the global batch."""
@@ -152,7 +153,7 @@ class Knowledge(Phase):
         rows = self.drawn(len(self.prompts), self.settings.batch, step)
         pairs = [self.prompts.pair(int(row), self.rng(step, n)) for n, row in enumerate(rows)]
         sequences = [
-            self.encoder.encode(self.prompts.knowledge(int(rows[n]), pairs[n][side], self.rng(step, int(n), side)))
+            self.processor.encode(self.prompts.knowledge(int(rows[n]), pairs[n][side], self.rng(step, int(n), side)))
             for side in (0, 1)
             for n in self.group.share(np.arange(len(rows)))
         ]
@@ -222,10 +223,10 @@ class Transfer(Phase):
     def _session(self, window: Window, rng: np.random.Generator) -> Encoded:
         views = [self._view(int(row), rng) for row in window.rows[:-1]]
         intent, history = (window.parts.get(name, "") for name in ("intent", "history"))
-        return self.encoder.encode(self.prompts.session(window.rows, views, intent, history))
+        return self.processor.encode(self.prompts.session(window.rows, views, intent, history))
 
     def _item(self, row: int, rng: np.random.Generator) -> Encoded:
-        return self.encoder.encode(self.prompts.item(row, self._view(row, rng)))
+        return self.processor.encode(self.prompts.item(row, self._view(row, rng)))
 
     def _window(self, session: int, rng: np.random.Generator) -> Window:
         cfg, rows = self.config.distill.transfer, self.train.session(session)
@@ -289,7 +290,7 @@ class Align(Phase):
         for n in self.group.share(np.arange(len(rows))):
             row, rng = int(rows[n]), self.rng(step, int(n))
             view = self.prompts.dropped(row, cfg.withhold_text, cfg.withhold_image, rng)
-            sequences.append(self.encoder.encode(self.prompts.knowledge(row, view, rng)))
+            sequences.append(self.processor.encode(self.prompts.knowledge(row, view, rng)))
         return {"items": sequences}, {"rows": torch.from_numpy(rows), "first": first_of_each(rows)}
 
     def head_rows(self) -> np.ndarray:

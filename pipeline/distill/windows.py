@@ -1,6 +1,5 @@
 """Windows of training sessions: the prompts and targets of the transfer phase."""
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,3 @@ class Window(NamedTuple):
 def window_starts(rows: np.ndarray, items: int) -> range:
     """Returns the start offsets of windows with `items` inputs, so that every item except the first is a target exactly once."""
     return range(0, len(rows) - 1, items)
-
-
-def summary_key(rows: np.ndarray) -> str:
-    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()

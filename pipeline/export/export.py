@@ -28,8 +28,9 @@ from pipeline.export.exporter import Exporter, ExportStats, is_part
 from pipeline.export.item_batches import ItemBatches
 from pipeline.export.part_claims import PartClaims, current_pointer
 from pipeline.export.unchanged_rows import PreviousVersion
-from pipeline.mllm import early_exit, prompts
+from pipeline.mllm import prompts
 from pipeline.mllm.item_vectors import VECTORS, table_sha256
+from pipeline.mllm.model import stop_after
 from pipeline.mllm.neighbour_titles import Neighbours, load_neighbours
 from pipeline.mllm.prompt_templates import Templates
 from pipeline.mllm.saved_mllm import load_mllm
@@ -183,7 +184,7 @@ def _exporter(config: Config, run: Path, plan: Plan, claims: PartClaims) -> Expo
     """Loads the MLLM, its adapters merged, and returns what computes the parts."""
     mllm, backbone, _ = load_mllm(plan.model.path, plan.backbone, merge=True, catalog=plan.catalog)
     if plan.layers is not None:
-        early_exit.stop_after(mllm, plan.layers)
+        stop_after(mllm, plan.layers)
     # the features that `tpad distill` has cached, as far as they are of this vision tower and image budget
     vision_cache = VisionCache(run / "vision", backbone, plan.backbone.max_pixels) if (run / "vision").is_dir() else None
     source = ItemBatches(

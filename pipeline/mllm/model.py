@@ -204,6 +204,14 @@ def embed_batches(
     return {head: torch.cat(parts).numpy()[order] for head, parts in features.items()}
 
 
+def stop_after(mllm: nn.Module, count: int) -> None:
+    """Removes the layers above the first `count`. DeepStack still adds its features to the layers that stay."""
+    for module in mllm.modules():
+        if isinstance(module, Mllm):
+            decoder = module.backbone.model.get_decoder()
+            decoder.layers = decoder.layers[:count]
+
+
 def trainable_state(module: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the weights that train, by name: all of the tiny model, adapters and heads of a large one."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

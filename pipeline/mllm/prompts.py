@@ -1,8 +1,8 @@
 """Builds prompts: an item, or a session of items, becomes a list of parts, worded by `prompt_templates.py`.
 
-A part is words of a template, text or image of an item, the end of the user's turn, a point where a feature is read (the last token
-before it), or an answer the model learns to generate. A missing or withheld image or text is stated in the prompt. The paper does
-not publish its prompts, so wording and order are this project's own.
+A part is words of a template, text or image of an item, the end of the user's turn, a point where a feature is read (of the tokens
+before it: `backbone.pooling`), or an answer the model learns to generate. A missing or withheld image or text is stated in the
+prompt. The paper does not publish its prompts, so wording and order are this project's own.
 """
 
 import sys
@@ -103,7 +103,7 @@ class Prompts:
         return filled(self.templates.similar, titles=[PromptPart("text", titles)]) if titles else []
 
     def item(self, row: int, view: View = FULL) -> list[PromptPart]:
-        """Returns the item prompt, at whose last token the item feature h(v) is read."""
+        """Returns the item prompt, from whose tokens the item feature h(v) is read."""
         return [*self._begin(), *filled(self.templates.describe, item=self._block(row, view)), TURN, READ]
 
     def knowledge(self, row: int, view: View, rng: np.random.Generator) -> list[PromptPart]:

@@ -5,19 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(x: Tensor, y: Tensor, temperature: float, log_q: Tensor | None = None, target: Tensor | None = None) -> Tensor:
+def info_nce(x: Tensor, y: Tensor, temperature: float) -> Tensor:
     """Computes the InfoNCE loss: log N minus the lower bound of I(x; y) (van den Oord et al., arXiv 1807.03748).
 
-    x (N, D) and y (M, D), L2-normalised; row i of x is paired with row `target[i]` of y (None: row i). `log_q` (M,) is the log
-    probability that a row of y is among the candidates; subtracting it from the logits corrects in-batch negatives for popularity (Yi et
-    al., RecSys 2019). The rows of y must be distinct items, else there are false negatives.
+    x (N, D) and y (N, D), L2-normalised; row i of x is paired with row i of y. The rows of y must be distinct items, else there are
+    false negatives.
     """
-    logits = x.float() @ y.float().T / temperature
-    if log_q is not None:
-        logits = logits - log_q
-    if target is None:
-        target = torch.arange(len(x), device=x.device)
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(x.float() @ y.float().T / temperature, torch.arange(len(x), device=x.device))
 
 
 def soft_loss(scores: Tensor, teacher: Tensor) -> Tensor:

@@ -79,3 +79,35 @@ def test_a_block_without_a_pair_has_no_loss() -> None:
     loss = transition_loss(features, features, torch.zeros(3, 3), torch.zeros(2, 3))
     loss.backward()
     assert float(loss.detach()) == 0 and torch.equal(features.grad, torch.zeros(3, 3))
+
+
+def learned_transitions(log: SessionLog, items: int, corrected: bool) -> np.ndarray:
+    """(N, N) what a free similarity, trained by `transition_loss`, says of the next item."""
+    blocks, rng = Blocks(log, items, size=12, window=1, popularity=0.0), np.random.default_rng(0)
+    similarity = torch.zeros(items, items, requires_grad=True)
+    optimizer = torch.optim.Adam([similarity], 0.05)
+    for step in range(1200):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 1200)
+        facts = blocks.facts(drawn_block(blocks, rng))
+        block, bias = facts["block"], facts["bias"] if corrected else torch.zeros_like(facts["bias"])
+        loss = transition_loss(similarity[block][:, block], torch.eye(len(block)), facts["pairs"], bias)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return similarity.detach().masked_fill(torch.eye(items, dtype=torch.bool), -1e4).softmax(-1).numpy()
+
+
+def test_with_the_correction_the_bare_similarity_ranks_by_how_likely_an_item_is() -> None:
+    """Popular items are in more blocks, so negatives more often: uncorrected, the similarity learns to push them down."""
+    rng, items = np.random.default_rng(1), 24
+    law = (1 + np.arange(items)) ** -1.2 * np.exp(0.5 * rng.normal(size=(items, items)))  # popular items first
+    np.fill_diagonal(law, 0)
+    law /= law.sum(1, keepdims=True)
+    log = log_of(*([first, int(rng.choice(items, p=law[first]))] for first in rng.integers(items, size=6000)))
+    divergence = {}
+    for corrected in (True, False):
+        found = learned_transitions(log, items, corrected)
+        divergence[corrected] = float((law * np.log(np.maximum(law, 1e-12) / np.maximum(found, 1e-12))).sum(1).mean())
+    assert divergence[True] < 0.2
+    assert divergence[False] > 2 * divergence[True]
+    print(divergence)

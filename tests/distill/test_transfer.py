@@ -19,8 +19,8 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.session_log import load_sessions
 from pipeline.data.split import split_by_time
-from pipeline.distill.experimental.session_summaries import folds
-from pipeline.distill.windows import summary_key, window_starts
+from pipeline.distill.experimental.session_summaries import folds, summary_key
+from pipeline.distill.windows import window_starts
 from pipeline.mllm.prompts import PromptPart, Prompts
 from pipeline.objectives.contrastive import soft_loss
 from recommender.retrieval.saved_model import load_model

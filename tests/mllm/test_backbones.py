@@ -24,6 +24,7 @@ from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
+from pipeline.mllm import image_tokens
 from pipeline.mllm.backbone import UNQUANTIZED, build_backbone
 from pipeline.mllm.model import trainable_state
 from pipeline.mllm.processor import Encoded
@@ -115,6 +116,10 @@ FEW = [f"distill.{phase}.{setting}" for phase in PHASES for setting in ("steps=2
 FEW += ["backbone.gradient_checkpointing=true", "backbone.lora.rank=2", "backbone.lora.dropout=0.0"]
 # where nothing is withheld k(v) stays as it is, and Adam would make steps of the rounding that is left of its gradient
 FEW += ["distill.align.withhold_text=0.5", "distill.align.withhold_image=0.4"]
+
+
+def test_every_family_is_tried() -> None:
+    assert set(FAMILIES) == set(image_tokens.FAMILIES)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.layers import apart, measure, sample
 from helpers.backbones import save_backbone
 from helpers.runs import PHASES, distill_run, export_run, published_folder, settings
 from pipeline.core.config import BackboneConfig, DataConfig, ExportConfig
@@ -14,7 +15,6 @@ from pipeline.core.errors import USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.export.export import export
-from pipeline.mllm.early_exit import apart, measure, sample
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompt_templates import Templates

@@ -14,14 +14,14 @@ from pipeline.mllm.prompts import Prompts
 class Intents(Option):
     """Adds the attributes that most items of a window share to its prompt, and their token loss."""
 
-    def __init__(self, prompts: Prompts, encoder: PromptProcessor, weight: float) -> None:
-        self.prompts, self.encoder, self.weight = prompts, encoder, weight
+    def __init__(self, prompts: Prompts, processor: PromptProcessor, weight: float) -> None:
+        self.prompts, self.processor, self.weight = prompts, processor, weight
 
     def prompt_parts(self, session: np.ndarray, first: int, window: np.ndarray) -> dict[str, str]:
         return {"intent": self.prompts.common(window)}
 
     def facts(self, windows: Sequence[Window]) -> Tensors:
-        lengths = [len(self.encoder.answer(text)) for window in windows if (text := window.parts["intent"])]
+        lengths = [len(self.processor.answer(text)) for window in windows if (text := window.parts["intent"])]
         return {"intent_tokens": torch.tensor(sum(lengths))}
 
     def losses(self, step: LossInputs) -> Tensors:

@@ -11,7 +11,7 @@ from pipeline.mllm.prompts import Prompts
 
 
 def phase_options(
-    phase: str, config: Config, prompts: Prompts, encoder: PromptProcessor, teacher: Teacher | None, summaries: dict[str, str]
+    phase: str, config: Config, prompts: Prompts, processor: PromptProcessor, teacher: Teacher | None, summaries: dict[str, str]
 ) -> list[Option]:
     transfer, align = config.distill.transfer, config.distill.align
     options: list[Option] = []
@@ -19,7 +19,7 @@ def phase_options(
         if transfer.summary:
             options.append(SessionSummaries(summaries, transfer.items, transfer.summary))
         if transfer.intent:
-            options.append(Intents(prompts, encoder, transfer.intent))
+            options.append(Intents(prompts, processor, transfer.intent))
         if teacher is not None:
             options.append(SoftTargets(teacher, transfer.items, transfer.soft))
     if phase == "align" and align.token_distill:

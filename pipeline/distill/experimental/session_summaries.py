@@ -20,9 +20,14 @@ from pipeline.core.progress import Steps
 from pipeline.data.session_log import SessionLog
 from pipeline.distill.experimental.hook import Option
 from pipeline.distill.phases import Phase
-from pipeline.distill.windows import summary_key, window_starts
+from pipeline.distill.windows import window_starts
 from pipeline.mllm.model import Mllm, trainable_state
 from pipeline.mllm.token_batches import cut
+
+
+def summary_key(rows: np.ndarray) -> str:
+    """Hashes the items (n,) of a summary: its name in the file."""
+    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
 
 
 class SessionSummaries(Option):
@@ -49,7 +54,7 @@ def folds(train: SessionLog, items: int, blocks: int) -> list[dict[str, np.ndarr
 
 def write_summaries(mllm: Mllm, phase: Phase, path: Path) -> dict[str, str]:
     """Writes the summaries of all training sessions that the file `path` lacks. Returns all of them, by `summary_key`."""
-    settings, group, encoder, main = phase.config.distill.transfer, phase.group, phase.encoder, phase.group.rank == 0
+    settings, group, processor, main = phase.config.distill.transfer, phase.group, phase.processor, phase.group.rank == 0
     made_by = _made_by(mllm, phase)
     texts = _read(path, made_by)
     group.accelerator.wait_for_everyone()  # all processes read the file before anything is added
@@ -57,7 +62,7 @@ def write_summaries(mllm: Mllm, phase: Phase, path: Path) -> dict[str, str]:
         with replacing(path) as temporary:
             temporary.write_bytes(b"".join(map(_line, [{"made_by": made_by}, texts])))
     levels = folds(phase.train, settings.items, settings.summary)
-    greedy = encoder.greedy(settings.summary_tokens)
+    greedy = processor.greedy(settings.summary_tokens)
     finished = sum(key in texts for level in levels for key in level)
     with Interrupt() as interrupt, Steps("summaries", sum(map(len, levels)), finished, main) as progress:
         for level in levels:
@@ -65,15 +70,15 @@ def write_summaries(mllm: Mllm, phase: Phase, path: Path) -> dict[str, str]:
                 key: phase.prompts.summary(texts.get(summary_key(rows[: -settings.items]), ""), rows[-settings.items :])
                 for key, rows in level.items()
             }
-            keys, lengths = list(prompts), np.array([encoder.length(parts) for parts in prompts.values()], np.int64)
+            keys, lengths = list(prompts), np.array([processor.length(parts) for parts in prompts.values()], np.int64)
             batches = [[keys[n] for n in batch] for batch in cut(lengths + settings.summary_tokens, phase.config.export.token_budget)]
             todo = [batch for batch in batches if any(key not in texts for key in batch)]
             for first in range(0, len(todo), group.world):
                 batch = todo[min(first + group.rank, len(todo) - 1)]  # repeats the last batch: all processes must run (see `fsdp.py`)
-                tensors = encoder.collate({"sessions": [encoder.encode(prompts[key]) for key in batch]})
+                tensors = processor.collate({"sessions": [processor.encode(prompts[key]) for key in batch]})
                 tensors = send_to_device(tensors, group.accelerator.device)
                 with torch.no_grad():
-                    local = dict(zip(batch, encoder.decode(mllm.write(tensors, "sessions", greedy)), strict=True))
+                    local = dict(zip(batch, processor.decode(mllm.write(tensors, "sessions", greedy)), strict=True))
                 written = {key: text for part in (gather_object([local]) if group.world > 1 else [local]) for key, text in part.items()}
                 texts |= written
                 if main:
@@ -94,7 +99,7 @@ def _made_by(mllm: Mllm, phase: Phase) -> str:
     facts = {
         "weights": digest.hexdigest(),
         "backbone": config.backbone.model_dump(),
-        "catalogue": phase.encoder.catalog.sha256,
+        "catalogue": phase.processor.catalog.sha256,
         "data": config.data.model_dump(exclude={"prompts"}),
         "templates": phase.prompts.templates.model_dump(),
         "amounts": [settings.items, settings.summary_tokens, config.export.token_budget],
