@@ -122,20 +122,17 @@ def find_images(data: Path | None, run: Path) -> Path | None:
 
 def draw_sample(data: Path, settings: "Config") -> None:
     """Generates the sample shop in `data` completely or not at all, also if several processes begin a run together."""
-    from pipeline.core.files import remove
+    from pipeline.core.files import replacing
     from pipeline.data.sample_shop import draw_shop
 
     data.parent.mkdir(parents=True, exist_ok=True)
     say(f"drawing the sample shop: {data}")
-    temporary = data.with_name(f".{data.name}-{os.getpid()}.tmp")
     try:
-        draw_shop(temporary, settings.shop, settings.data)
-        temporary.rename(data)
+        with replacing(data, folder=True) as temporary:
+            draw_shop(temporary, settings.shop, settings.data)
     except OSError:
         if not data.is_dir():  # otherwise another process was first, with the same shop
             raise
-    finally:
-        remove(temporary)
 
 
 def check_data(data: Path) -> None:

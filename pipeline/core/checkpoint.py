@@ -50,8 +50,7 @@ class Checkpoints:
         temporary, target = self.folder / f".step-{step:06d}.tmp", self.folder / f"step-{step:06d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".step-*.tmp"):
-                remove(leftover)
+            self.tidy()
             temporary.mkdir()
             self._write(temporary, step, tensors, state)
             remove(target)  # a damaged one, or one of a run that was started over
@@ -117,6 +116,12 @@ class Checkpoints:
             return bool(_read_state(self.folder / f"step-{step:06d}", step)["fingerprint"] != self.fingerprint)
         except Damaged:  # `newest` reports it
             return False
+
+    def tidy(self) -> None:
+        """Removes what a writer left that was killed while it saved or pruned."""
+        if self.folder.is_dir():
+            for leftover in [*self.folder.glob(".step-*.tmp"), *(self.folder / f"step-{n:06d}" for n in self._steps()[self.keep :])]:
+                remove(leftover)
 
     def clear(self) -> None:
         """Removes every checkpoint, of any settings."""

@@ -26,7 +26,7 @@ from pipeline.data.embeddings import HALVES
 from pipeline.export.card import card, manifest_of, write_arrays
 from pipeline.export.exporter import Exporter, ExportStats, is_part
 from pipeline.export.item_batches import ItemBatches
-from pipeline.export.part_claims import PartClaims, current_pointer
+from pipeline.export.part_claims import PartClaims, clear_work, current_pointer
 from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm import early_exit, prompts
 from pipeline.mllm.item_vectors import VECTORS, table_sha256
@@ -157,9 +157,10 @@ def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | V
     if backbone.name == VECTORS:
         facts["vectors_sha256"] = table_sha256(backbone)
     pointer = current_pointer(root)
-    current = published(root, "embeddings")
+    current = published(root, "embeddings", config.export.keep)
     unchanged = current is not None and all(current.manifest.get(key) == value for key, value in facts.items())
     if current is not None and unchanged and not (update and catalog.by_path):
+        clear_work(root)
         return current
     notes, previous = [], None
     if update and current is not None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.artifact import CURRENT
+from pipeline.core.files import read_small
 from recommender.serving.middleware import ServiceMetrics, log
 from recommender.serving.recommender import Recommender
 from recommender.serving.thumbnails import Thumbnails
@@ -86,10 +87,10 @@ class LoadedVersion:
 class Service:
     """Holds the current version, and watches the run for the next one."""
 
-    def __init__(self, run: Path, data: Path | None, threads: int) -> None:
+    def __init__(self, run: Path, find_data: Callable[[], Path | None], threads: int) -> None:
         self.run = run
         self.metrics = ServiceMetrics()
-        self.thumbnails = Thumbnails(data)
+        self.thumbnails = Thumbnails(find_data)
         self.scoring = ThreadPoolExecutor(threads, "scoring")
         self.last_pointer = self.pointer()
         self.activate(LoadedVersion.load(run))
@@ -100,12 +101,12 @@ class Service:
         self.refused: Refused | None = None
         self.metrics.set_version(loaded.version)
         self.metrics.loaded.set(loaded.loaded_at)
-        self.thumbnails.reload()
+        self.thumbnails.reload(loaded.recommender.version)
 
     def pointer(self) -> bytes:
         """Reads the pointer to the published version, which changes with every publication; empty where it cannot be read."""
         try:
-            return (self.run / "sbr" / CURRENT).read_bytes()
+            return read_small(self.run / "sbr" / CURRENT)
         except OSError:  # loading the version will give the better message
             return b""
 
