@@ -170,6 +170,22 @@ def write_json(path: Path, obj: Any) -> None:
         temporary.write_bytes(data)
 
 
+def write_sealed(path: Path, content: Any) -> None:
+    """Writes JSON with the sha256 of its content, replacing the file atomically: a working file whose figures are believed later."""
+    write_json(path, {"content": content, "sha256": hashlib.sha256(canonical_json(content)).hexdigest()})
+
+
+def read_sealed(path: Path) -> Any:
+    """Reads what `write_sealed` wrote. Raises OSError, or ValueError for anything else, one flipped bit included."""
+    data = read_small(path)
+    entry = parse_json(data)
+    if not isinstance(entry, dict) or entry.keys() != {"content", "sha256"} or canonical_json(entry) != data:
+        raise ValueError("not as written")
+    if entry["sha256"] != hashlib.sha256(canonical_json(entry["content"])).hexdigest():
+        raise ValueError("not as written")
+    return entry["content"]
+
+
 def remove(path: Path) -> None:
     """Removes a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():

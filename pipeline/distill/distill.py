@@ -233,6 +233,7 @@ def run_phase(
     table_parts = Checkpoints(folder / kind.name / TABLE, fingerprint, keep=1)
     if accelerator.is_main_process:
         for finished, step in ((checkpoints, phase.settings.steps), (table_parts, len(inputs.views))):
+            finished.tidy()
             find_finished(finished, step, run)
     accelerator.wait_for_everyone()
     accelerator.free_memory()

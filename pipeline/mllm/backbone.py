@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.core.files import sha256_file
+from pipeline.core.files import environment_error, sha256_file
 from pipeline.data.catalog import Catalog
 from pipeline.mllm.item_vectors import VECTORS, ItemVectors, VectorModel
 from pipeline.mllm.prompts import Prompts
@@ -115,9 +115,9 @@ def published_backbone(config: BackboneConfig) -> Backbone:
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil", trust_remote_code=False)
     except ImportError as error:
         raise _lacking(error, config) from None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
+    except Exception as error:  # of any kind: a damaged folder makes transformers raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise environment_error(error, Path(name)) or UserError(
             f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT
         ) from None
     return Backbone(model, tokenizer, image_processor)

@@ -1,6 +1,5 @@
 """Saves and loads a multimodal LLM, and merges its adapters."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from pipeline.core.artifact import decoding
 from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.core.files import write_json
+from pipeline.core.files import read_json, write_json
 from pipeline.data.catalog import Catalog
 from pipeline.mllm.backbone import Backbone, adapted, folder_sha256, from_config, published_backbone, vector_backbone
 from pipeline.mllm.item_vectors import VECTORS
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 
+HINT = "run `tpad distill` first"
 BASE = "base.safetensors"  # the weights under the adapters of the tiny backbone
 
 
@@ -40,7 +41,14 @@ def load_mllm(
     `config` overrides settings of the backbone on which no weight depends. `merge` adds the adapters into the weights they adapt:
     the same model, for inference only. A backbone of vectors takes those of the items of `catalog`.
     """
-    settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
+    with decoding(folder, HINT):
+        return _load(folder, config, merge, catalog)
+
+
+def _load(
+    folder: Path, config: BackboneConfig | None, merge: bool, catalog: Catalog | None
+) -> tuple[Mllm | SideBySide, Backbone, dict[str, Any]]:
+    settings = read_json(folder / "mllm.json")
     config = config or BackboneConfig.model_validate(settings["backbone"])
     if (known := settings.get("backbone_sha256")) and known != folder_sha256(config):
         raise _other_base(config)
@@ -67,15 +75,12 @@ def _saved_backbone(folder: Path, config: BackboneConfig, catalog: Catalog | Non
         return vector_backbone(config, catalog)
     if config.name != "tiny":
         return adapted(published_backbone(config), config)
-    try:  # code that a config names is never run, nor asked about
-        model = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), config)
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if config.lora is not None:
-            load_trainable(model, load_file(folder / BASE), str(folder / BASE))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise UserError(f"cannot load the MLLM: {reason} ({folder}); run `tpad distill` again", ARTIFACT) from None
+    # code that a config names is never run, nor asked about
+    model = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), config)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if config.lora is not None:
+        load_trainable(model, load_file(folder / BASE), str(folder / BASE))
     return adapted(Backbone(model, tokenizer, processor), config)
 
 

@@ -6,7 +6,6 @@ stored once and referenced where it is shown.
 """
 
 import base64
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -16,8 +15,9 @@ from typing import Any, TypeGuard
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.core.artifact import decoding
 from pipeline.core.errors import UserError
-from pipeline.core.files import json_lines, replacing
+from pipeline.core.files import json_lines, read_json, replacing
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog
 from recommender.metrics.evaluator import REFIT_NOTE
@@ -27,7 +27,7 @@ from recommender.metrics.significance import paired_bootstrap
 from recommender.report.charts import Curve, chart, plane
 from recommender.retrieval.index import FLAT_ITEMS, ItemIndex, build_indexes, factory_of
 from recommender.retrieval.index_tuning import CHECK_K, EFFORTS, encode_sessions, exact_kth_scores, measure
-from recommender.serving.recommender import Recommender
+from recommender.serving.recommender import HINT, Recommender
 from recommender.serving.thumbnails import catalogue_of, small
 from recommender.session_model.top_k import first
 
@@ -98,13 +98,22 @@ class ItemImages:
 def write_report(run: Path, data: Path | None, config: str) -> Path:
     """Writes `run/report.html` and returns its path. `config` is the YAML of the settings; without a data folder there are no images."""
     recommender = Recommender.load(run)
-    metrics = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))
     catalog = None
     try:
         catalog = catalogue_of(recommender.version, data)
     except UserError as error:  # the report is written without images
         print(f"no images: {error}", file=sys.stderr)
-    images = ItemImages(catalog, recommender)
+    with decoding(recommender.version.path, HINT):
+        page = render(run, recommender, ItemImages(catalog, recommender), config)
+    path = run / "report.html"
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(run: Path, recommender: Recommender, images: ItemImages, config: str) -> str:
+    """Returns the page."""
+    metrics = read_json(recommender.version.path / "metrics.json")
     manifest = recommender.version.manifest
     facts = metrics["facts"]
     counts = ", ".join(f"{facts[f'{name}_sessions']:,} {name} sessions" for name in ("train", "valid", "test"))
@@ -126,10 +135,7 @@ def write_report(run: Path, data: Path | None, config: str) -> Path:
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>tpad: {escape(run.resolve().name)}</title>'
         f"<style>{STYLE}</style></head><body>"
     )
-    path = run / "report.html"
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join([head, images.definitions(), *parts, "</body></html>\n"]), encoding="utf-8")
-    return path
+    return "\n".join([head, images.definitions(), *parts, "</body></html>\n"])
 
 
 def section(title: str, content: Iterator[str] | Sequence[str]) -> list[str]:

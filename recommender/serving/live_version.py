@@ -6,7 +6,6 @@ current one stays. During a reload the memory of both is needed.
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,12 +49,8 @@ class LoadedVersion:
 
     @classmethod
     def load(cls, run: Path) -> "LoadedVersion":
-        """Loads the published version of a run and tries it on one session. Raises `UserError`, or `ValueError` for scores that are
-        not finite."""
+        """Loads the published version of a run, which is tried on one session. Raises `UserError`."""
         recommender = Recommender.load(run)
-        items = recommender.recommend(recommender.samples[0]).items
-        if not items or not all(math.isfinite(item.score) for item in items):
-            raise ValueError("the model's scores are not finite")
         names = recommender.items
         texts = [pc.utf8_lower(text) for text in (pc.coalesce(names["title"], names["item_id"]), names["item_id"])]
         lengths = {half: np.maximum(np.linalg.norm(vectors, axis=1), 1e-12) for half, vectors in recommender.halves.items()}
