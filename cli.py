@@ -5,11 +5,14 @@ quick. A `UserError` becomes one line on stderr and its exit code; results go to
 """
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -45,14 +48,22 @@ class Commands(TyperGroup):
         return super().parse_args(ctx, [word for word in args if word != DEBUG])
 
     def invoke(self, ctx: Any) -> Any:
-        """Turns a `UserError` into its line and exit code. Any other exception is a bug in tpad, and ends in its traceback and 1."""
+        """Turns a `UserError`, and an error of disk or memory, into its line and exit code. Any other one is a bug, with its traceback."""
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except Exception as error:
+            line = error if isinstance(error, UserError) else self._environment_error(error)
+            if line is None:
+                raise
             if ctx.meta[DEBUG]:
                 traceback.print_exc()
-            typer.echo(f"error: {error}", err=True)
-            raise SystemExit(error.code) from None
+            typer.echo(f"error: {line}", err=True)
+            raise SystemExit(line.code) from None
+
+    def _environment_error(self, error: Exception) -> UserError | None:
+        from pipeline.core.files import environment_error
+
+        return environment_error(error, Path())
 
 
 app = typer.Typer(
@@ -302,21 +313,24 @@ def serve(
     run: RunFolder = RUN,
 ) -> None:
     """Answer over HTTP, with a page to try it at /."""
+    from pipeline.core.files import temporary_folder
     from recommender.serving.options import api_key
 
     key = api_key(key_file)
-    with tempfile.TemporaryDirectory(prefix="tpad-metrics-") if workers > 1 else nullcontext() as shared:
+    find_data = partial(find_images, data, run)
+    find_data()  # says at once what is wrong with it
+    with temporary_folder(Path(tempfile.gettempdir()), "tpad-shared-metrics-") if workers > 1 else nullcontext() as shared:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the parallelism is in the requests
         for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):  # read when its library is imported
             os.environ.pop(name, None)  # a folder of the user's may hold the figures of other processes
         if shared is not None:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared)
         try:
             from recommender.serving.server import serve as run_service
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed (tpad serve); pip install '.[faiss-cpu,serve]'", ENVIRONMENT) from None
 
-        run_service(run, find_images(data, run), host, port, key, workers, say)
+        run_service(run, find_data, host, port, key, workers, say)
 
 
 app.command()(prepare)
@@ -354,8 +368,20 @@ def main() -> None:
     """Runs `tpad`, also under `accelerate launch -m cli` and `torchrun -m cli`. A usage error is one line too; Ctrl-C is 130."""
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"} | dict(os.environ))
     join_cpu_processes()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a title may have letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
-        raise SystemExit(app(sys.argv[1:] or ["--help"], prog_name="tpad", standalone_mode=False))
+        code = app(sys.argv[1:] or ["--help"], prog_name="tpad", standalone_mode=False)
+        sys.stdout.flush()
+        raise SystemExit(code)
+    except OSError as error:  # what `Commands` does not see, as --help; or the last bytes of stdout
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again at its end
+        if isinstance(error, BrokenPipeError):  # `| head`
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        typer.echo(f"error: cannot write: {(error.strerror or str(error)).lower()} (stdout); give it another place", err=True)
+        raise SystemExit(ENVIRONMENT) from None
     except UsageError as error:
         message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
         command = error.ctx.command_path if error.ctx else "tpad"  # type: ignore[attr-defined]

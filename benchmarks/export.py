@@ -39,7 +39,7 @@ from pipeline.data.embeddings import read_embeddings
 from pipeline.distill.distill import publish
 from pipeline.export.export import export
 from pipeline.export.exporter import own_device
-from pipeline.mllm.backbone import build_backbone, weights_sha256
+from pipeline.mllm.backbone import build_backbone, folder_sha256
 from pipeline.mllm.model import Mllm
 from pipeline.mllm.processor import PromptProcessor
 from pipeline.mllm.prompts import Prompts
@@ -99,7 +99,7 @@ def write_model(run: Path, data: Path, config: Config) -> None:
     views = Prompts(catalog, config.data)
     backbone = build_backbone(config.backbone, views, 0)
     mllm = Mllm(backbone.model, ("knowledge", "transition"), config.distill.dim)
-    publish(run, config, views, mllm, backbone, weights_sha256(config.backbone), "", "benchmark")
+    publish(run, config, views, mllm, backbone, folder_sha256(config.backbone), "", "benchmark")
 
 
 # --- the ways to export it

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.data.catalog import load_catalog
-from pipeline.data.parquet_checks import ITEMS, SESSIONS
+from pipeline.data.data_folder import ITEMS, SESSIONS
 from pipeline.data.session_log import SessionLog, load_sessions
 from recommender.baselines.registry import BASELINES, Model
 from recommender.metrics.evaluator import baseline_ranks, model_ranks

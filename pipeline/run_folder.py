@@ -3,7 +3,7 @@
 Heavy modules are imported inside functions, since the command line always imports this one.
 """
 
-import json
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -34,16 +34,18 @@ def open_run(
     `begin`: a new run without data gets the sample shop. What is given is remembered, unless the data is faulty or the body fails in
     a run that already remembers something.
     """
-    from pipeline.core.config_file import load_config
-    from pipeline.core.files import environment_error, replacing
+    from pipeline.core.config_file import check_seal, load_config
+    from pipeline.core.files import environment_error, read_small, replacing
 
     record, remembered = run / "run.json", run / "config.yaml"
     try:
+        if config is None and remembered.exists():
+            check_seal(remembered)
         settings = load_config(config or (remembered if remembered.exists() else None), overrides)
         folder = find_data(data, run, settings if begin else None)
         if data is not None or not record.exists():
             check_data(folder)  # before anything is written, and before imports that take seconds
-        before = [(path, path.read_bytes()) for path in (record, remembered) if path.exists()]
+        before = [(path, read_small(path)) for path in (record, remembered) if path.exists()]
         if MAIN_PROCESS:
             remember(run, folder, settings)
     except OSError as error:
@@ -65,9 +67,14 @@ def remember(run: Path, data: Path, settings: "Config") -> None:
     from pipeline.core.files import replacing, write_json
 
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "run.json", {"data": os.path.relpath(data, run)})
+    place = os.path.relpath(data.parent.resolve() / data.name, run.resolve())
+    write_json(run / "run.json", {"data": place, "sha256": seal_of(place)})
     with replacing(run / "config.yaml") as temporary:
-        save_config(settings, temporary)
+        save_config(settings, temporary, run)
+
+
+def seal_of(place: str) -> str:
+    return hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()
 
 
 def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Path:
@@ -79,12 +86,19 @@ def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Pa
         if not data.is_dir():
             raise UserError(f"no such data folder ({data}); give --data a folder made by `tpad prepare`", DATA)
         return data
+    from pipeline.core.files import read_json
+
     record = run / "run.json"
     if record.exists():
         try:
-            data = Path(os.path.normpath(run / json.loads(record.read_text(encoding="utf-8"))["data"]))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"not the record of a run ({record}); delete it and give --data", USAGE) from None
+            entry = read_json(record)
+            place = entry["data"]
+            intact = isinstance(place, str) and "\0" not in place and not entry.keys() - {"data", "sha256"}
+            if not intact or entry.get("sha256", seal_of(place)) != seal_of(place):
+                raise ValueError("not as written")
+            data = Path(os.path.normpath(run.resolve() / place))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"not the record of a run, or a damaged one ({record}); delete it and give --data", ARTIFACT) from None
         if not data.is_dir():
             raise UserError(f"the data folder of this run is gone ({data}, by {record}); put it back, or give --data", DATA)
     elif begin is None:
@@ -101,9 +115,10 @@ def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Pa
 def drawn_otherwise(data: Path, settings: "Config") -> bool:
     """Returns whether the folder is a sample shop of other settings."""
     from pipeline.core.config import ShopConfig
+    from pipeline.core.files import read_json
 
     try:
-        shop = ShopConfig.model_validate(json.loads((data / "ceiling.json").read_bytes())["shop"])
+        shop = ShopConfig.model_validate(read_json(data / "ceiling.json")["shop"])
     except (OSError, ValueError, KeyError, TypeError):  # pydantic's errors are ValueErrors
         return False
     return shop != settings.shop
@@ -122,20 +137,17 @@ def find_images(data: Path | None, run: Path) -> Path | None:
 
 def draw_sample(data: Path, settings: "Config") -> None:
     """Generates the sample shop in `data` completely or not at all, also if several processes begin a run together."""
-    from pipeline.core.files import remove
+    from pipeline.core.files import replacing
     from pipeline.data.sample_shop import draw_shop
 
     data.parent.mkdir(parents=True, exist_ok=True)
     say(f"drawing the sample shop: {data}")
-    temporary = data.with_name(f".{data.name}-{os.getpid()}.tmp")
     try:
-        draw_shop(temporary, settings.shop, settings.data)
-        temporary.rename(data)
+        with replacing(data, folder=True) as temporary:
+            draw_shop(temporary, settings.shop, settings.data)
     except OSError:
         if not data.is_dir():  # otherwise another process was first, with the same shop
             raise
-    finally:
-        remove(temporary)
 
 
 def check_data(data: Path) -> None:

@@ -3,8 +3,9 @@
 An artifact is `<root>/v000N/` with its files and a `manifest.json` that lists each of them with size and sha256; `<root>/current`
 names the version and the sha256 of its manifest. Readers follow `current` only, take no lock, and refuse whatever differs by one
 bit. Writers hold `<root>/.lock`, work in `<root>/.staging` on the same file system, and make a version visible by one rename
-(`part_claims.py` has the form for several writers of one version). Manifests hold no clock, host or absolute path, so equal inputs
-give equal bytes. POSIX only (flock, atomic rename). Sizes and checksums protect against damage, not against forgery.
+(`part_claims.py` has the form for several writers of one version). What a killed writer has left, the next one finishes or removes.
+Manifests hold no clock, host or absolute path, so equal inputs give equal bytes. POSIX only (flock, atomic rename). Sizes and
+checksums protect against damage, not against forgery.
 """
 
 import fcntl
@@ -22,13 +23,24 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
-from pipeline.core.files import canonical_json, environment_error, fsync_path, remove, sha256_file, write_json
+from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.files import (
+    canonical_json,
+    environment_error,
+    fsync_path,
+    parse_json,
+    read_small,
+    remove,
+    remove_leftovers,
+    sha256_file,
+    write_json,
+)
 
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
 CURRENT, MANIFEST, LOCK, STAGING = "current", "manifest.json", ".lock", ".staging"
+NEXT = ".next"  # the content of `current` to be, while a version is renamed: a kill in between is made good by `settle`
 VERSION_NAME = re.compile(r"v\d{4,}")
 NAMES = {"mllm": "unified MLLM", "sbr": "session model"}  # kind -> its name in messages
 OWN_KEYS = {"format_version", "kind", "files"}  # manifest entries that `publish` fills in
@@ -74,10 +86,12 @@ class Staging:
         fsync_path(self.path)
         before, numbers = _current_number(self.root), _numbers(self.root)
         name = f"v{max(numbers, default=0) + 1:04d}"
+        write_json(self.root / NEXT, {"version": name, "manifest_sha256": digest})
         os.rename(self.path, self.root / name)
         self.published = True
         fsync_path(self.root)
-        write_json(self.root / CURRENT, {"version": name, "manifest_sha256": digest})
+        os.replace(self.root / NEXT, self.root / CURRENT)
+        fsync_path(self.root)
         older = [n for n in numbers if before is None or n <= before][: keep - 1]
         _prune(self.root, [*older, int(name[1:])])
         return Version(self.root / name, json.loads(canonical_json(full)), name, digest)
@@ -86,7 +100,8 @@ class Staging:
 @contextmanager
 def stage(root: Path, kind: str) -> Iterator[Staging]:
     """Writes an artifact from one process: an empty folder under the lock, which is removed unless the body publishes it."""
-    with environment(root), locked(root):
+    with environment(root), locked(root, patience=1.0):  # for the moment in which another process settles
+        finish_publication(root)
         clear_leftovers(root)
         staging = Staging(root, kind)
         staging.path.mkdir()
@@ -113,12 +128,9 @@ def locked(root: Path, wait: bool = False, patience: float = 0.0) -> Iterator[No
 
     Raises `UserError` (4) if another process holds the lock for longer than `patience` seconds; with `wait` it waits.
     """
-    try:
-        with environment(root):
-            root.mkdir(parents=True, exist_ok=True)
-            lock = open(root / LOCK, "ab")  # noqa: SIM115 (closed below)
-    except FileExistsError:
-        raise UserError(f"a file is where a folder is needed ({root}); move it, or use another --run", ENVIRONMENT) from None
+    with environment(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = os.fdopen(os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "rb")
     with lock:
         deadline = time.monotonic() + patience
         while True:
@@ -172,19 +184,41 @@ def _numbers(root: Path) -> list[int]:
 
 def _current_number(root: Path) -> int | None:
     try:
-        return int(_pointer((root / CURRENT).read_bytes())[0][1:])
+        return int(_pointer(read_small(root / CURRENT))[0][1:])
     except (OSError, ValueError):
         return None
 
 
-def take_back_unpublished(staging: Staging, fingerprint: str) -> None:
-    """Turns a version back into staging that was killed between its rename and the update of `current`."""
-    for number in _numbers(staging.root):
-        folder = staging.root / f"v{number:04d}"
-        if number > (_current_number(staging.root) or 0) and not staging.path.exists():
-            with suppress(OSError, ValueError, TypeError, KeyError):
-                if json.loads((folder / MANIFEST).read_bytes())["fingerprint"] == fingerprint:
-                    os.rename(folder, staging.path)
+def finish_publication(root: Path) -> None:
+    """Makes a version current whose writer was killed between its rename and the update of `current`. The caller holds the lock."""
+    try:
+        name, digest = _pointer(read_small(root / NEXT))
+        complete = hashlib.sha256(read_small(root / name / MANIFEST)).hexdigest() == digest
+    except FileNotFoundError:
+        complete = False  # of NEXT: nothing to finish; of the manifest: killed before the rename
+    except (OSError, ValueError):
+        complete = False
+    if complete:
+        os.replace(root / NEXT, root / CURRENT)
+    else:
+        remove(root / NEXT)
+
+
+def settle(root: Path, keep: int = 2) -> None:
+    """Finishes what a killed writer had still to do after its last file: makes its version current, prunes, removes leftovers.
+
+    Does nothing where another writer is at work, or where this process may not write. Unfinished parts of an export stay.
+    """
+    if not root.is_dir():
+        return
+    with suppress(UserError, OSError), locked(root):
+        finish_publication(root)
+        remove_leftovers(root, ".", ".tmp")
+        for leftover in root.glob(".pruned-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if (current := _current_number(root)) is not None:  # versions above it are those that the user has gone back from
+            numbers = _numbers(root)
+            _prune(root, [*[n for n in numbers if n > current], *[n for n in numbers if n <= current][:keep]])
 
 
 def _prune(root: Path, numbers: list[int]) -> None:
@@ -207,8 +241,9 @@ def open_verified(root: Path, kind: str, hint: str) -> Version:
     return following(root, kind, hint, lambda version: version)
 
 
-def published(root: Path, kind: str) -> Version | None:
+def published(root: Path, kind: str, keep: int = 2) -> Version | None:
     """Returns the current version, or None if there is no usable one. A step asks this before it repeats its work."""
+    settle(root, keep)
     try:
         return open_verified(root, kind, "")
     except UserError:
@@ -220,7 +255,9 @@ def following(root: Path, kind: str, hint: str, read: Callable[[Version], T]) ->
     for _ in range(READ_ATTEMPTS):
         pointer = _read_pointer(root, kind, hint)
         try:
-            return read(_verify(root, pointer, kind, hint))
+            version = _verify(root, pointer, kind, hint)
+            with decoding(version.path, hint):
+                return read(version)
         except (UserError, OSError) as error:
             failure = error
         if _read_pointer(root, kind, hint) == pointer:
@@ -230,9 +267,25 @@ def following(root: Path, kind: str, hint: str, read: Callable[[Version], T]) ->
     raise environment_error(failure, root) or damaged("cannot be read", Path(failure.filename or root), hint) from failure
 
 
+@contextmanager
+def decoding(path: Path, hint: str) -> Iterator[None]:
+    """Turns what the content of an artifact makes its reader raise into `UserError` (4): sums may be right where content is wrong.
+
+    `hint` as in `open_verified`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: content that tpad has not written may make its readers raise anything
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        known = environment_error(error, path)
+        raise known or damaged(f"cannot be used: {type(error).__name__}{f': {reason}' if reason else ''}", path, hint) from error
+
+
 def _read_pointer(root: Path, kind: str, hint: str) -> bytes:
     try:
-        return (root / CURRENT).read_bytes()
+        return read_small(root / CURRENT)
     except FileNotFoundError:
         raise UserError(f"{NAMES.get(kind, kind)} not found ({root}); {hint}", ARTIFACT) from None
     except OSError as error:
@@ -241,7 +294,7 @@ def _read_pointer(root: Path, kind: str, hint: str) -> bytes:
 
 def _pointer(data: bytes) -> tuple[str, str]:
     """Parses a `current` file to (version, manifest_sha256). Raises ValueError unless it is byte for byte what `publish` writes."""
-    entry = json.loads(data)
+    entry = parse_json(data)
     if not isinstance(entry, dict) or entry.keys() != {"version", "manifest_sha256"} or canonical_json(entry) != data:
         raise ValueError("not as written")
     name, digest = entry["version"], entry["manifest_sha256"]
@@ -253,13 +306,13 @@ def _pointer(data: bytes) -> tuple[str, str]:
 def _verify(root: Path, pointer: bytes, kind: str, hint: str) -> Version:
     try:
         name, digest = _pointer(pointer)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise damaged("damaged pointer", root / CURRENT, hint) from None
     folder = root / name
     if folder.is_symlink() or not folder.is_dir():
         raise damaged("published version is missing", folder, hint)
     try:
-        data = (folder / MANIFEST).read_bytes()
+        data = read_small(folder / MANIFEST)
     except FileNotFoundError:
         raise damaged("file is missing", folder / MANIFEST, hint) from None
     if hashlib.sha256(data).hexdigest() != digest:
@@ -271,10 +324,10 @@ def _verify(root: Path, pointer: bytes, kind: str, hint: str) -> Version:
 
 def _manifest(data: bytes, path: Path, kind: str, hint: str) -> dict[str, Any]:
     try:
-        manifest = json.loads(data)
+        manifest = parse_json(data)
         version, found_kind, files = manifest["format_version"], manifest["kind"], manifest["files"]
         well_formed = all(set(f) == {"name", "bytes", "sha256"} and _is_inside(f["name"]) for f in files)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise damaged("damaged manifest", path, hint) from None
     if version != FORMAT_VERSION:
         raise UserError(f"format {version}, but this tpad reads format {FORMAT_VERSION} ({path}); {_again(hint)}", ARTIFACT)

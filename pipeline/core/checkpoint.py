@@ -5,12 +5,14 @@ sha256 of the tensors and of itself. No pickle. The files do not depend on the n
 every process may load.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline.core.artifact import decoding
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.core.files import canonical_json, environment_error, fsync_path, remove, sha256_file
+from pipeline.core.files import canonical_json, environment_error, fsync_path, parse_json, read_small, remove, sha256_file
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 SAVE_SECONDS = 120.0  # between two checkpoints of a long stretch
@@ -50,8 +53,7 @@ class Checkpoints:
         temporary, target = self.folder / f".step-{step:06d}.tmp", self.folder / f"step-{step:06d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".step-*.tmp"):
-                remove(leftover)
+            self.tidy()
             temporary.mkdir()
             self._write(temporary, step, tensors, state)
             remove(target)  # a damaged one, or one of a run that was started over
@@ -86,6 +88,12 @@ class Checkpoints:
                 print(f"warning: checkpoint is damaged and left out: {reason} ({path})", file=sys.stderr)
         return None
 
+    @contextmanager
+    def resuming(self) -> Iterator[None]:
+        """Turns what a checkpoint with right sums and wrong content makes its reader raise into `UserError` (4)."""
+        with decoding(self.folder, "start over with --fresh"):
+            yield
+
     def take_over(self, folder: Path, step: int) -> bool:
         """Links the checkpoint of `step` of another run into this one, if it has the same settings and data; returns whether it did."""
         name = f"step-{step:06d}"
@@ -117,6 +125,12 @@ class Checkpoints:
             return bool(_read_state(self.folder / f"step-{step:06d}", step)["fingerprint"] != self.fingerprint)
         except Damaged:  # `newest` reports it
             return False
+
+    def tidy(self) -> None:
+        """Removes what a writer left that was killed while it saved or pruned."""
+        if self.folder.is_dir():
+            for leftover in [*self.folder.glob(".step-*.tmp"), *(self.folder / f"step-{n:06d}" for n in self._steps()[self.keep :])]:
+                remove(leftover)
 
     def clear(self) -> None:
         """Removes every checkpoint, of any settings."""
@@ -161,26 +175,34 @@ def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _read_state(path: Path, step: int) -> dict[str, Any]:
     try:
-        data = (path / STATE).read_bytes()
-        outer = json.loads(data)
+        data = read_small(path / STATE)
+        outer = parse_json(data)
         entry = outer["entry"]
         intact = canonical_json(outer) == data and outer["sha256"] == hashlib.sha256(canonical_json(entry)).hexdigest()
-    except FileNotFoundError:
-        raise Damaged(f"{STATE} is missing") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except OSError as error:
+        raise _unread(error, path / STATE) from None
+    except (ValueError, TypeError, KeyError):
         raise Damaged(f"{STATE} is not as written") from None
-    if not intact or entry["step"] != step:
+    if not intact or not isinstance(entry, dict) or entry.get("step") != step or not {"fingerprint", "state"} <= entry.keys():
         raise Damaged(f"{STATE} is not as written")
     return dict(entry)
 
 
 def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
     try:
-        if sha256_file(path / TENSORS) != entry["tensors_sha256"]:
+        if sha256_file(path / TENSORS) != entry.get("tensors_sha256"):
             raise Damaged(f"{TENSORS} is not as written")
         return dict(load_file(path / TENSORS))
-    except FileNotFoundError:
-        raise Damaged(f"{TENSORS} is missing") from None
+    except OSError as error:
+        raise _unread(error, path / TENSORS) from None
+    except SafetensorError as error:  # right sums, and no tensors
+        raise Damaged(f"{TENSORS}: {error}") from None
+
+
+def _unread(error: OSError, path: Path) -> Exception:
+    """Returns what to raise where a file of a checkpoint cannot be read: an error of the disk, or damage."""
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) or error.errno == errno.EINVAL
+    return (None if missing else environment_error(error, path)) or Damaged(f"{path.name} is missing or no plain file")
 
 
 # ---------------------------------------------------------------- optimizers

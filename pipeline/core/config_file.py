@@ -5,7 +5,10 @@ known key. All errors of a file are reported together.
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,9 +16,12 @@ from pydantic import ValidationError
 
 from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
+from pipeline.core.files import read_small
 from pipeline.core.section import Section
+from pipeline.core.setting_paths import relative, resolved
 from pipeline.core.strict_yaml import parse, read, written
 
+SEAL = "# written by tpad; sha256 of the lines below: "
 S = TypeVar("S", bound=Section)
 
 
@@ -28,6 +34,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     lines: dict[tuple[str, ...], int] = {}
     if path is not None:
         tree, lines = read(path)
+        tree = resolved(tree, path.parent)
     where = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides or []:
         key, sign, text = override.partition("=")
@@ -35,7 +42,8 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         if not sign or not all(keys):
             raise UserError(f"--set {override!r} is not of the form a.b=value (command line); write e.g. sbr.epochs=5", USAGE)
         value, _ = parse(text, f"--set {override}")
-        _put(tree, keys, value, override)
+        nested = reduce(lambda inner, name: {name: inner}, reversed(keys), value)
+        _put(tree, keys, reduce(lambda section, name: section[name], keys, resolved(nested, Path())), override)
         above = {keys[:n]: f"--set {override}" for n in range(1, len(keys))}  # for sections that only the override names
         where = above | {k: w for k, w in where.items() if k[: len(keys)] != keys} | {keys: f"--set {override}"}
     return _validated(Config, tree, where, str(path or "settings"))
@@ -59,9 +67,18 @@ def _validated(model: type[S], tree: dict[str, Any], where: dict[tuple[str, ...]
         raise UserError("; ".join(_explain(error, where, name, model)), USAGE) from None
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Writes the settings as YAML."""
-    path.write_text(written(config.model_dump()), encoding="utf-8")
+def save_config(config: Config, path: Path, folder: Path | None = None) -> None:
+    """Writes the settings as YAML, with their sha256 in the first line. `folder`: of the file that this is a temporary of."""
+    text = written(relative(config.model_dump(), folder or path.parent))
+    path.write_text(f"{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
+
+
+def check_seal(path: Path) -> None:
+    """Refuses settings that a command has written and something has changed since. Raises `UserError` (2)."""
+    with suppress(OSError, UnicodeDecodeError):  # `load_config` has the better message
+        first, _, rest = read_small(path).decode("utf-8").partition("\n")
+        if first.startswith(SEAL) and first != f"{SEAL}{hashlib.sha256(rest.encode()).hexdigest()}":
+            raise UserError(f"the settings of the run were changed or damaged ({path}); restore it, or give your own as --config", USAGE)
 
 
 def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any, override: str) -> None:

@@ -1,11 +1,11 @@
 """Logs the metrics of every distillation step to metrics.jsonl and to accelerate's trackers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.files import replacing
+from pipeline.core.files import environment_error, json_lines, replacing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,11 +23,8 @@ class MetricsLog:
 
     def resume(self, phase: str, start: int) -> None:
         """Removes the lines of `phase` from step `start` on, which is about to be repeated."""
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            earlier = [line for line in lines if (entry := _entry(line)) and not (entry["phase"] == phase and entry["step"] >= start)]
-            with replacing(self.path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
+        if self.accelerator.is_main_process:
+            rewrite_lines(self.path, lambda line: "phase" in line and not is_repeated(line, {"phase": phase}, start))
 
     def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
         """Logs the values of one step."""
@@ -38,11 +35,22 @@ class MetricsLog:
         self.accelerator.log({f"{phase}/{name}": value for name, value in plain.items()}, step=self.before + step)
 
 
-def _entry(line: str) -> dict[str, Any] | None:
+def rewrite_lines(path: Path, keeps: Callable[[dict[str, Any]], bool]) -> None:
+    """Replaces a log by its lines that `keeps`; without those that a kill or a flipped bit has damaged."""
     try:
-        return dict(json.loads(line))
-    except ValueError:
-        return None  # a line cut short by a kill
+        lines = json_lines(path)
+    except OSError as error:
+        if environment_error(error, path) is not None:
+            raise
+        lines = []  # no file at all: a link to nowhere, a fifo
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines if keeps(line)), encoding="utf-8")
+
+
+def is_repeated(line: dict[str, Any], entry: dict[str, Any], start: int) -> bool:
+    """Returns whether a line is of `entry` and of a step that is about to be repeated, or of no step at all."""
+    step = line.get("step")
+    return all(line.get(key) == value for key, value in entry.items()) and not (isinstance(step, int) and step < start)
 
 
 def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, int | float | str | bool]:

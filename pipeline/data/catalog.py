@@ -25,10 +25,9 @@ from pipeline.core.errors import DATA, UserError
 from pipeline.core.files import sha256_file
 from pipeline.data.availability import COLUMNS as AVAILABILITY
 from pipeline.data.availability import Availability, read_availability
+from pipeline.data.data_folder import ITEMS, SESSIONS, data_file
 from pipeline.data.images import FORMATS, decode_image, read_image_file
 from pipeline.data.parquet_checks import (
-    ITEMS,
-    SESSIONS,
     check_ids,
     has_binary,
     inner,
@@ -52,7 +51,7 @@ class _Column:
         self.path, self.metadata, self.name, self.cache_bytes = path, file.metadata, name, cache_bytes
         self.ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]).tolist()
         self.cached: dict[int, pa.ChunkedArray] = {}  # in order of use
-        self.state = _file_state(path)
+        self.state = file_state(path)
 
     def __getitem__(self, row: int) -> pa.Scalar:
         group = bisect_right(self.ends, row)
@@ -61,8 +60,7 @@ class _Column:
     def _group(self, number: int) -> pa.ChunkedArray:
         column = self.cached.pop(number, None)
         if column is None:
-            if _file_state(self.path) != self.state:
-                raise UserError(f"the items changed while in use ({self.path}); start the command again", DATA)
+            check_unchanged(self.path, self.state)
             try:
                 column = parquet_file(self.path, self.metadata).read_row_group(number, columns=[self.name], use_threads=False).column(0)
                 column.validate(full=True)
@@ -75,13 +73,19 @@ class _Column:
         return column
 
 
-def _file_state(path: Path) -> tuple[int, int, int] | None:
+def file_state(path: Path) -> tuple[int, int, int] | None:
     """Returns what changes when the file is replaced; None where there is no such file."""
     try:
         state = path.stat()
     except OSError:
         return None
     return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def check_unchanged(path: Path, state: tuple[int, int, int] | None) -> None:
+    """Raises `UserError` (3) unless the items are still those that were read: sessions and images of others would be a mixture."""
+    if file_state(path) != state:
+        raise UserError(f"the items changed while in use ({path}); start the command again", DATA)
 
 
 def _present(file: pq.ParquetFile, folder: Path) -> tuple[np.ndarray, bytes]:
@@ -130,6 +134,7 @@ class Catalog:
     _images: _Column | None = field(repr=False)
     _present: np.ndarray = field(repr=False)  # (N,) bool: which items have an image
     availability: Availability | None = None  # None: every item may always be recommended
+    state: tuple[int, int, int] | None = None  # of the file when it was read, by `file_state`
     by_path: bool = False  # some images are separate files, of which `sha256` covers the size only
 
     def __len__(self) -> int:
@@ -220,7 +225,8 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
 
     With `stream` little more than the item_ids is held in memory: for one pass in row order.
     """
-    path = data / ITEMS
+    path = data_file(data, ITEMS)
+    state = file_state(path)
     file = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`")
     schema = file.schema_arrow
     need_columns(path, schema, {"item_id": is_text, "title": lambda kind: is_text(kind) or pa.types.is_null(kind)})
@@ -250,4 +256,4 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
         sha256 = hashlib.sha256(sha256.encode() + linked).hexdigest()
     text_columns = [name for name in columns if is_text(inner(schema.field(name).type))]
     available = read_availability(path, table)
-    return Catalog(path, sha256, item_ids, columns, text_columns, texts, image_column, present, available, bool(linked))
+    return Catalog(path, sha256, item_ids, columns, text_columns, texts, image_column, present, available, state, bool(linked))

@@ -1,6 +1,7 @@
 """Defines the Parquet schema of the item embeddings, and reads the current version. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -126,6 +127,12 @@ def _embeddings(version: Version, hint: str) -> Embeddings:
         raise damaged(f"manifest lacks or has a wrong {error}", version.path / MANIFEST, hint) from None
     if not parts or rows != sum(n for _, n in parts):
         raise damaged(f"{rows} rows promised, {sum(n for _, n in parts)} in the parts", version.path / MANIFEST, hint)
+    listed = {file["name"] for file in version.manifest["files"]}
+    for name, count in parts:  # before memory is taken for what a manifest promises
+        if name not in listed:
+            raise damaged("file is missing", version.path / name, hint)
+        with open_part(version.path / name, hint) as file:
+            check_part(file.schema_arrow, file.metadata.num_rows, version.path / name, schema, count, hint)
     vectors = {half: np.empty((rows, dim), np.float32) for half in halves}
     flags = {flag: np.empty(rows, bool) for flag in ("has_image", "has_text")}
     item_ids: list[str] = []
@@ -144,19 +151,31 @@ def _embeddings(version: Version, hint: str) -> Embeddings:
     return Embeddings(item_ids, vectors, flags["has_image"], flags["has_text"], version)
 
 
-def read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:
-    """Reads a part and verifies checksums, columns and number of rows. Raises `UserError` (4)."""
+@contextmanager
+def open_part(path: Path, hint: str) -> Iterator[pq.ParquetFile]:
+    """Opens a part, whose pages are verified. Raises `UserError` (4), also for what reading it in the body finds."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
+            yield file
     except FileNotFoundError:
         raise damaged("file is missing", path, hint) from None
     except (pa.ArrowException, OSError) as error:
         raise damaged(f"not a readable Parquet file: {error}", path, hint) from None
-    if not table.schema.equals(schema):
+
+
+def check_part(found: pa.Schema, count: int, path: Path, schema: pa.Schema, rows: int, hint: str) -> None:
+    """Raises `UserError` (4) for other columns or another number of rows than the manifest promises."""
+    if not found.equals(schema):
         raise damaged("columns are not those of the manifest", path, hint)
-    if table.num_rows != rows:
-        raise damaged(f"{rows} rows promised, {table.num_rows} found", path, hint)
+    if count != rows:
+        raise damaged(f"{rows} rows promised, {count} found", path, hint)
+
+
+def read_part(path: Path, schema: pa.Schema, rows: int, hint: str) -> pa.Table:
+    """Reads a part and verifies checksums, columns and number of rows. Raises `UserError` (4)."""
+    with open_part(path, hint) as file:
+        check_part(file.schema_arrow, file.metadata.num_rows, path, schema, rows, hint)
+        table = file.read()
     if any(column.null_count for column in table.columns):
         raise damaged("empty values", path, hint)
     return table

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from pipeline.core.errors import DATA, UserError
 from pipeline.data.clock import PREPARE
 
-ITEMS, SESSIONS = "items.parquet", "sessions.parquet"
 MAX_ID_BYTES = 512
 CONTROL = "[\\x00-\\x1f\\x7f\\x{80}-\\x{9f}\\x{2028}\\x{2029}]"  # in the syntax of RE2, which Arrow uses
 

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import DATA, UserError
-from pipeline.data.catalog import Catalog
+from pipeline.data.catalog import Catalog, check_unchanged
 from pipeline.data.clock import is_clock, read_clock
-from pipeline.data.parquet_checks import ITEMS, SESSIONS, check_ids, is_text, need_columns, open_parquet, unreadable
+from pipeline.data.data_folder import ITEMS, SESSIONS, data_file
+from pipeline.data.parquet_checks import check_ids, is_text, need_columns, open_parquet, unreadable
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class SessionLog:
 
 def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
     """Loads the sessions of a data folder. Raises `UserError` (3)."""
-    path = data / SESSIONS
+    path = data_file(data, SESSIONS)
     schema = open_parquet(path, f"give a folder with {ITEMS} and {SESSIONS}, e.g. from `tpad prepare`").schema_arrow
     need_columns(path, schema, {"session_id": is_text, "item_id": is_text, "timestamp": is_clock})
     users = "user_id" in schema.names and not pa.types.is_null(schema.field("user_id").type)
@@ -115,6 +116,7 @@ def load_sessions(data: Path, catalog: Catalog) -> SessionLog:
             "add the item or drop the events, as `tpad prepare` does",
             DATA,
         )
+    check_unchanged(catalog.path, catalog.state)
     clock, unit = read_clock(path, table["timestamp"], "timestamp")
     log = _sessions(path, session, session_ids, rows, clock, unit, table["user_id"] if users else None)
     return replace(log, item_ids=catalog.item_ids)

@@ -35,7 +35,7 @@ from pipeline.distill.process_group import Group
 from pipeline.distill.trainer import below, train_phase
 from pipeline.distill.variants import VARIANTS, Variant, merged, side_by_side, varied
 from pipeline.distill.vision_features import fill_vision_cache
-from pipeline.mllm.backbone import Backbone, build_backbone, weights_sha256
+from pipeline.mllm.backbone import Backbone, build_backbone, folder_sha256
 from pipeline.mllm.item_vectors import VECTORS
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
 from pipeline.mllm.neighbour_titles import load_neighbours
@@ -61,7 +61,7 @@ class Inputs:
     prompts: Prompts
     train: SessionLog
     teacher: Teacher | None
-    backbone_sha256: str | None  # of local weights
+    backbone_sha256: str | None  # of its files in a local folder
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def read_inputs(config: Config, data: Path, open_teacher: OpenTeacher | None, ev
     if (teacher_run := config.distill.transfer.teacher) is not None:
         assert open_teacher is not None, "distill.transfer.teacher needs open_teacher"
         teacher = open_teacher(Path(teacher_run), catalog.item_ids, train)
-    return Inputs(config, variant, prompts, train, teacher, weights_sha256(config.backbone))
+    return Inputs(config, variant, prompts, train, teacher, folder_sha256(config.backbone))
 
 
 def check_settings(inputs: Inputs) -> None:
@@ -233,6 +233,7 @@ def run_phase(
     table_parts = Checkpoints(folder / kind.name / TABLE, fingerprint, keep=1)
     if accelerator.is_main_process:
         for finished, step in ((checkpoints, phase.settings.steps), (table_parts, len(inputs.prompts))):
+            finished.tidy()
             find_finished(finished, step, run)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -300,7 +301,7 @@ def publish(
     commit = getattr(backbone.model.config, "_commit_hash", None)  # a name on the hub may get other weights tomorrow
     settings = {
         "backbone": config.backbone.model_dump() | {"revision": config.backbone.revision or commit},
-        "weights_sha256": backbone_sha256,
+        "backbone_sha256": backbone_sha256,
         "data": config.data.model_dump(exclude={"neighbours": {"run"}, "prompts": True}),
         "neighbours": prompts.neighbours and prompts.neighbours.sha256,
         "dim": config.distill.dim,

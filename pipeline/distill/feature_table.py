@@ -28,7 +28,8 @@ def feature_table(mllm: Mllm, phase: Phase, head: str, checkpoints: Checkpoints)
     """
     accelerator, count, main = phase.group.accelerator, len(phase.prompts), phase.group.rank == 0
     done, tensors, _ = checkpoints.newest() or (0, {head: torch.empty(0, phase.config.distill.dim)}, {})
-    table, saved = tensors[head].to(accelerator.device), time.monotonic()
+    with checkpoints.resuming():
+        table, saved = tensors[head].reshape(done, phase.config.distill.dim).to(accelerator.device), time.monotonic()
     with Interrupt() as interrupt, Steps(f"{head} table", count, done, show=main) as progress:
         for first in range(done, count, TABLE_ROWS):
             rows = np.arange(first, min(first + TABLE_ROWS, count))

@@ -25,7 +25,9 @@ def fingerprints(config: Config, prompts: Prompts, train: SessionLog, teacher: T
         "templates": prompts.templates.model_dump(),
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
-        "backbone": config.backbone.model_dump(exclude={"path"}) | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
+        # of a local folder the content counts, not its name
+        "backbone": config.backbone.model_dump(exclude={"path", "name"} if backbone_sha256 else {"path"})
+        | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
         "weights": backbone_sha256,
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),

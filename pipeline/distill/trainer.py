@@ -86,11 +86,12 @@ class Training:
             start_heads(self.phase, self.mllm)
         else:
             step, tensors, state = checkpoint
-            self.seconds = state.get("seconds", 0.0)
-            load_trainable(self.mllm, {name: tensors[name] for name in self.trainable}, str(self.checkpoints.folder))
-            unpack_optimizer(self.optimizer.optimizer, self.names, tensors, state["optimizer"])
-            for name, critic in self.critics.items():
-                critic.load(below(f"critic/{name}/", tensors), state["critics"][name])
+            with self.checkpoints.resuming():
+                self.seconds = float(state.get("seconds", 0.0))
+                load_trainable(self.mllm, {name: tensors[name] for name in self.trainable}, str(self.checkpoints.folder))
+                unpack_optimizer(self.optimizer.optimizer, self.names, tensors, state["optimizer"])
+                for name, critic in self.critics.items():
+                    critic.load(below(f"critic/{name}/", tensors), state["critics"][name])
         self.began = time.perf_counter()
         return step
 

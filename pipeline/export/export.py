@@ -7,7 +7,6 @@ its bounds (`item_batches.py`), so its bytes depend neither on the number of pro
 """
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,24 +15,24 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from pipeline.core.artifact import Version, environment, open_verified, published
+from pipeline.core.artifact import Version, decoding, environment, open_verified, published
 from pipeline.core.config import BackboneConfig, Config, DataConfig
 from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
-from pipeline.core.files import canonical_json
+from pipeline.core.files import canonical_json, read_json
 from pipeline.core.process import keep_freed_memory
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import HALVES
 from pipeline.export.card import card, manifest_of, write_arrays
 from pipeline.export.exporter import Exporter, ExportStats, is_part
 from pipeline.export.item_batches import ItemBatches
-from pipeline.export.part_claims import PartClaims, current_pointer
+from pipeline.export.part_claims import PartClaims, clear_work, current_pointer
 from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm import prompts
 from pipeline.mllm.item_vectors import VECTORS, table_sha256
 from pipeline.mllm.model import stop_after
 from pipeline.mllm.neighbour_titles import Neighbours, load_neighbours
 from pipeline.mllm.prompt_templates import Templates
-from pipeline.mllm.saved_mllm import load_mllm
+from pipeline.mllm.saved_mllm import HINT, load_mllm
 from pipeline.mllm.vector_prompts import processor_for, prompts_for
 from pipeline.mllm.vision_cache import VisionCache
 
@@ -99,7 +98,8 @@ def export(config: Config, run: Path, data: Path, update: bool = False, share: t
             with claims:
                 if not claims.begin(plan.pointer):
                     continue  # another process published meanwhile: plan again, from its version
-                exporter = _exporter(config, run, plan, claims)
+                with decoding(plan.model.path, HINT):
+                    exporter = _exporter(config, run, plan, claims)
                 names = list(plan.parts)[share[0] - 1 :: share[1]]
                 exporter.run(names, wait=share == (1, 1))
             return _publish(config, plan, claims, exporter)
@@ -112,8 +112,13 @@ def _is_complete(plan: Plan, skips: bool, path: Path, name: str) -> bool:
 def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | Version:
     """Decides what must be computed. Returns the published version if it is up to date. Raises `UserError`."""
     root = run / "embeddings"
-    model = open_verified(run / "mllm", "mllm", "run `tpad distill` first")
-    settings = json.loads((model.path / "mllm.json").read_text(encoding="utf-8"))
+    model = open_verified(run / "mllm", "mllm", HINT)
+    with decoding(model.path, HINT):
+        return _plan(config, root, model, load_catalog(data, stream=True), update)
+
+
+def _plan(config: Config, root: Path, model: Version, catalog: Catalog, update: bool) -> Plan | Version:
+    settings = read_json(model.path / "mllm.json")
     if settings["prompts"] != prompts.VERSION:
         raise UserError(
             f"the MLLM was trained with prompts of version {settings['prompts']} ({model.path}); run `tpad distill` again", ARTIFACT
@@ -124,9 +129,10 @@ def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | V
             "max_pixels": config.export.max_pixels or trained.max_pixels,
             "attention": config.export.attention or trained.attention,
             "path": config.backbone.path or trained.path,
+            # the folder may have moved; `load_mllm` compares its content
+            "name": config.backbone.name if settings.get("backbone_sha256") and Path(config.backbone.name).is_dir() else trained.name,
         }
     )
-    catalog = load_catalog(data, stream=True)
     halves = [half for half in HALVES if half in settings["heads"]]  # an ablation may have one
     layers = layers_run(config.export.layers, model.path)
     neighbours_run = config.data.neighbours.run
@@ -158,9 +164,10 @@ def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | V
     if backbone.name == VECTORS:
         facts["vectors_sha256"] = table_sha256(backbone)
     pointer = current_pointer(root)
-    current = published(root, "embeddings")
+    current = published(root, "embeddings", config.export.keep)
     unchanged = current is not None and all(current.manifest.get(key) == value for key, value in facts.items())
     if current is not None and unchanged and not (update and catalog.by_path):
+        clear_work(root)
         return current
     notes, previous = [], None
     if update and current is not None:
@@ -168,7 +175,8 @@ def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | V
         if changed:
             notes.append(f"a full export, not an update: {' and '.join(changed)} changed")
         else:
-            previous = PreviousVersion(current, catalog.item_ids)
+            with decoding(current.path, "run `tpad export-embeddings` without --update first"):
+                previous = PreviousVersion(current, catalog.item_ids)
     elif update:
         notes.append("a full export: there is nothing to update yet")
     base = previous and previous.version.manifest_sha256

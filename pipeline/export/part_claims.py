@@ -29,12 +29,12 @@ from pipeline.core.artifact import (
     Version,
     clear_leftovers,
     environment,
+    finish_publication,
     locked,
     open_verified,
-    take_back_unpublished,
 )
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.core.files import fsync_path, remove
+from pipeline.core.files import fsync_path, read_small, remove
 from pipeline.data.embeddings import write_part
 
 STALE_SECONDS = 60.0
@@ -60,13 +60,13 @@ class PartClaims:
     def begin(self, pointer: bytes) -> bool:
         """Prepares the folders. Returns False if a version was published since `pointer` was read: plan again from that one."""
         with environment(self.root), locked(self.root, wait=True):
+            finish_publication(self.root)
             if current_pointer(self.root) != pointer:
                 return False
             for work in self.root.glob(".work-*"):
-                if work != self.work and any(_alive(claim) for claim in work.glob("*.claim")):
+                if work != self.work and _has_owner(work):
                     raise UserError(f"another tpad is exporting here ({self.root}); wait until it ends, or use another --run", ARTIFACT)
             clear_leftovers(self.root, self.work, self.staging.path)
-            take_back_unpublished(self.staging, self.fingerprint)
             for folder in (self.work, self.staging.path):
                 folder.mkdir(exist_ok=True)
             remove(self.staging.path / MANIFEST)
@@ -177,9 +177,20 @@ class PartClaims:
 def current_pointer(root: Path) -> bytes:
     """Returns the content of the file `current`, which names the current version; empty where there is none."""
     try:
-        return (root / CURRENT).read_bytes()
+        return read_small(root / CURRENT)
     except OSError:
         return b""
+
+
+def clear_work(root: Path) -> None:
+    """Removes what killed exports have left, unless another one is at work; for an export that finds nothing to do."""
+    with suppress(UserError, OSError), locked(root):
+        if not any(map(_has_owner, root.glob(".work-*"))):
+            clear_leftovers(root)
+
+
+def _has_owner(work: Path) -> bool:
+    return any(_alive(claim) for claim in work.glob("*.claim"))
 
 
 def _age(path: Path) -> float:

@@ -7,7 +7,8 @@ trained in full. Tokenizer and image processor are loaded separately, since proc
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from transformers.utils import cached_file
 
 from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.core.files import sha256_file
+from pipeline.core.files import environment_error, sha256_file
 from pipeline.data.catalog import Catalog
 from pipeline.mllm.item_vectors import VECTORS, ItemVectors, VectorModel
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.tiny_backbone import tiny_config, tiny_processor, train_tokenizer
 
+SAMPLED = 4096
+MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 UNQUANTIZED = ["lm_head", r"model\.(visual|vision_model|vision_tower|connector|multi_modal_projector)"]  # prefixes of module names
 
 
@@ -38,6 +41,8 @@ class Backbone:
     model: Any  # a Hugging Face ...ForConditionalGeneration
     tokenizer: Any
     image_processor: Any
+    frozen_sha256: str | None = None  # identifies the weights under the adapters; None: every weight is published, or quantized
+    drawn: Mapping[str, torch.Tensor] = field(default_factory=dict)  # weights under adapters that nobody else has: of the tiny one
 
 
 def build_backbone(config: BackboneConfig, prompts: Prompts, seed: int) -> Backbone:
@@ -61,6 +66,8 @@ def vector_backbone(config: BackboneConfig, catalog: Catalog) -> Backbone:
 def adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
     """Adds LoRA adapters (fp32) to the language model and freezes the rest; without `lora`, every weight trains."""
     if config.lora is not None:
+        drawn = {name: weight.detach().clone() for name, weight in backbone.model.named_parameters()} if config.name == "tiny" else {}
+        backbone = replace(backbone, frozen_sha256=None if config.quantize else sampled_sha256(backbone.model), drawn=drawn)
         targets = _targets(backbone.model, config.lora.targets)
         backbone.model.requires_grad_(False)
         lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets)
@@ -108,20 +115,33 @@ def published_backbone(config: BackboneConfig) -> Backbone:
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil", trust_remote_code=False)
     except ImportError as error:
         raise _lacking(error, config) from None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
+    except Exception as error:  # of any kind: a damaged folder makes transformers raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise environment_error(error, Path(name)) or UserError(
             f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT
         ) from None
     return Backbone(model, tokenizer, image_processor)
 
 
-def weights_sha256(config: BackboneConfig) -> str | None:
-    """Hashes the weight files of a local folder, whose model may be replaced. None for the tiny one and for a name on the hub."""
+def sampled_sha256(model: nn.Module) -> str:
+    """Hashes up to `SAMPLED` numbers of every weight, evenly spaced: another model differs in some, and terabytes need not be read."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        numbers = weight.detach().flatten()
+        sample = numbers[:: max(1, len(numbers) // SAMPLED)].cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {hashlib.sha256(sample.tobytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def folder_sha256(config: BackboneConfig) -> str | None:
+    """Hashes the files of a local folder that decide what its model computes, since they may be replaced: weights, settings, tokenizer.
+
+    None for the tiny one and for a name on the hub, which `revision` pins.
+    """
     if config.name in ("tiny", VECTORS) or not Path(config.name).is_dir():
         return None
-    listed = "".join(f"{path.name} {sha256_file(path)}\n" for path in _weights(config, "*.safetensors"))
-    return hashlib.sha256(listed.encode()).hexdigest()
+    paths = sorted(path for path in Path(config.name).iterdir() if path.suffix in MODEL_FILES and path.is_file())
+    return hashlib.sha256("".join(f"{path.name} {sha256_file(path)}\n" for path in paths).encode()).hexdigest()
 
 
 def _weights(config: BackboneConfig, pattern: str) -> list[Path]:

@@ -229,6 +229,8 @@ def load_trainable(module: nn.Module, tensors: dict[str, Tensor], where: str) ->
     wrong = sorted(weights.keys() ^ tensors.keys()) or [name for name in weights if weights[name].shape != tensors[name].shape]
     if wrong:
         raise UserError(f"weights do not fit the model, e.g. `{wrong[0]}` ({where}); run `tpad distill` again", ARTIFACT)
+    if infinite := [name for name in weights if not tensors[name].isfinite().all()]:
+        raise UserError(f"weights are not finite, e.g. `{infinite[0]}` ({where}); run `tpad distill` again", ARTIFACT)
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])

@@ -1,6 +1,5 @@
 """Saves and loads a multimodal LLM, and merges its adapters."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from pipeline.core.artifact import decoding
 from pipeline.core.config import BackboneConfig
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.core.files import write_json
+from pipeline.core.files import read_json, write_json
 from pipeline.data.catalog import Catalog
-from pipeline.mllm.backbone import Backbone, adapted, from_config, published_backbone, vector_backbone, weights_sha256
+from pipeline.mllm.backbone import Backbone, adapted, folder_sha256, from_config, published_backbone, vector_backbone
 from pipeline.mllm.item_vectors import VECTORS
 from pipeline.mllm.model import Mllm, SideBySide, load_trainable, trainable_state
+
+HINT = "run `tpad distill` first"
+BASE = "base.safetensors"  # the weights under the adapters of the tiny backbone
 
 
 def save_mllm(folder: Path, model: Mllm | SideBySide, backbone: Backbone, settings: dict[str, Any]) -> None:
@@ -25,7 +28,9 @@ def save_mllm(folder: Path, model: Mllm | SideBySide, backbone: Backbone, settin
         backbone.tokenizer.save_pretrained(folder)
         backbone.image_processor.save_pretrained(folder)
     save_file({name: p.detach().cpu().contiguous() for name, p in trainable_state(model).items()}, folder / "weights.safetensors")
-    write_json(folder / "mllm.json", settings)
+    if backbone.drawn:
+        save_file({name: weight.cpu().contiguous() for name, weight in backbone.drawn.items()}, folder / BASE)
+    write_json(folder / "mllm.json", settings | {"frozen_sha256": backbone.frozen_sha256})
 
 
 def load_mllm(
@@ -36,15 +41,20 @@ def load_mllm(
     `config` overrides settings of the backbone on which no weight depends. `merge` adds the adapters into the weights they adapt:
     the same model, for inference only. A backbone of vectors takes those of the items of `catalog`.
     """
-    settings = json.loads((folder / "mllm.json").read_text(encoding="utf-8"))
+    with decoding(folder, HINT):
+        return _load(folder, config, merge, catalog)
+
+
+def _load(
+    folder: Path, config: BackboneConfig | None, merge: bool, catalog: Catalog | None
+) -> tuple[Mllm | SideBySide, Backbone, dict[str, Any]]:
+    settings = read_json(folder / "mllm.json")
     config = config or BackboneConfig.model_validate(settings["backbone"])
-    if (known := settings.get("weights_sha256")) and known != weights_sha256(config):
-        raise UserError(
-            f"the weights of the backbone are not those the MLLM was distilled on (backbone.name = {config.name}); put them back, or run "
-            "`tpad distill` again",
-            ARTIFACT,
-        )
+    if (known := settings.get("backbone_sha256")) and known != folder_sha256(config):
+        raise _other_base(config)
     backbone = _saved_backbone(folder, config, catalog)
+    if (frozen := settings.get("frozen_sha256")) and backbone.frozen_sha256 and frozen != backbone.frozen_sha256:
+        raise _other_base(config)
     mllm: Mllm | SideBySide
     if settings.get("side_by_side"):
         other = _saved_backbone(folder, config, catalog)
@@ -65,14 +75,18 @@ def _saved_backbone(folder: Path, config: BackboneConfig, catalog: Catalog | Non
         return vector_backbone(config, catalog)
     if config.name != "tiny":
         return adapted(published_backbone(config), config)
-    try:  # code that a config names is never run, nor asked about
-        model = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), config)
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise UserError(f"cannot load the MLLM: {reason} ({folder}); run `tpad distill` again", ARTIFACT) from None
+    # code that a config names is never run, nor asked about
+    model = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), config)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if config.lora is not None:
+        load_trainable(model, load_file(folder / BASE), str(folder / BASE))
     return adapted(Backbone(model, tokenizer, processor), config)
+
+
+def _other_base(config: BackboneConfig) -> UserError:
+    fault = "the backbone is not the one the MLLM was distilled on"
+    return UserError(f"{fault} (backbone.name = {config.name}); put it back, or run `tpad distill` again", ARTIFACT)
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ and a phase that a cell of the same seed has finished is reused: the full method
 K and T. The command line passes the steps in as `make`, because this package may not import the MLLM.
 """
 
-import json
 import multiprocessing
 import os
 import signal
@@ -26,7 +25,7 @@ from pipeline.core.config import Config
 from pipeline.core.config_file import altered
 from pipeline.core.distill_config import VariantName
 from pipeline.core.errors import ENVIRONMENT, UserError
-from pipeline.core.files import write_json
+from pipeline.core.files import read_sealed, write_sealed
 from pipeline.core.process import end_with
 from pipeline.data.embeddings import read_embeddings
 from recommender.experiments.ablation_report import PROBES, report
@@ -80,7 +79,7 @@ def make_cell(config: Config, run: Path, data: Path, make: Make, cell: Cell) -> 
     siblings = sorted(path for path in run.glob(f"*-{cell.seed}") if path.name != cell.name)
     settings, folder = cell.settings(config), run / cell.name
     if cost := make(settings, folder, data, siblings):
-        write_json(folder / COST, cost)
+        write_sealed(folder / COST, cost)
     write_probes(settings, folder, data)
     return cell
 
@@ -90,16 +89,16 @@ def write_probes(config: Config, folder: Path, data: Path) -> None:
     inputs = load_training_data(config, folder, data)
     fingerprint = model_fingerprint("full", config.seed, config, inputs)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((folder / PROBES).read_bytes())["fingerprint"] == fingerprint:
+        if read_sealed(folder / PROBES)["fingerprint"] == fingerprint:
             return
     attributes = attribute_columns(inputs.catalog, config.data.attributes)
     values = probe(read_embeddings(folder / "embeddings"), inputs.catalog, attributes, inputs.windows(config.data.max_prefix)[2])
     values["export passes"] = 2 if config.distill.variant == "side_by_side" else 1
     values["training seconds"] = sum(seconds_of(phase) for phase in (folder / "distill").iterdir() if phase.is_dir())
     with suppress(OSError, ValueError, KeyError, TypeError):
-        cost = json.loads((folder / COST).read_bytes())
+        cost = read_sealed(folder / COST)
         values["export seconds per 1000 items"] = 1000 * cost["export seconds"] / cost["export items"]
-    write_json(folder / PROBES, {"fingerprint": fingerprint, "values": values})
+    write_sealed(folder / PROBES, {"fingerprint": fingerprint, "values": values})
 
 
 def make_together(columns: Sequence[Sequence[Cell]], jobs: int, work: Callable[[Cell], Cell]) -> None:

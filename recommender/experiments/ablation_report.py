@@ -6,7 +6,6 @@ sessions (`significance.paired_bootstrap`) and does not include the variation be
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.core.artifact import open_verified
+from pipeline.core.artifact import decoding, open_verified
 from pipeline.core.config import Config
-from pipeline.core.files import replacing
+from pipeline.core.files import read_sealed, replacing
 from recommender.metrics.ranks import case_values
 from recommender.metrics.results_table import Figure, Row, format_difference, table
 from recommender.metrics.significance import paired_bootstrap
@@ -75,11 +74,17 @@ def compare(config: Config, run: Path, data: Path, variants: Sequence[str], seed
                 against = None if name == "full" else paired_bootstrap(ours.mean(0), full.mean(0), cases["session_id"][mask])
                 rows[name][metric] = Figure(ours.mean(1).tolist(), against)
     for variant in variants:
-        probes = [json.loads((run / f"{variant}-{seed}" / PROBES).read_bytes())["values"] for seed in seeds]
+        probes = [probes_of(run / f"{variant}-{seed}") for seed in seeds]
         rows[variant] |= {
             metric: Figure([values[metric] for values in probes]) for metric in probes[0] if all(metric in values for values in probes)
         }
     return rows
+
+
+def probes_of(cell: Path) -> dict[str, float]:
+    """Reads the probes of a cell. Raises `UserError` (4)."""
+    with decoding(cell / PROBES, "run `tpad ablate`"):
+        return dict(read_sealed(cell / PROBES)["values"])
 
 
 def read_ranks(cell: Path) -> dict[str, Any]:

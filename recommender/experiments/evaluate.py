@@ -9,9 +9,8 @@ on the test, as much published code reports it. Use it only to compare with such
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +20,11 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 
-from pipeline.core.artifact import LOCK, Version, published, stage
+from pipeline.core.artifact import LOCK, Version, decoding, published, stage
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from pipeline.core.files import canonical_json, remove, write_json
+from pipeline.core.files import canonical_json, read_sealed, remove, write_sealed
 from pipeline.data.session_log import SessionLog
 from recommender.baselines.counts import Scorer
 from recommender.baselines.registry import BASELINES, MODELS, Model
@@ -138,8 +137,9 @@ def evaluate(
     fingerprint = hashlib.sha256(canonical_json([protocol, baselines, prints, reference])).hexdigest()
     target = run / "evaluation" / protocol
     current = published(target, "evaluation")
-    if current is not None and current.manifest["fingerprint"] == fingerprint and not fresh:
-        return current, (current.path / "report.md").read_text(encoding="utf-8"), left_out
+    if current is not None and current.manifest.get("fingerprint") == fingerprint and not fresh:
+        with decoding(current.path, "run `tpad evaluate --fresh`"):
+            return current, (current.path / "report.md").read_text(encoding="utf-8"), left_out
     accelerator, work = single_process(), run / "evaluation-train" / protocol
     test = EvaluationCases(inputs, config.data.max_prefix)
     with alone(work, accelerator):
@@ -260,12 +260,11 @@ def chosen_reference(against: str | None, names: list[str]) -> str | None:
 
 
 def stored_result(store: Checkpoints) -> SeedResult | None:
-    """Returns the result of an earlier call; None without one, or for one of other settings or data."""
-    try:
-        checkpoint = store.newest()
-    except UserError:
-        return None
-    return None if checkpoint is None else SeedResult(*(checkpoint[1][key].numpy() for key in SeedResult._fields))
+    """Returns the result of an earlier call; None without one, for one of other settings or data, and for one that cannot be used."""
+    with suppress(UserError, KeyError):
+        if (checkpoint := store.newest()) is not None:
+            return SeedResult(*(checkpoint[1][key].numpy() for key in SeedResult._fields))
+    return None
 
 
 def store_result(store: Checkpoints, result: SeedResult) -> SeedResult:
@@ -318,15 +317,13 @@ def best_on_test(
     path, fingerprint = work / "found" / f"{name}-{seed}.json", model_fingerprint(name, seed, config, inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
     epochs: dict[str, Any] = {}
-    try:
-        stored = json.loads(path.read_bytes())
-        epochs = stored["epochs"] if stored["fingerprint"] == fingerprint else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored = read_sealed(path)
+        epochs = dict(stored["epochs"]) if stored["fingerprint"] == fingerprint else {}
 
     def test_epoch(epoch: int, model: Model) -> None:
         epochs[str(epoch)] = summarise_buckets(model_ranks(model, test.windows, available=test.available), test.buckets)
-        write_json(path, {"fingerprint": fingerprint, "epochs": epochs})
+        write_sealed(path, {"fingerprint": fingerprint, "epochs": epochs})
 
     if not epochs:
         remove(work / "checkpoints" / f"{name}-{seed}")  # its epochs were not tested

@@ -7,7 +7,6 @@ validation or test session of any window.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from pipeline.core.artifact import Version, published, stage
+from pipeline.core.artifact import Version, decoding, published, stage
 from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
-from pipeline.core.files import canonical_json, remove, write_json
+from pipeline.core.files import canonical_json, read_sealed, remove, write_sealed
 from recommender.baselines.registry import BASELINES
 from recommender.experiments.evaluate import MAIN, TESTED, chosen_reference, clear, open_inputs, row_of, single_process
 from recommender.metrics.evaluator import BucketMetrics, average, baseline_ranks, buckets_of, model_ranks
@@ -48,8 +47,9 @@ def evaluate_windows(
     fingerprint = hashlib.sha256(canonical_json([count, baselines, prints, reference])).hexdigest()
     target = run / "evaluation" / f"windows-{count}"
     current = published(target, "evaluation")
-    if current is not None and current.manifest["fingerprint"] == fingerprint and not fresh:
-        return current, (current.path / "report.md").read_text(encoding="utf-8"), left_out
+    if current is not None and current.manifest.get("fingerprint") == fingerprint and not fresh:
+        with decoding(current.path, "run `tpad evaluate --windows --fresh`"):
+            return current, (current.path / "report.md").read_text(encoding="utf-8"), left_out
     accelerator, work = single_process(), run / "evaluation-train" / f"windows-{count}"
     by_model: dict[str, list[BucketMetrics]] = {name: [] for name in [*baselines, *neural]}  # for each window the mean over the seeds
     facts: list[dict[str, int]] = []
@@ -100,14 +100,14 @@ def figures_of_model(
     """Trains a model on the window `inputs`, packed as `windows`, and returns its test metrics, or returns those stored in `work`."""
     path, fingerprint = work / f"{name}-{seed}.json", model_fingerprint(name, seed, config, inputs)
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_sealed(path)
         if stored["fingerprint"] == fingerprint:
             return dict(stored["metrics"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     model = train_model(name, seed, config, inputs, windows[:2], accelerator, work, fresh=False).model
     metrics = summarise_buckets(model_ranks(model, windows[2], available=inputs.available), buckets_of(windows[2], inputs.counts))
-    write_json(path, {"fingerprint": fingerprint, "metrics": metrics})
+    write_sealed(path, {"fingerprint": fingerprint, "metrics": metrics})
     remove(work / "checkpoints" / f"{name}-{seed}")
     return metrics
 

@@ -3,7 +3,6 @@
 A case is a position of a test session, from the second on; all items of the catalogue are ranked, cold ones too.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.config import DataConfig
+from pipeline.core.files import read_json
 from pipeline.data.availability import Availability
 from pipeline.data.session_log import SessionLog
 from pipeline.data.split import Split
@@ -204,7 +204,7 @@ def average(runs: Sequence[BucketMetrics]) -> tuple[BucketMetrics, BucketMetrics
 def read_ceiling(data: Path, settings: DataConfig) -> BucketMetrics | None:
     """Reads the metrics of the true distribution of the sample shop; None without the file, or if it is of another split."""
     try:
-        ceiling = json.loads((data / "ceiling.json").read_text(encoding="utf-8"))
+        ceiling = read_json(data / "ceiling.json")
         same = settings.protocol == "time" and all(ceiling[key] == getattr(settings, key) for key in ("valid", "test", "max_prefix"))
         return dict(ceiling["metrics"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):

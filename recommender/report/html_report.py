@@ -6,20 +6,20 @@ stored once and referenced where it is shown.
 """
 
 import base64
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.core.artifact import decoding
 from pipeline.core.errors import UserError
-from pipeline.core.files import replacing
+from pipeline.core.files import json_lines, read_json, replacing
 from pipeline.core.progress import Steps
-from pipeline.data.catalog import Catalog, load_catalog
+from pipeline.data.catalog import Catalog
 from recommender.metrics.evaluator import REFIT_NOTE
 from recommender.metrics.ranks import case_values
 from recommender.metrics.results_table import COLUMNS, ROWS
@@ -27,14 +27,15 @@ from recommender.metrics.significance import paired_bootstrap
 from recommender.report.charts import Curve, chart, plane
 from recommender.retrieval.index import FLAT_ITEMS, ItemIndex, build_indexes, factory_of
 from recommender.retrieval.index_tuning import CHECK_K, EFFORTS, encode_sessions, exact_kth_scores, measure
-from recommender.serving.recommender import Recommender
-from recommender.serving.thumbnails import small
+from recommender.serving.recommender import HINT, Recommender
+from recommender.serving.thumbnails import catalogue_of, small
 from recommender.session_model.top_k import first
 
 SESSIONS, SEEN, SHOWN = 20, 5, 10  # test sessions; last items of each prefix; first items of its ranking
 IMAGES = 300  # on a map
 DOTS = 3000  # on a map
 COMPARED_ITEMS = 1000  # smallest catalogue for which kinds of index are compared
+MOST = 1e12  # of a step or a value in a log; larger ones are damage
 SIDE, QUALITY = 56, 80  # pixels of an image; of its JPEG
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2530;background:#fff;margin:0 auto;max-width:1120px;padding:20px 16px 60px}
@@ -97,13 +98,22 @@ class ItemImages:
 def write_report(run: Path, data: Path | None, config: str) -> Path:
     """Writes `run/report.html` and returns its path. `config` is the YAML of the settings; without a data folder there are no images."""
     recommender = Recommender.load(run)
-    metrics = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))
     catalog = None
     try:
-        catalog = None if data is None else load_catalog(data)
+        catalog = catalogue_of(recommender.version, data)
     except UserError as error:  # the report is written without images
         print(f"no images: {error}", file=sys.stderr)
-    images = ItemImages(catalog, recommender)
+    with decoding(recommender.version.path, HINT):
+        page = render(run, recommender, ItemImages(catalog, recommender), config)
+    path = run / "report.html"
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(run: Path, recommender: Recommender, images: ItemImages, config: str) -> str:
+    """Returns the page."""
+    metrics = read_json(recommender.version.path / "metrics.json")
     manifest = recommender.version.manifest
     facts = metrics["facts"]
     counts = ", ".join(f"{facts[f'{name}_sessions']:,} {name} sessions" for name in ("train", "valid", "test"))
@@ -125,10 +135,7 @@ def write_report(run: Path, data: Path | None, config: str) -> Path:
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>tpad: {escape(run.resolve().name)}</title>'
         f"<style>{STYLE}</style></head><body>"
     )
-    path = run / "report.html"
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join([head, images.definitions(), *parts, "</body></html>\n"]), encoding="utf-8")
-    return path
+    return "\n".join([head, images.definitions(), *parts, "</body></html>\n"])
 
 
 def section(title: str, content: Iterator[str] | Sequence[str]) -> list[str]:
@@ -180,26 +187,19 @@ def results(metrics: Mapping[str, Any], ranks: Path) -> Iterator[str]:
 # --- curves
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a metrics.jsonl; skips a line that a kill cut short."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(dict(json.loads(line)))
-        except ValueError:
-            continue
-    return lines
+def is_point(pair: tuple[Any, Any]) -> TypeGuard[tuple[float, float]]:
+    """Returns whether both are finite numbers; a damaged log may hold anything."""
+    return all(isinstance(number, int | float) and abs(number) < MOST for number in pair)
 
 
 def distillation(path: Path) -> Iterator[str]:
     """Yields the training curves of the MLLM, by phase."""
     phases: dict[str, dict[str, list[tuple[float, float]]]] = {}  # phase -> name -> (step, value)
-    for line in read_lines(path):
-        curves = phases.setdefault(str(line.pop("phase", "")), {})
-        step = line.pop("step", 0)
+    for line in json_lines(path):
+        curves = phases.setdefault(str(line.get("phase", "")), {})
         for name, value in line.items():
-            if isinstance(value, int | float):
-                curves.setdefault(name, []).append((step, value))
+            if name not in ("phase", "step") and is_point(point := (line.get("step"), value)):
+                curves.setdefault(name, []).append(point)
     for phase, curves in phases.items():
         yield f'<h3>{escape(phase)}</h3><div class="grid">'
         for name in (name for name in curves if not (name.startswith("held_out_") and name.removeprefix("held_out_") in curves)):
@@ -211,9 +211,10 @@ def distillation(path: Path) -> Iterator[str]:
 def training(path: Path) -> Iterator[str]:
     """Yields the loss curves of the session models."""
     losses: dict[str, list[tuple[float, float]]] = {}
-    for line in read_lines(path):
+    for line in json_lines(path):
         name = f"{line.get('model')}, seed {line.get('seed')}"
-        losses.setdefault(name, []).append((line.get("step", 0), line.get("loss", np.nan)))
+        if is_point(point := (line.get("step"), line.get("loss"))):
+            losses.setdefault(name, []).append(point)
     yield f'<div class="one">{chart("loss", losses)}</div>' if losses else ""
 
 

@@ -6,7 +6,6 @@ current one stays. During a reload the memory of both is needed.
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.artifact import CURRENT
+from pipeline.core.files import read_small
 from recommender.serving.middleware import ServiceMetrics, log
 from recommender.serving.recommender import Recommender
 from recommender.serving.thumbnails import Thumbnails
@@ -49,12 +49,8 @@ class LoadedVersion:
 
     @classmethod
     def load(cls, run: Path) -> "LoadedVersion":
-        """Loads the published version of a run and tries it on one session. Raises `UserError`, or `ValueError` for scores that are
-        not finite."""
+        """Loads the published version of a run, which is tried on one session. Raises `UserError`."""
         recommender = Recommender.load(run)
-        items = recommender.recommend(recommender.samples[0]).items
-        if not items or not all(math.isfinite(item.score) for item in items):
-            raise ValueError("the model's scores are not finite")
         names = recommender.items
         texts = [pc.utf8_lower(text) for text in (pc.coalesce(names["title"], names["item_id"]), names["item_id"])]
         lengths = {half: np.maximum(np.linalg.norm(vectors, axis=1), 1e-12) for half, vectors in recommender.halves.items()}
@@ -86,10 +82,10 @@ class LoadedVersion:
 class Service:
     """Holds the current version, and watches the run for the next one."""
 
-    def __init__(self, run: Path, data: Path | None, threads: int) -> None:
+    def __init__(self, run: Path, find_data: Callable[[], Path | None], threads: int) -> None:
         self.run = run
         self.metrics = ServiceMetrics()
-        self.thumbnails = Thumbnails(data)
+        self.thumbnails = Thumbnails(find_data)
         self.scoring = ThreadPoolExecutor(threads, "scoring")
         self.last_pointer = self.pointer()
         self.activate(LoadedVersion.load(run))
@@ -100,12 +96,12 @@ class Service:
         self.refused: Refused | None = None
         self.metrics.set_version(loaded.version)
         self.metrics.loaded.set(loaded.loaded_at)
-        self.thumbnails.reload()
+        self.thumbnails.reload(loaded.recommender.version)
 
     def pointer(self) -> bytes:
         """Reads the pointer to the published version, which changes with every publication; empty where it cannot be read."""
         try:
-            return (self.run / "sbr" / CURRENT).read_bytes()
+            return read_small(self.run / "sbr" / CURRENT)
         except OSError:  # loading the version will give the better message
             return b""
 

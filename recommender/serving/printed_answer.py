@@ -1,6 +1,5 @@
 """Prints the answer of `tpad recommend` for one session: the session, a table of ranked items, and the figures of the model."""
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.core.artifact import decoding
 from pipeline.core.errors import printable
+from pipeline.core.files import read_json
 
 if TYPE_CHECKING:
     from recommender.serving.recommender import Item, Recommender
@@ -45,7 +46,10 @@ def print_table(table: Table, markup: bool = True) -> None:
 
 def figures_line(recommender: "Recommender") -> str:
     """Returns one line of the table that `tpad train-sbr` printed."""
-    metrics = json.loads((recommender.version.path / "metrics.json").read_text(encoding="utf-8"))
-    results, held_out = metrics["results"], ", trained without the newest sessions" if metrics["facts"].get("refit") else ""
-    figures = [f"{name} {results[key]['mean']['all']['HR@10']:.3f}" for key, name in FIGURES.items() if key in results]
+    from recommender.serving.recommender import HINT
+
+    with decoding(recommender.version.path / "metrics.json", HINT):
+        metrics = read_json(recommender.version.path / "metrics.json")
+        results, held_out = metrics["results"], ", trained without the newest sessions" if metrics["facts"].get("refit") else ""
+        figures = [f"{name} {results[key]['mean']['all']['HR@10']:.3f}" for key, name in FIGURES.items() if key in results]
     return f"HR@10 on the test sessions{held_out}: {', '.join(figures)}"

@@ -5,7 +5,6 @@ more in one matrix product of PyTorch. Larger catalogues are searched by the FAI
 (flat) or nearly all of them (any other index, also of a small catalogue). No MLLM and no training code is imported.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,9 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from pipeline.core.artifact import Version, open_verified
+from pipeline.core.artifact import Version, following
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.files import read_json
 from pipeline.data.availability import ALWAYS, NEVER, read_availability
 from pipeline.data.embeddings import HALVES
 from recommender.retrieval.index import ItemIndex, load_indexes
@@ -33,6 +33,8 @@ from recommender.session_model.top_k import first
 if TYPE_CHECKING:
     from recommender.serving.batch_scorer import BatchScorer
 
+HINT = "run `tpad train-sbr` first"
+TRIED = 1000  # items that a loaded model scores on trial
 FULL_SCORING_ITEMS = 20_000
 BATCH_SESSIONS = 8  # sessions from which one matrix product is faster than numpy session by session
 MAX_SHIFT = 20.0  # of log-odds
@@ -89,7 +91,7 @@ class Recommender:
         self.cached_availability = (NEVER, NEVER, np.empty(0, bool))  # from when, until when, and (N,) which items are available then
         self.attributes = attributes  # columns for filters: text, or lists of texts
         self.version = version
-        self.samples: list[list[str]] = json.loads((version.path / "samples.json").read_bytes())  # sessions of the test split
+        self.samples: list[list[str]] = read_json(version.path / "samples.json")  # sessions of the test split
         with safe_open(version.path / "whitening.safetensors", "numpy") as file:
             halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
         content = np.split(arrays["content"], len(halves), axis=1) if halves else ()
@@ -101,15 +103,40 @@ class Recommender:
     def load(cls, run: Path | str) -> "Recommender":
         """Opens the published session model of a run. Raises `UserError` (4) if it is missing, damaged or of other embeddings."""
         run = Path(run)
-        version = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
+        return following(run / "sbr", "sbr", HINT, lambda version: cls._read(run, version))
+
+    @classmethod
+    def _read(cls, run: Path, version: Version) -> "Recommender":
+        config = config_of(version.path)
         check_embeddings(run, version)
         if "index" not in version.manifest:
             raise UserError(f"index of an older tpad ({version.path}); run `tpad index`", ARTIFACT)
         items, attributes = (  # not by read_table, which imports pandas too
             pq.ParquetFile(version.path / f"{name}.parquet", page_checksum_verification=True).read() for name in ("items", "attributes")
         )
-        config, arrays = config_of(version.path), load_file(version.path / "model.safetensors")
-        return cls(config, arrays, load_indexes(version.path), items, attributes, version)
+        recommender = cls(config, load_file(version.path / "model.safetensors"), load_indexes(version.path), items, attributes, version)
+        recommender.check()
+        return recommender
+
+    def check(self) -> None:
+        """Raises ValueError for files of a version that do not fit each other, or hold no finite numbers: sums say nothing of that."""
+        items = len(self.item_ids)
+        lengths = {len(self.attributes) if self.attributes.num_columns else items, self.config.items, len(self.row), items}
+        if len(lengths) > 1 or self.items["item_id"].null_count:
+            raise ValueError(f"files of different items: {sorted(lengths)}")
+        for name, array in self.arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(f"{name} has numbers that are not finite")
+        for name, index in self.index.indexes.items():
+            wanted = (len(self.index.rows[name]), self.ranker.vectors[name].shape[1] + 1)
+            if (index.ntotal, index.d) != wanted:
+                raise ValueError(f"the index of {name} has {index.ntotal} vectors of {index.d} numbers, not {wanted}")
+        if self.index.indexes.keys() != self.ranker.vectors.keys():
+            raise ValueError("indexes of other channels")
+        for session in self.samples[:1]:
+            scores = self.ranker.scores(self.ranker.encode([self.row[item] for item in session]), np.arange(min(items, TRIED)))
+            if not np.isfinite(scores).all():
+                raise ValueError("scores are not finite")
 
     @cached_property
     def batch_scorer(self) -> "BatchScorer":
@@ -333,7 +360,7 @@ def check_embeddings(run: Path, version: Version) -> None:
         return
     pointer = run / version.manifest.get("embeddings_run", ".") / "embeddings" / "current"
     try:
-        current = json.loads(pointer.read_bytes())
+        current = read_json(pointer)
         name, digest = current["version"], current["manifest_sha256"]
     except FileNotFoundError:
         return

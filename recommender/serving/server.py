@@ -22,8 +22,12 @@ BACKLOG = 2048  # connections that wait to be accepted
 DRAIN_SECONDS = 30  # for open requests after SIGTERM
 
 
-def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, workers: int, say: Callable[[str], None]) -> None:
-    """Answers requests until a signal; then finishes the open ones and exits with 130 or 143. `workers`: processes."""
+def serve(
+    run: Path, find_data: Callable[[], Path | None], host: str, port: int, key: str | None, workers: int, say: Callable[[str], None]
+) -> None:
+    """Answers requests until a signal; then finishes the open ones and exits with 130 or 143.
+
+    `find_data` returns the data folder of the current version. `workers`: processes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     threadpool_limits(1, "blas")  # cores are shared by requests: one is too small to be split
@@ -31,7 +35,7 @@ def serve(run: Path, data: Path | None, host: str, port: int, key: str | None, w
     host, port = listener.getsockname()[:2]
 
     def answer(say: Callable[[str], None]) -> None:
-        service = Service(run, data, max(1, (os.cpu_count() or 1) // workers))
+        service = Service(run, find_data, max(1, (os.cpu_count() or 1) // workers))
         log_to_stderr()
         config = uvicorn.Config(
             create_app(service, key),

@@ -8,12 +8,14 @@ hostile image, delays other images but no recommendation.
 import asyncio
 import io
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
-from pipeline.core.errors import UserError
+from pipeline.core.artifact import Version
+from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.data.catalog import Catalog, load_catalog
 
 log = logging.getLogger("tpad.serve")
@@ -25,25 +27,25 @@ CACHE_BYTES = 64 * 1024 * 1024
 class Thumbnails:
     """Reads the catalogue of a data folder in a background thread, and answers from it. Without a folder every answer is empty."""
 
-    def __init__(self, data: Path | None) -> None:
-        self.data = data
+    def __init__(self, find_data: Callable[[], Path | None]) -> None:
+        """`find_data` returns the folder: of each new version anew, since a run may go on over other data."""
+        self.find_data = find_data
         self.thread = ThreadPoolExecutor(1, "thumbnails")
         self.catalog: Catalog | None = None
         self.cache: dict[str, bytes | None] = {}  # item_id -> JPEG file, in order of use; None: no image
         self.size = 0  # bytes of the cache
 
-    def reload(self) -> None:
+    def reload(self, version: Version) -> None:
         """Starts to read the catalogue, again for each new version, which may have new items; returns at once."""
         self.cache, self.size = {}, 0
-        self.thread.submit(self._load)
+        self.thread.submit(self._load, version)
 
-    def _load(self) -> None:
+    def _load(self, version: Version) -> None:
         self.catalog = None
-        if self.data is not None:
-            try:
-                self.catalog = load_catalog(self.data)
-            except UserError as error:
-                log.warning("no images: %s", error)
+        try:
+            self.catalog = catalogue_of(version, self.find_data())
+        except Exception as error:  # of any kind: recommendations go on without images
+            log.warning("no images: %s", error)
 
     async def attributes(self, item_id: str) -> dict[str, str]:
         """Returns the texts of an item by column, without its title; empty without a data folder."""
@@ -79,6 +81,18 @@ class Thumbnails:
             log.warning("no image: %s", error)
             return None
         return None if image is None else small(image, SIDE, QUALITY)
+
+
+def catalogue_of(version: Version, data: Path | None) -> Catalog | None:
+    """Loads the items of a data folder, which must be those that a version of the session model was published over; None without a folder.
+
+    Raises `UserError` (3 or 4)."""
+    if data is None:
+        return None
+    catalog = load_catalog(data)
+    if catalog.sha256 != version.manifest.get("catalogue_sha256"):
+        raise UserError(f"these are not the items of {version.path.name} ({catalog.path}); run `tpad index --data` over them", ARTIFACT)
+    return catalog
 
 
 def small(image: Image.Image, side: int, quality: int) -> bytes:

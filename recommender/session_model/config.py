@@ -1,12 +1,12 @@
 """Defines the shape of a session model, and the constants that its PyTorch form (training) and its numpy form (serving) share."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.files import read_json
 
 LOG_ZERO = -1e4  # log-weight of a masked component: exp gives 0, and float32 still adds to it without overflow
 REPEAT_DISCOUNT_RATE = 8.0  # learning-rate multiplier of the repeat-discount logits: repeats are rare, so their gradients are small
@@ -49,7 +49,7 @@ class ModelConfig:
 
 def config_of(folder: Path) -> ModelConfig:
     """Reads the settings of a published session model. Raises `UserError` (4) if an older tpad wrote it."""
-    config = json.loads((folder / "config.json").read_bytes())
+    config = read_json(folder / "config.json")
     if config.get("form") != FORM:
         raise UserError(f"session model of an older tpad ({folder}); run `tpad train-sbr`", ARTIFACT)
     return ModelConfig(**config | {"parts": Parts(**config["parts"])})

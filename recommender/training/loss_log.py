@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.core.errors import USAGE, UserError
+from pipeline.core.metrics_log import is_repeated, rewrite_lines
 
 LOG_EVERY = 20  # steps whose losses are read from the device at a time: a read for every step would stall it
 
@@ -31,15 +31,7 @@ class LossLog:
         self.last = math.nan
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [line for line in _lines(path) if not self._repeated(line, start)]
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-    def _repeated(self, line: str, start: int) -> bool:
-        try:
-            entry = json.loads(line)
-            return all(entry[k] == v for k, v in self.entry.items()) and entry["step"] >= start
-        except (ValueError, KeyError, TypeError):
-            return True  # a line that a kill cut short
+            rewrite_lines(path, lambda line: "model" in line and not is_repeated(line, self.entry, start))
 
     @property
     def due(self) -> bool:
@@ -63,8 +55,3 @@ class LossLog:
             with self.path.open("a", encoding="utf-8") as file:
                 lines = (json.dumps(self.entry | {"step": step, "loss": round(loss, 6)}) for step, loss in enumerate(losses, begin))
                 file.writelines(f"{line}\n" for line in lines)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if path.exists():
-        yield from path.read_text(encoding="utf-8").splitlines()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file
 
-from pipeline.core.artifact import OWN_KEYS, Version, open_verified, stage
+from pipeline.core.artifact import OWN_KEYS, Version, decoding, following, settle, stage
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json
 from pipeline.data.catalog import Catalog, load_catalog
@@ -99,7 +99,11 @@ class Refreshed:
 
 def open_current(run: Path, data: Path) -> Current:
     """Opens the published session model of a run and the items of a data folder. Raises `UserError` (4) if they do not match."""
-    before = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` first")
+    settle(run / "sbr")
+    return following(run / "sbr", "sbr", "run `tpad train-sbr` first", lambda before: _open(run, data, before))
+
+
+def _open(run: Path, data: Path, before: Version) -> Current:
     reads = before.manifest["embeddings_manifest_sha256"] is not None
     embeddings = read_embeddings(run / before.manifest.get("embeddings_run", ".") / "embeddings") if reads else None
     catalog = load_catalog(data)
@@ -123,6 +127,11 @@ def refresh(run: Path, data: Path, setting: str = "auto", new_items: float = 0.0
     """Publishes `run/sbr` again over the current embeddings of the items in `data`, with an index of `setting` and the default
     `new_items`; does nothing if the published version has all that, unless `rebuild`. Raises `UserError`."""
     current = open_current(run, data)
+    with decoding(current.before.path, "run `tpad train-sbr`"):
+        return _refreshed(run, current, setting, new_items, rebuild)
+
+
+def _refreshed(run: Path, current: Current, setting: str, new_items: float, rebuild: bool) -> Refreshed:
     before, settings = current.before, current.before.manifest["settings"]
     same = current.unchanged and before.manifest.get("index", {}).get("setting") == setting and settings.get("new_items") == new_items
     if same and not rebuild:

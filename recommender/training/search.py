@@ -7,19 +7,20 @@ trial at the last checkpoint, and a greater N adds trials. A study is valid for 
 settings are written to `sbr-train/search.json`.
 """
 
-import json
+import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from pipeline.core.artifact import decoding
 from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
-from pipeline.core.files import remove, write_json
+from pipeline.core.files import canonical_json, read_sealed, remove, write_sealed
 from recommender.baselines.registry import MODELS, chosen
 from recommender.session_model.windows import Windows
 from recommender.training.dataset import TrainingData, model_fingerprint
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
 
+SEAL = "sha256"  # user attribute of a trial
 FOUND, STUDIES = "search.json", "search.db"  # in `sbr-train`
 DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -73,11 +75,11 @@ def with_settings(config: Config, drawn: Mapping[str, Any]) -> Config:
 def read_best(folder: Path) -> dict[str, dict[str, Any]]:
     """Reads search.json; empty without it. Raises `UserError` (4)."""
     try:
-        best = json.loads((folder / FOUND).read_bytes())
+        best = read_sealed(folder / FOUND)
         return {name: {"settings": dict(entry["settings"]), "holds_for": entry["holds_for"]} | entry for name, entry in best.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"not the result of a search ({folder / FOUND}); delete it, or search again with --fresh", ARTIFACT) from None
 
 
@@ -111,7 +113,7 @@ def search(
             pruned = sum(trial.state.name == "PRUNED" for trial in done)
             entry = {"trials": len(done), "stopped_early": pruned, config.sbr.select: best.value}
             entry |= {"settings": best.params, "holds_for": holds_for}
-            write_json(folder / FOUND, read_best(folder) | {name: entry})
+            write_sealed(folder / FOUND, read_best(folder) | {name: entry})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in best.params.items())
             summary = f"validation {config.sbr.select} {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early"
             print(f"{name}: {summary}: {shown}")
@@ -125,12 +127,25 @@ def open_study(name: str, holds_for: str, folder: Path) -> "Study":
     import optuna
 
     folder.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / STUDIES).resolve()}")
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0)
-    study = optuna.create_study(study_name=f"{name} {holds_for}", storage=storage, pruner=pruner, direction="maximize", load_if_exists=True)
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # cut short by a kill
+    path = folder / STUDIES
+    with decoding(path, "run `tpad train-sbr --search` with --fresh"):
+        if path.exists() and not path.is_file():
+            raise ValueError("not a plain file")
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0)
+        label = f"{name} {holds_for}"
+        study = optuna.create_study(study_name=label, storage=storage, pruner=pruner, direction="maximize", load_if_exists=True)
+        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # cut short by a kill
+        for trial in finished(study):
+            if trial.user_attrs.get(SEAL) != seal_of(trial.params, list(trial.intermediate_values.values()), trial.value):
+                raise ValueError(f"trial {trial.number} is not as written")
     return study
+
+
+def seal_of(drawn: Mapping[str, Any], scores: Sequence[float], value: float | None) -> str:
+    """Hashes a trial: SQLite finds damage in its structure, but not in a number."""
+    return hashlib.sha256(canonical_json([dict(drawn), list(scores), value])).hexdigest()
 
 
 def finished(study: "Study") -> list[Any]:
@@ -186,6 +201,8 @@ def one_trial(
     accelerator.free_memory()  # it keeps a reference to every prepared model
     accelerator.wait_for_everyone()
     if study is not None:
+        told = value if state.name == "COMPLETE" else reported[-1] if reported else None  # of a pruned trial optuna takes its last
+        trial.set_user_attr(SEAL, seal_of(drawn, reported, told))
         study.tell(trial, value if state.name == "COMPLETE" else None, state=state)
         remove(trial_folder)
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.core.artifact import open_verified
+from pipeline.core.artifact import Version, following
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.data.session_log import SessionLog
 from recommender.retrieval.saved_model import load_model
@@ -22,7 +22,9 @@ class Teacher:
     `train`."""
 
     def __init__(self, run: Path, item_ids: list[str], train: SessionLog) -> None:
-        version = open_verified(run / "sbr", "sbr", "run `tpad train-sbr` there first")
+        following(run / "sbr", "sbr", "run `tpad train-sbr` there first", lambda version: self._read(run, version, item_ids, train))
+
+    def _read(self, run: Path, version: Version, item_ids: list[str], train: SessionLog) -> None:
         if version.manifest["sessions_sha256"] != train.ids_sha256():
             raise UserError(
                 f"the teacher was trained on other training sessions (distill.transfer.teacher = {run}); "

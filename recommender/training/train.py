@@ -7,7 +7,6 @@ epochs and the calibration of its held-out twin.
 
 import hashlib
 import itertools
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
-from pipeline.core.artifact import Version, published, stage
+from pipeline.core.artifact import Version, decoding, published, stage
 from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, UserError
-from pipeline.core.files import canonical_json, remove
+from pipeline.core.files import canonical_json, read_json, remove
 from pipeline.data.embeddings import published_in
 from recommender.baselines.registry import MODELS, chosen
 from recommender.metrics.evaluator import BucketMetrics, buckets_of, cases_table, collect_results, read_ceiling
@@ -72,11 +71,12 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         prints = [model_fingerprint(name, seed, settings[name], inputs) for name in names for seed in seeds]
         fingerprint = hashlib.sha256(canonical_json([prints, refit_of(config)])).hexdigest()
         current = published(run / "sbr", "sbr")
-        if current is not None and current.manifest["fingerprint"] == fingerprint and not fresh:
-            metrics = json.loads((current.path / "metrics.json").read_text(encoding="utf-8"))
-            if accelerator.is_main_process:
-                print_results(metrics)
-                print_notes(current, config.sbr)
+        if current is not None and current.manifest.get("fingerprint") == fingerprint and not fresh:
+            with decoding(current.path, "run `tpad train-sbr --fresh`"):
+                metrics = read_json(current.path / "metrics.json")
+                if accelerator.is_main_process:
+                    print_results(metrics)
+                    print_notes(current, config.sbr)
             return SbrSummary(current, False, metrics)
         buckets = buckets_of(windows[2], inputs.counts)
         runs: dict[str, list[BucketMetrics]] = {}
@@ -107,7 +107,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             version = published(run / "sbr", "sbr") or _missing(run)
-            metrics = json.loads((version.path / "metrics.json").read_text(encoding="utf-8"))
+            metrics = read_json(version.path / "metrics.json")
         return SbrSummary(version, True, metrics)
 
 

@@ -167,6 +167,7 @@ def fit(
     """Trains the model for at most `epochs` epochs of the schedule, and leaves it with the weights of the best epoch by `validate`, or of
     the last without it. `counts` (N,): training events of the items. Raises `Diverged`."""
     if accelerator.is_main_process:
+        checkpoints.tidy()
         drop_stale(checkpoints, name, seed, fresh)
     accelerator.wait_for_everyone()
     with warnings.catch_warnings():  # torch 2.13 renamed the argument, which accelerate does not know yet
@@ -175,7 +176,8 @@ def fit(
     optimizer, names = build_optimizer(model, settings)
     progress = Progress(weights_of(model))
     if (checkpoint := checkpoints.newest()) is not None:
-        restore(model, optimizer, names, checkpoint[1], checkpoint[2], progress)
+        with checkpoints.resuming():
+            restore(model, optimizer, names, checkpoint[1], checkpoint[2], progress)
         if watch is not None and progress.scores:
             watch(progress.scores)
     train, limits = DeviceWindows(windows, accelerator.device), limits_of(available, accelerator.device)
@@ -367,7 +369,7 @@ def restore(
     """Restores the model, its optimiser and `progress` from a checkpoint."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"now/{name}"])
+            parameter.copy_(tensors[f"now/{name}"].view(parameter.shape))  # not broadcast
     unpack_optimizer(optimizer, names, tensors, state["optimizer"])
     progress.best = {name: tensors[f"best/{name}"].to(p.device) for name, p in model.named_parameters()}
     progress.step, progress.scores, progress.over = state["step"], state["scores"], state["over"]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.artifact import open_verified, stage
+from pipeline.core.artifact import open_verified, published, stage
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.export import part_claims as module
 from pipeline.export.part_claims import PartClaims, current_pointer
@@ -164,10 +164,23 @@ def test_a_kill_between_rename_and_pointer_costs_no_part(tmp_path: Path) -> None
         staging.publish({"fingerprint": "before"})
     pointer = current_pointer(root)
     work(root, log)
-    (root / "current").write_bytes(pointer)  # as if killed just before
-    work(root, log)
-    assert len(logged(log)) == len(NAMES)
+    (root / "current").rename(root / ".next")
+    (root / "current").write_bytes(pointer)  # as a kill just before leaves it
+    assert not PartClaims(root, "embeddings", "one", whole).begin(pointer)  # plan again: there is a new version
     assert open_verified(root, "embeddings", "").name == "v0002"
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "current", "v0001", "v0002"]
+
+
+def test_a_version_that_the_user_has_gone_back_from_stays_and_is_not_taken_up_again(tmp_path: Path) -> None:
+    for number in range(2):
+        with stage(tmp_path, "embeddings") as staging:
+            staging.publish({"fingerprint": str(number)})
+        if not number:
+            pointer = current_pointer(tmp_path)
+    (tmp_path / "current").write_bytes(pointer)
+    version = published(tmp_path, "embeddings")
+    assert version is not None and version.name == "v0001"
+    assert (tmp_path / "v0002").is_dir()
 
 
 def test_a_version_published_meanwhile_is_noticed(tmp_path: Path) -> None:

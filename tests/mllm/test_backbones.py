@@ -18,10 +18,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from benchmarks import memory
 from helpers.backbones import FAMILIES, save_backbone
 from helpers.items import ITEMS, ROW, Setup, image_of, make
-from helpers.processes import two_processes
-from helpers.runs import PHASES, distill_run, export_run, losses, weights
+from helpers.processes import contents, two_processes
+from helpers.runs import PHASES, distill_run, export_run, losses, settings, weights
+from pipeline.core.artifact import OWN_KEYS, open_verified, stage
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
+from pipeline.core.files import write_json
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.mllm import image_tokens
@@ -29,6 +31,7 @@ from pipeline.mllm.backbone import UNQUANTIZED, build_backbone
 from pipeline.mllm.model import trainable_state
 from pipeline.mllm.processor import Encoded
 from pipeline.mllm.prompts import PromptPart, Prompts
+from pipeline.mllm.saved_mllm import load_mllm
 from pipeline.mllm.vision_tower import pack_attention
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -177,11 +180,43 @@ def test_other_weights_under_the_name_of_the_backbone_are_noticed(tiny_data: Pat
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.01)
     model.save_pretrained(folder)
-    with pytest.raises(UserError, match="not those the MLLM was distilled on") as error:
+    with pytest.raises(UserError, match="not the one the MLLM was distilled on") as error:
+        export_run(tmp_path / "run", tiny_data, *few)
+    assert error.value.code == ARTIFACT
+    forget_files_of_the_backbone(tmp_path / "run")  # as of a name on the hub
+    with pytest.raises(UserError, match="not the one the MLLM was distilled on") as error:
         export_run(tmp_path / "run", tiny_data, *few)
     assert error.value.code == ARTIFACT
     with pytest.raises(UserError, match="other settings or data"):  # no trained weights are thrown away
         distill_run(tmp_path / "run", tiny_data, *few)
+
+
+def forget_files_of_the_backbone(run: Path) -> None:
+    before = open_verified(run / "mllm", "mllm", "")
+    with stage(run / "mllm", "mllm") as staging:
+        shutil.copytree(before.path, staging.path, dirs_exist_ok=True)
+        mllm = json.loads((staging.path / "mllm.json").read_text())
+        assert mllm["backbone_sha256"] and mllm["frozen_sha256"]
+        write_json(staging.path / "mllm.json", mllm | {"backbone_sha256": None})
+        staging.publish({key: value for key, value in before.manifest.items() if key not in OWN_KEYS})
+
+
+def test_adapters_are_exported_on_the_weights_they_were_trained_on(tiny_data: Path, tmp_path: Path) -> None:
+    few = ["backbone.lora.rank=2", *(f"distill.{phase}.steps=1" for phase in PHASES)]
+    distill_run(tmp_path / "run", tiny_data, *few)
+    folder = open_verified(tmp_path / "run" / "mllm", "mllm", "").path
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for run, seed in (("run", 5), ("again", 6)):
+        torch.manual_seed(seed)  # of whatever else the process has drawn
+        export_run(tmp_path / run, tiny_data, *few)
+    assert contents(tmp_path / "run" / "embeddings") == contents(tmp_path / "again" / "embeddings")
+    config = settings(*few).backbone
+    trained = build_backbone(config, Prompts(load_catalog(tiny_data), settings(*few).data), 0)
+    loaded = load_mllm(folder)[1]
+    assert loaded.frozen_sha256 == trained.frozen_sha256
+    frozen = {name: weight for name, weight in trained.model.named_parameters() if not weight.requires_grad}
+    assert len(frozen) > 20
+    assert all(torch.equal(dict(loaded.model.named_parameters())[name], weight) for name, weight in frozen.items())
 
 
 def test_an_unknown_family_is_one_clear_line(data: Path, tmp_path: Path) -> None:

@@ -25,9 +25,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save
 
+from helpers.fake_embeddings import publish_embeddings
 from helpers.processes import FORK, tpad, tpad_from_nothing
-from helpers.server import HOSTILE, Server, publish_again, serving, write_shop
+from helpers.server import HOSTILE, SETTINGS, Server, publish_again, serving, write_shop
+from pipeline.core.artifact import Version
 from pipeline.core.config_file import load_config
+from pipeline.core.files import sha256_file
 from recommender.serving import bounded_heads, middleware
 from recommender.serving.recommender import Recommender
 from recommender.serving.server import serve
@@ -160,19 +163,47 @@ def test_a_thumbnail_requested_before_a_reload_is_not_cached_after_it(tiny_data:
         items.column_names.index("image"), items.schema.field("image"), items["image"].take([*range(1, len(items)), 0])
     )
     item_id = items["item_id"][3].as_py()
-    pq.write_table(items, tmp_path / "items.parquet")
+    versions = []
+    for table in (turned, items):
+        pq.write_table(table, tmp_path / "items.parquet")
+        versions.append(Version(tmp_path, {"catalogue_sha256": sha256_file(tmp_path / "items.parquet")}, "", ""))
 
     async def ask() -> list[bytes | None]:
-        thumbnails = Thumbnails(tmp_path)
-        thumbnails.reload()
+        thumbnails = Thumbnails(lambda: tmp_path)
+        thumbnails.reload(versions[1])
         before = asyncio.create_task(thumbnails.thumbnail(item_id))
         await asyncio.sleep(0)  # the request starts
         thumbnails.thread.submit(pq.write_table, turned, tmp_path / "items.parquet")
-        thumbnails.reload()
+        thumbnails.reload(versions[0])
         return [await before, *[await thumbnails.thumbnail(item_id) for _ in range(2)]]
 
     old, new, again = asyncio.run(ask())
     assert old and new and old != new == again
+
+
+def test_a_service_goes_on_over_the_data_of_the_new_version(tiny_data: Path, tmp_path: Path) -> None:
+    run, new = tmp_path / "run", tmp_path / "new"
+    write_shop(run, tiny_data)
+    shutil.copytree(run / "data", new)
+    items = pq.read_table(new / "items.parquet")
+    place, kinds = items.column_names.index("kind"), ["changed"] * len(items)
+    pq.write_table(items.set_column(place, items.schema.field("kind"), [kinds]), new / "items.parquet")
+    item_id = items["item_id"][3].as_py()
+    with serving(run) as server:
+        before = server.ask(f"/items/{item_id}").json
+        assert before["attributes"]["kind"] not in ("changed", "")
+        publish_embeddings(run, new, np.arange(len(items)) % 6, SETTINGS)
+        wait_for(lambda: tpad("index", "--run", run, "--data", new).returncode == 0)
+        wait_for(lambda: server.ask("/readyz").json["version"] == "v0002")
+        wait_for(lambda: server.ask(f"/items/{item_id}").json["attributes"])
+        after = server.ask(f"/items/{item_id}").json
+        assert (after["version"], after["attributes"]["kind"]) == ("v0002", "changed")
+        assert server.ask(f"/items/{item_id}/image").status == 200
+        shutil.copy(run / "data" / "items.parquet", new / "items.parquet")  # other items than those of the version
+        publish_again(run)
+        wait_for(lambda: server.ask("/readyz").json["version"] == "v0003")
+        assert server.ask(f"/items/{item_id}").json["attributes"] == {}
+    assert any("these are not the items of v0003" in line for line in server.lines)
 
 
 def test_health_info_and_metrics_describe_the_service(server: Server) -> None:
@@ -330,7 +361,7 @@ def test_requests_beyond_the_concurrency_limit_get_429(server: Server) -> None:
 
 def serve_impatiently(run: Path, port: int) -> None:
     middleware.BODY_TIMEOUT = bounded_heads.HEAD_SECONDS = 0.2
-    serve(run, None, "127.0.0.1", port, None, 1, print)
+    serve(run, lambda: None, "127.0.0.1", port, None, 1, print)
 
 
 def test_a_body_that_stalls_is_answered_by_408_and_the_connection_closed(run: Path) -> None:

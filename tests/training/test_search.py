@@ -14,6 +14,7 @@ from helpers.fake_embeddings import publish_embeddings, write_data
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ENVIRONMENT, UserError
+from pipeline.core.files import read_sealed
 from recommender.training.train import train_sbr
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(run: Path) -> dict[str, dict]:
-    return dict(json.loads((run / "sbr-train" / "search.json").read_text()))
+    return dict(read_sealed(run / "sbr-train" / "search.json"))
 
 
 def test_every_model_gets_as_many_trials_and_is_trained_with_its_best(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,8 @@ event are kept: they are cold items. Images are copied into the file, so the fol
 items that have nothing but ids.
 """
 
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,14 +14,14 @@ from typing import Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
-from pipeline.core.files import fsync_path
+from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.core.progress import Steps
 from pipeline.data.availability import COLUMNS as AVAILABILITY
 from pipeline.data.availability import read_availability
 from pipeline.data.catalog import plain_text
+from pipeline.data.data_folder import ITEMS, SESSIONS, publish_pair
 from pipeline.data.images import ImageError, decode_image, read_image_file
-from pipeline.data.parquet_checks import ITEMS, SESSIONS, check_ids, has_binary, is_binary, is_image, is_text, raise_duplicate
+from pipeline.data.parquet_checks import check_ids, has_binary, is_binary, is_image, is_text, raise_duplicate
 from pipeline.data.prepare.sessionizer import SessionRules, build_sessions
 from pipeline.data.prepare.tables import SourceTable, open_table
 from pipeline.data.prepare.timestamps import read_times
@@ -114,7 +110,7 @@ def prepare(options: PrepareOptions) -> PrepareSummary:
         check_ids(texts["item_id"], "item_id", lambda _: str(log.path))
     summary.events, summary.sessions = len(events), len(events["session_id"].unique())
     summary.cold = len(texts) - len(events["item_id"].unique())
-    with _both_or_neither(options.out) as folder:
+    with publish_pair(options.out) as folder:
         _write_items(folder / ITEMS, texts, items or log, item_columns.get("image"), options, summary)
         pq.write_table(events, folder / SESSIONS, compression="zstd", write_page_checksum=True, row_group_size=2**20)
     return summary
@@ -259,29 +255,3 @@ def _checked_image(
             raise
         summary.drop("images that cannot be decoded", 1)
         return None
-
-
-@contextmanager
-def _both_or_neither(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder for both files, which are moved to `out` at the end, or removed if the body fails."""
-    folder = None
-    try:
-        fresh = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".prepare-", dir=out))
-        yield folder
-        for name in (ITEMS, SESSIONS):
-            fsync_path(folder / name)
-        for name in (ITEMS, SESSIONS):
-            os.replace(folder / name, out / name)
-        fsync_path(out)
-        fresh = False
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write: {reason} ({out}); give a folder with room that you may write in", ENVIRONMENT) from None
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            if fresh:
-                with suppress(OSError):
-                    out.rmdir()
