@@ -28,7 +28,7 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.core.files import canonical_json, remove, write_json
 from pipeline.data.session_log import SessionLog
 from recommender.baselines.counts import Scorer
-from recommender.baselines.registry import BASELINES, MODELS, Model
+from recommender.baselines.registry import BASELINES, MODELS, Model, build_baseline
 from recommender.metrics.evaluator import (
     TOP,
     BucketMetrics,
@@ -189,10 +189,9 @@ def rank_baselines(
     names: Sequence[str], inputs: TrainingData, test: EvaluationCases, work: Path
 ) -> tuple[dict[str, list[BucketMetrics]], dict[str, list[SeedResult]]]:
     """Returns the metrics and the ranks of the baselines, by name."""
-    train = inputs.split.train
     ranks: dict[str, list[SeedResult]] = {}
     for name in names:
-        scorer = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
+        scorer = build_baseline(name, inputs.split.train, len(inputs.counts))
         ranks[name] = [rank_baseline(scorer, test, Checkpoints(work / "found" / name, inputs.fingerprint, keep=1))]
     return {name: [summarise_buckets(by_seed[0].ranks, test.buckets)] for name, by_seed in ranks.items()}, ranks
 

@@ -19,7 +19,7 @@ from pipeline.core.artifact import Version, published, stage
 from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.files import canonical_json, remove, write_json
-from recommender.baselines.registry import BASELINES
+from recommender.baselines.registry import BASELINES, build_baseline
 from recommender.experiments.evaluate import MAIN, TESTED, chosen_reference, clear, open_inputs, row_of, single_process
 from recommender.metrics.evaluator import BucketMetrics, average, baseline_ranks, buckets_of, model_ranks
 from recommender.metrics.ranks import summarise_buckets
@@ -83,8 +83,7 @@ def evaluate_windows(
 
 def figures_of_baseline(name: str, inputs: TrainingData, test: Windows) -> BucketMetrics:
     """Returns the metrics of a baseline in the window `inputs`, on its `test`."""
-    train = inputs.split.train
-    scorer = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
+    scorer = build_baseline(name, inputs.split.train, len(inputs.counts))
     return summarise_buckets(baseline_ranks(scorer, test, available=inputs.available), buckets_of(test, inputs.counts))
 
 

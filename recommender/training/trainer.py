@@ -261,7 +261,9 @@ def build_model(name: str, seed: int, config: Config, inputs: TrainingData) -> M
     assert content is not None or not recipe.content
     torch.manual_seed(seed)
     if recipe.encoder is not None:
-        return SequenceModel(recipe.encoder, inputs.counts, content, recipe.ids, settings.dim, config.data.max_prefix, settings.dropout)
+        sessions = inputs.split.train.rows, inputs.split.train.offsets
+        of_both = settings.dim, config.data.max_prefix, settings.dropout, sessions
+        return SequenceModel(recipe.encoder, inputs.counts, content, recipe.ids, *of_both)
     shape = ModelConfig(
         items=len(inputs.catalog),
         content_dim=0 if content is None else content.shape[1],

@@ -23,7 +23,7 @@ from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from recommender.baselines.registry import BASELINES
+from recommender.baselines.registry import build_baseline
 from recommender.experiments import evaluate as evaluation
 from recommender.experiments.evaluate import evaluate, open_inputs, shuffled_prefixes
 from recommender.metrics.evaluator import baseline_ranks
@@ -210,7 +210,7 @@ def test_order_is_nothing_to_popularity_and_all_to_the_last_item(run: Path) -> N
     test = evaluation.EvaluationCases(inputs, 20)
     train = inputs.split.train
     for name in ("popularity", "co-occurrence"):
-        score = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
+        score = build_baseline(name, train, len(inputs.counts))
         as_it_was = baseline_ranks(score, test.windows)[test.control]
         whole, but_last = (baseline_ranks(score, order) for order in test.orders)
         assert np.array_equal(as_it_was, but_last)
