@@ -3,6 +3,7 @@
 To add a session model: a file with an encoder (see `sequence_model`), and a line of `ENCODERS`.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -63,7 +64,13 @@ class Baseline(NamedTuple):
     """A baseline of counts, and the settings that a search tries beside its own defaults."""
 
     build: Callable[..., Scorer]  # (rows, offsets of the training sessions, items, starts of the sessions, **settings)
-    space: Mapping[str, tuple[float, ...]] = {}
+    space: Mapping[str, tuple[float, ...]] = {}  # the defaults lie inside
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """The default values of the settings in `space`."""
+        parameters = inspect.signature(self.build).parameters
+        return {key: parameters[key].default for key in self.space}
 
 
 NEIGHBOURS = {"neighbours": (50, 100, 200, 500, 1000), "recent": (500, 1000, 2500, 5000, 10_000)}

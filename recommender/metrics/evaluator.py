@@ -219,10 +219,12 @@ def collect_results(
     runs: Mapping[str, list[BucketMetrics]],
     ceiling: BucketMetrics | None,
     available: Availability | None,
+    settings: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    """Returns the content of metrics.json: baselines, the `runs` of the trained models, and the ceiling. `test`: windows of split.test."""
+    """Returns the content of metrics.json: baselines, the `runs` of the trained models, and the ceiling. `test`: windows of split.test;
+    `settings`: of the baselines, by name."""
     train, items = split.train, len(counts)
-    ranks = {name: baseline_ranks(build_baseline(name, train, items), test, available=available) for name in BASELINES}
+    ranks = {name: baseline_ranks(build_baseline(name, train, items, settings[name]), test, available=available) for name in BASELINES}
     metrics = {name: [summarise_buckets(by_case, buckets)] for name, by_case in ranks.items()} | dict(runs)
     results = {name: dict(zip(("mean", "std"), average(seeds), strict=True)) | {"seeds": len(seeds)} for name, seeds in metrics.items()}
     if ceiling is not None:
