@@ -156,11 +156,14 @@ def train_sbr(
     run: RunFolder = RUN,
     set_: Override = None,
     search: Annotated[int, Option(metavar="N", min=0, help="First try N settings per model, on validation; kept until --fresh.")] = 0,
+    search_minutes: Annotated[float | None, Option(min=0.0, help="Time for each model's search, at most. Default: no limit.")] = None,
     update: Annotated[bool, Option("--update", help="Train the published model on the new sessions; publish if not worse.")] = False,
     fresh: Fresh = False,
 ) -> None:
     """Train the session model beside its baselines: embeddings + sessions -> session model, index, table of results."""
     with open_run(config, data, run, set_) as (settings, folder):
+        if search_minutes is not None and not search:
+            raise UserError("--search-minutes limits a search (command line); give it with --search", USAGE)
         if update:
             if search or fresh:
                 raise UserError("--update goes on from the published model (command line); give it without --search and --fresh", USAGE)
@@ -173,7 +176,7 @@ def train_sbr(
             return
         from recommender.training.train import train_sbr as run_training
 
-        trained = run_training(settings, run, folder, fresh, search)
+        trained = run_training(settings, run, folder, fresh, search, search_minutes)
         say(f"session model: {trained.version.path}{'' if trained.made else ' (up to date)'}")
         following("recommend", run)
 

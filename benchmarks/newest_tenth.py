@@ -24,7 +24,7 @@ from pipeline.core.config_file import load_config
 from pipeline.data.catalog import load_catalog
 from pipeline.data.data_folder import ITEMS, SESSIONS
 from pipeline.data.session_log import SessionLog, load_sessions
-from recommender.baselines.registry import BASELINES, Model
+from recommender.baselines.registry import Model, build_baseline
 from recommender.metrics.evaluator import baseline_ranks, model_ranks
 from recommender.metrics.ranks import case_values
 from recommender.metrics.significance import paired_bootstrap
@@ -67,7 +67,7 @@ def compare(config: Config, data: Path, work: Path, seeds: int) -> dict[str, flo
     cases = cases_of(log.select(kept), config.data.max_prefix)
     session = cases.session[np.nonzero(cases.targets != -1)[0]]
     train = load_training_data(config, work, part, everything=True).split.train
-    counts = BASELINES["co-occurrence"](train.rows, train.offsets, len(load_catalog(data)))
+    counts = build_baseline("co-occurrence", train, len(load_catalog(data)))
     ranks = {"co-occurrence": [baseline_ranks(counts, cases)], "held-out twin": [], "refitted": []}
     for seed in range(seeds):
         twin, model = refitted(config, work / str(seed), part, seed)

@@ -24,11 +24,13 @@ def recommend(
     at: Annotated[str | None, Option(metavar="TIME", help="Items available then: ISO 8601 (UTC) or Unix seconds. Default: now.")] = None,
     sessions: Annotated[Path | None, Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")] = None,
     out: Annotated[Path | None, Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
+    vectors: Annotated[Path | None, Option(help="With --sessions: Parquet file for the sessions' vectors, of each channel.")] = None,
     run: RunFolder = RUN,
 ) -> None:
     """Answer "what next?" for one session, or for a file of them."""
-    if (sessions is None) != (out is None) or (sessions is not None and session is not None):
-        raise UserError("--sessions FILE and --out FILE go together, without --session (command line); see `tpad recommend --help`", USAGE)
+    if (sessions is None) != (out is None and vectors is None) or (sessions is not None and session is not None):
+        together = "--sessions FILE and --out FILE (or --vectors FILE) go together, without --session"
+        raise UserError(f"{together} (command line); see `tpad recommend --help`", USAGE)
     if sessions is not None and as_json:
         raise UserError("--json is for one session (command line); a file's answers are Parquet, at --out", USAGE)
     from recommender.serving.options import check_utf8, parse_filters, parse_time
@@ -38,12 +40,15 @@ def recommend(
     moment = None if at is None else parse_time(at)
     filters = parse_filters(filter_ or [])
     recommender = Recommender.load(run)
-    if sessions is not None and out is not None:
+    if sessions is not None:
         from recommender.serving.recommend_file import recommend_file
 
         share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        answers = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share)
-        say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")
+        answers = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share, vectors)
+        if answers.out is not None:
+            say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")
+        if answers.vectors is not None:
+            say(f"{answers.sessions} sessions, their vectors: {answers.vectors}")
         if answers.popular or answers.unknown_events:
             say(f"events of items not in the catalogue, left out: {answers.unknown_events}")
             say(f"sessions of no other items, which got the most popular ones: {answers.popular}")

@@ -83,6 +83,7 @@ LAUNCHES = [shlex.join(words) for mark in COMMANDS for words in COMMANDS[mark] i
 SNIPPETS = {block.name: block for block in BLOCKS if block.mark == "test" and block.language != "bash"}
 PRINTED = {  # what the snippets that print are to print
     "recommend": r"1 p\d{4} \w+ \w+ \w+ -?\d",
+    "encode": r"\[(.\w+ \w+ \w+.(, )?){10}\]",
     "read_embeddings": r"knowledge(.|\n)*transition(.|\n)*has_image",
 }
 
@@ -218,10 +219,12 @@ def test_what_the_commands_are_said_to_make_is_there(place: Path, played: dict[s
         for made in ("mllm", "embeddings", "sbr"):
             assert (place / "artifacts" / run / made / "current").is_file()
     lines = [shlex.split(line) for line in TPAD]
-    answers = [place / words[words.index("--out") + 1] for words in lines if "--sessions" in words and words[1] == "recommend"]
-    assert answers
-    for out in answers:
-        assert pq.read_table(out).column_names == ["session_id", "item_id", "rank", "score"]
+    files = [words for words in lines if "--sessions" in words and words[1] == "recommend"]
+    for option, columns in (("--out", ["session_id", "item_id", "rank", "score"]), ("--vectors", ["session_id", "position", "item_id"])):
+        answers = [place / words[words.index(option) + 1] for words in files if option in words]
+        assert answers
+        for out in answers:
+            assert pq.read_table(out).column_names[: len(columns)] == columns
 
 
 def test_tpad_commands_that_are_not_run_are_understood() -> None:

@@ -226,7 +226,7 @@ class SbrConfig(Section):
         default=0.2,
         description="share of the items whose id is hidden in a training step, so that the model learns to rank cold items by content",
     )
-    dropout: Share = Field(default=0.2, description="dropout in the models of the literature (GRU4Rec, NARM, SR-GNN, SASRec)")
+    dropout: Share = Field(default=0.2, description="dropout in the models of the literature (GRU4Rec, SASRec, ...)")
     select: Literal["HR@10", "HR@20", "MRR@10", "MRR@20", "NDCG@10", "NDCG@20"] = Field(
         default="MRR@20", description="metric on validation by which the best epoch is selected"
     )

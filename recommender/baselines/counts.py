@@ -63,13 +63,13 @@ class Scorer:
         return np.asarray(1 + greater + (equal - 1) / 2)
 
 
-def popularity(rows: np.ndarray, items: int) -> Scorer:
+def popularity(rows: np.ndarray, offsets: np.ndarray, items: int, starts: np.ndarray | None = None) -> Scorer:
     """Builds the popularity baseline: training events of each item, the same for every session."""
     no_evidence = Entries(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     return Scorer(np.bincount(rows, minlength=items).astype(np.float32), lambda prefixes: no_evidence)
 
 
-def session_popularity(rows: np.ndarray, items: int) -> Scorer:
+def session_popularity(rows: np.ndarray, offsets: np.ndarray, items: int, starts: np.ndarray | None = None) -> Scorer:
     """Builds S-POP: how often each item is in the prefix (Hidasi et al., ICLR 2016)."""
 
     def evidence(prefixes: np.ndarray) -> Entries:
@@ -79,12 +79,12 @@ def session_popularity(rows: np.ndarray, items: int) -> Scorer:
     return Scorer(popular_share(rows, items), evidence)
 
 
-def last_item_repeat(rows: np.ndarray, items: int) -> Scorer:
+def last_item_repeat(rows: np.ndarray, offsets: np.ndarray, items: int, starts: np.ndarray | None = None) -> Scorer:
     """Builds last-item repeat: the items of the prefix, latest first, then the most popular items."""
     return Scorer(popular_share(rows, items), lambda prefixes: latest(prefixes, items))
 
 
-def co_occurrence(rows: np.ndarray, offsets: np.ndarray, items: int) -> Scorer:
+def co_occurrence(rows: np.ndarray, offsets: np.ndarray, items: int, starts: np.ndarray | None = None) -> Scorer:
     """Builds co-occurrence: how often each item directly followed the prefix's last item in training."""
     inside = np.ones(max(len(rows) - 1, 0), bool)
     inside[offsets[1:-1] - 1] = False  # pairs across two sessions
@@ -112,6 +112,16 @@ def popular_share(rows: np.ndarray, items: int) -> np.ndarray:
     """Scales popularity (N,) below any count, and below any similarity of prefixes of up to 31 items."""
     counts = np.bincount(rows, minlength=items).astype(np.float32)
     return counts / (1000 * max(float(counts.max(initial=0)), 1.0))
+
+
+def above_popularity(entries: Entries) -> Entries:
+    """Scales evidence of any size, in the same order, into 0.001 to 1: so a thousandth of `popular_share` stays below all of it.
+
+    v becomes 1 / (1 + log(greatest of the case / v)); evidence that underflowed to 0 is left out."""
+    case, row, value = (array[entries.value > 0] for array in entries)
+    begin = np.flatnonzero(np.diff(case, prepend=-1))
+    greatest = np.repeat(np.maximum.reduceat(value, begin), np.diff(begin, append=len(value))) if len(value) else value
+    return Entries(case, row, (1 / (1 + np.log(greatest.astype(np.float64) / value))).astype(np.float32))
 
 
 def summed(case: np.ndarray, row: np.ndarray, value: np.ndarray, items: int) -> Entries:

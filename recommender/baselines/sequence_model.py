@@ -2,7 +2,7 @@
 
 Each model is an encoder in a file of its own: a Module of (dim, max_prefix, dropout) whose forward maps the vectors of a session's items,
 states (B, L, D), and their rows (B, L), padded on the right, to a session vector at each position, (B, L, D), which depends on no later
-position.
+position. One that needs more than the session is a `SessionsEncoder`.
 
 The vector of an item is learned for its id, or a learned projection of its exported vector ("on vectors"), or the sum of both, the usual
 form of side information. A cold item has no id vector: a model without the exported vectors scores it below all others. `SequenceModel`
@@ -24,14 +24,30 @@ from recommender.session_model.windows import PAD
 Encoder = Callable[[int, int, float], nn.Module]  # dim, max_prefix, dropout
 
 
+class SessionsEncoder(nn.Module):
+    """Base of an encoder that is told the training sessions, once, and in `forward` the vectors (N, D) of all items."""
+
+    def read_sessions(self, rows: np.ndarray, offsets: np.ndarray, items: int) -> None:
+        raise NotImplementedError
+
+
 class SequenceModel(nn.Module):
-    """Scores items with an encoder: `content` (N, C) is whitened, None: ids alone; `counts` (N,) are the items' training events."""
+    """Scores items with an encoder: `content` (N, C) is whitened, None: ids alone; `counts` (N,) are the items' training events, `sessions`
+    the rows and offsets of the training sessions."""
 
     known: Tensor
     content: Tensor
 
     def __init__(
-        self, encoder: Encoder, counts: np.ndarray, content: np.ndarray | None, ids: bool, dim: int, max_prefix: int, dropout: float
+        self,
+        encoder: Encoder,
+        counts: np.ndarray,
+        content: np.ndarray | None,
+        ids: bool,
+        dim: int,
+        max_prefix: int,
+        dropout: float,
+        sessions: tuple[np.ndarray, np.ndarray],
     ) -> None:
         super().__init__()
         self.register_buffer("known", torch.as_tensor(counts > 0))
@@ -44,6 +60,8 @@ class SequenceModel(nn.Module):
             self.project = nn.Linear(content.shape[1], dim, bias=False)
             nn.init.normal_(self.project.weight, std=0.1 / content.shape[1] ** 0.5)
         self.encoder = encoder(dim, max_prefix, dropout)
+        if isinstance(self.encoder, SessionsEncoder):
+            self.encoder.read_sessions(*sessions, len(counts))
 
     def forward(
         self, rows: Tensor, targets: Tensor, known: Tensor, candidates: Candidates, generator: torch.Generator, times: Tensor | None = None
@@ -74,7 +92,8 @@ class SequenceModel(nn.Module):
 
     def encode(self, rows: Tensor, vectors: Tensor) -> Tensor:
         """Encodes windows rows (B, L) with the item vectors (N, D): session vectors (B, L, D)."""
-        session_vectors: Tensor = self.encoder(vectors[rows.clamp(min=0)] * (rows != PAD)[..., None], rows)
+        told = (vectors,) if isinstance(self.encoder, SessionsEncoder) else ()
+        session_vectors: Tensor = self.encoder(vectors[rows.clamp(min=0)] * (rows != PAD)[..., None], rows, *told)
         return session_vectors
 
     def scores(self, rows: Tensor, tables: Tensor, cases: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ validation or test session of any window.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from pipeline.core.artifact import Version, decoding, published, stage
 from pipeline.core.config import Config
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.files import canonical_json, read_sealed, remove, write_sealed
-from recommender.baselines.registry import BASELINES
-from recommender.experiments.evaluate import MAIN, TESTED, chosen_reference, clear, open_inputs, row_of, single_process
+from recommender.baselines.registry import BASELINES, build_baseline
+from recommender.experiments.evaluate import chosen_reference, clear, open_inputs, single_process
+from recommender.experiments.evaluation_report import MAIN, TESTED, row_of
 from recommender.metrics.evaluator import BucketMetrics, average, baseline_ranks, buckets_of, model_ranks
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import ROWS, Figure, table
 from recommender.session_model.windows import Windows
 from recommender.training.dataset import TrainingData, load_training_data, model_fingerprint
-from recommender.training.search import settings_for
+from recommender.training.search import baseline_fingerprint, baseline_settings, settings_for
 from recommender.training.trainer import alone, train_model
 
 
@@ -43,8 +44,10 @@ def evaluate_windows(
     reference = chosen_reference(against, [*baselines, *neural])
     seeds = range(config.seed, config.seed + config.sbr.seeds)
     settings = settings_for(neural, config, inputs, run)
+    of_counts = baseline_settings(baselines, config, inputs, run)
     prints = [inputs.fingerprint, *(model_fingerprint(name, seed, settings[name], inputs) for name in neural for seed in seeds)]
-    fingerprint = hashlib.sha256(canonical_json([count, baselines, prints, reference])).hexdigest()
+    prints += [baseline_fingerprint(name, of_counts[name], inputs) for name in baselines]
+    fingerprint = hashlib.sha256(canonical_json([count, prints, reference])).hexdigest()
     target = run / "evaluation" / f"windows-{count}"
     current = published(target, "evaluation")
     if current is not None and current.manifest.get("fingerprint") == fingerprint and not fresh:
@@ -61,7 +64,7 @@ def evaluate_windows(
             facts.append({f"{part}_sessions": len(getattr(window.split, part)) for part in ("train", "valid", "test")})
             windows = window.windows(config.data.max_prefix)
             for name in baselines:
-                by_model[name].append(figures_of_baseline(name, window, windows[2]))
+                by_model[name].append(figures_of_baseline(name, of_counts[name], window, windows[2]))
             for name in neural:
                 runs = [figures_of_model(name, seed, settings[name], window, windows, accelerator, work / str(number)) for seed in seeds]
                 by_model[name].append(average(runs)[0])
@@ -81,10 +84,9 @@ def evaluate_windows(
         return staging.publish({"fingerprint": fingerprint, "protocol": f"windows-{count}"}), report, left_out
 
 
-def figures_of_baseline(name: str, inputs: TrainingData, test: Windows) -> BucketMetrics:
+def figures_of_baseline(name: str, settings: Mapping[str, float], inputs: TrainingData, test: Windows) -> BucketMetrics:
     """Returns the metrics of a baseline in the window `inputs`, on its `test`."""
-    train = inputs.split.train
-    scorer = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
+    scorer = build_baseline(name, inputs.split.train, len(inputs.counts), settings)
     return summarise_buckets(baseline_ranks(scorer, test, available=inputs.available), buckets_of(test, inputs.counts))
 
 

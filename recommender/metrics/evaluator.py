@@ -20,7 +20,7 @@ from pipeline.data.availability import Availability
 from pipeline.data.session_log import SessionLog
 from pipeline.data.split import Split
 from recommender.baselines.counts import Scorer
-from recommender.baselines.registry import BASELINES, Model
+from recommender.baselines.registry import BASELINES, Model, build_baseline
 from recommender.metrics.ranks import summarise_buckets, target_ranks
 from recommender.session_model.model import SessionModel
 from recommender.session_model.windows import PAD, Windows, prefixes_of
@@ -219,11 +219,12 @@ def collect_results(
     runs: Mapping[str, list[BucketMetrics]],
     ceiling: BucketMetrics | None,
     available: Availability | None,
+    settings: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    """Returns the content of metrics.json: baselines, the `runs` of the trained models, and the ceiling. `test`: windows of split.test."""
+    """Returns the content of metrics.json: baselines, the `runs` of the trained models, and the ceiling. `test`: windows of split.test;
+    `settings`: of the baselines, by name."""
     train, items = split.train, len(counts)
-    scorers = {name: build(train.rows, train.offsets, items) for name, build in BASELINES.items()}
-    ranks = {name: baseline_ranks(score, test, available=available) for name, score in scorers.items()}
+    ranks = {name: baseline_ranks(build_baseline(name, train, items, settings[name]), test, available=available) for name in BASELINES}
     metrics = {name: [summarise_buckets(by_case, buckets)] for name, by_case in ranks.items()} | dict(runs)
     results = {name: dict(zip(("mean", "std"), average(seeds), strict=True)) | {"seeds": len(seeds)} for name, seeds in metrics.items()}
     if ceiling is not None:

@@ -1,4 +1,5 @@
-"""Ranks the sessions of a file of events into a Parquet file: `tpad recommend --sessions FILE --out FILE`.
+"""Ranks the sessions of a file of events into a Parquet file, `tpad recommend --sessions FILE --out FILE`, or writes their vectors,
+`--vectors FILE`, or both.
 
 Several processes (`accelerate launch`) take consecutive ranges of the sessions, without communication, and write one file each,
 `out-00000-of-00002.parquet` and so on, which Parquet readers read as one table. A Parquet file whose events are grouped by session is
@@ -7,7 +8,8 @@ read in pieces, with 8 bytes in memory for each session; any other file is read 
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
 from recommender.serving.recommender import Filters, Recommender
+from recommender.serving.session_vectors import vectors_schema, vectors_table
 
 PIECE = 32_768  # events of a Parquet file read at a time
 NEEDED = ("session_id", "item_id")
@@ -41,17 +44,18 @@ class Chunk(NamedTuple):
 class BatchSummary:
     """The counts of a written file, of this process."""
 
-    out: Path
+    out: Path | None
+    vectors: Path | None
     sessions: int
     popular: int  # sessions without a known item: they got the popular items
     unknown_events: int
-    rows: int  # written
+    rows: int  # written to `out`
 
 
 def recommend_file(
     recommender: Recommender,
     sessions: Path,
-    out: Path,
+    out: Path | None,
     k: int = 10,
     exclude_seen: bool = False,
     filters: Filters | None = None,
@@ -59,55 +63,80 @@ def recommend_file(
     new_items: float | None = None,
     at: int | None = None,
     share: tuple[int, int] = (0, 1),
+    vectors: Path | None = None,
 ) -> BatchSummary:
-    """Writes the k best items of every session in `sessions` to `out`, which is replaced atomically at the end.
+    """Writes the k best items of every session in `sessions` to `out`, and their vectors to `vectors`; None: not. Each file is replaced
+    atomically at the end.
 
     Sessions are in the order of their first event, the events of a session in the order of (timestamp, row). `share` (number, count):
     only the sessions of this process, to a file named after both; files of another count in the same folder are refused, as a reader
     would get each session twice. The other parameters are those of `Recommender.recommend`. Raises `UserError`."""
     number, processes = share
-    out = destination(out, sessions, number, processes)
+    if out is not None and vectors is not None and out.resolve() == vectors.resolve():
+        raise UserError(f"--out and --vectors are the same file ({out}); give another --vectors", USAGE)
+    out = destination(out, sessions, number, processes, "--out")
+    vectors = destination(vectors, sessions, number, processes, "--vectors")
     count, pieces = open_events(sessions)
     first, last = (count * n // processes for n in (number, number + 1))
     popular = unknown = rows = 0
+    item_ids = pa.array(recommender.item_ids, pa.string())
     try:
         with (
-            replacing(out) as temporary,
-            pq.ParquetWriter(temporary, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
-            Steps("recommendations", last - first, show=number == 0) as shown,
+            parquet_file(out, SCHEMA) as write_ranking,
+            parquet_file(vectors, vectors_schema(recommender.ranker)) as write_vectors,
+            Steps("recommendations" if out else "sessions", last - first, show=number == 0) as shown,
         ):
             for chunk in session_range(complete_sessions(pieces, recommender, sessions), first, last):
                 prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
                 popular += sum(not prefix for prefix in prefixes)
                 unknown += int((chunk.rows < 0).sum())
-                table = _ranked_table(
-                    recommender, chunk.names, recommender.rank(prefixes, k, exclude_seen, filters, diversify, new_items, at)
-                )
-                writer.write_table(table)
-                rows += len(table)
+                if out is not None:
+                    ranked = recommender.rank(prefixes, k, exclude_seen, filters, diversify, new_items, at)
+                    rows += write_ranking(_ranked_table(item_ids, chunk.names, ranked))
+                if vectors is not None:
+                    write_vectors(vectors_table(recommender.ranker, item_ids, chunk.names, prefixes))
                 shown.advance(by=len(chunk.names))
     except OSError as error:
-        raise environment_error(error, out) or UserError(
-            f"cannot write: {error.strerror or error} ({out}); give another --out", DATA
+        written = " and ".join(str(path) for path in (out, vectors) if path is not None)
+        raise environment_error(error, out or vectors or sessions) or UserError(
+            f"cannot write: {error.strerror or error} ({written}); give another file", DATA
         ) from None
-    return BatchSummary(out, last - first, popular, unknown, rows)
+    return BatchSummary(out, vectors, last - first, popular, unknown, rows)
 
 
-def destination(out: Path, sessions: Path, number: int, processes: int) -> Path:
-    """Returns the file that this process writes. Raises `UserError` (2) for an unusable `out`, before any file is read."""
+@contextmanager
+def parquet_file(path: Path | None, schema: pa.Schema) -> Iterator[Callable[[pa.Table], int]]:
+    """Opens a Parquet file, which replaces `path` at the end: yields what writes a table to it and returns its rows. None: no file."""
+    if path is None:
+        yield len
+        return
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
+
+        def write(table: pa.Table) -> int:
+            writer.write_table(table)
+            return len(table)
+
+        yield write
+
+
+def destination(out: Path | None, sessions: Path, number: int, processes: int, option: str) -> Path | None:
+    """Returns the file that this process writes for an `option`; None: none. Raises `UserError` (2) for an unusable `out`, before any file
+    is read."""
+    if out is None:
+        return None
     if out.is_dir() or not out.parent.is_dir():
         fault = "a folder" if out.is_dir() else "in a folder that does not exist"
-        raise UserError(f"--out is {fault} ({out}); give a file in an existing folder", USAGE)
+        raise UserError(f"{option} is {fault} ({out}); give a file in an existing folder", USAGE)
     if processes > 1:
         shards = re.compile(rf"{re.escape(out.stem)}-\d{{5}}-of-(\d{{5}}){re.escape(out.suffix)}")
         for path in sorted(out.parent.iterdir()):
             if (shard := shards.fullmatch(path.name)) and int(shard[1]) != processes:
                 raise UserError(
-                    f"the folder already has the output of {int(shard[1])} processes ({path}); delete it, or give another --out", USAGE
+                    f"the folder already has the output of {int(shard[1])} processes ({path}); delete it, or give another {option}", USAGE
                 )
         out = out.with_name(f"{out.stem}-{number:05d}-of-{processes:05d}{out.suffix}")
     if out.resolve() == sessions.resolve():
-        raise UserError(f"--out and --sessions are the same file ({out}); give another --out", USAGE)
+        raise UserError(f"{option} and --sessions are the same file ({out}); give another {option}", USAGE)
     return out
 
 
@@ -115,13 +144,13 @@ def _known(events: np.ndarray) -> list[int]:
     return [int(row) for row in events if row >= 0]
 
 
-def _ranked_table(recommender: Recommender, names: list[str], ranked: list[tuple[np.ndarray, np.ndarray]]) -> pa.Table:
+def _ranked_table(item_ids: pa.Array, names: list[str], ranked: list[tuple[np.ndarray, np.ndarray]]) -> pa.Table:
     lengths = [len(best) for best, _ in ranked]
     best = np.concatenate([best for best, _ in ranked])
     return pa.table(
         {
             "session_id": pa.array(names, pa.string()).take(pa.array(np.repeat(np.arange(len(names)), lengths))),
-            "item_id": pa.array(recommender.item_ids, pa.string()).take(pa.array(best)),
+            "item_id": item_ids.take(pa.array(best)),
             "rank": pa.array(np.concatenate([np.arange(1, n + 1) for n in lengths]), pa.int32()),
             "score": pa.array(np.concatenate([scores for _, scores in ranked]), pa.float32()),
         },

@@ -26,6 +26,7 @@ from pipeline.core.files import read_json
 from pipeline.data.availability import ALWAYS, NEVER, read_availability
 from pipeline.data.embeddings import HALVES
 from recommender.retrieval.index import ItemIndex, load_indexes
+from recommender.serving.session_vectors import SessionVectors, session_vectors
 from recommender.session_model.config import ModelConfig, config_of
 from recommender.session_model.numpy_model import NumpySessionModel, SessionState, unit
 from recommender.session_model.top_k import first
@@ -184,6 +185,16 @@ class Recommender:
             unknown = list(dict.fromkeys(i for i in session if i not in self.row))
             recommendations.append(Recommendation(items, unknown, None if rows else "popular"))
         return recommendations
+
+    def encode(self, sessions: list[list[str]]) -> list[SessionVectors]:
+        """Encodes sessions of item_ids, oldest first, into the query vectors of each channel; unknown items are left out. They point at the
+        vectors of items in `item_vectors`."""
+        return [session_vectors(self.ranker, [self.row[i] for i in session if i in self.row]) for session in sessions]
+
+    @property
+    def item_vectors(self) -> dict[str, np.ndarray]:
+        """The item vectors (N, D) of each channel, in the order of `item_ids`: of length one, zeros for the id of a cold item."""
+        return {name: vectors[:, : self.config.dim] for name, vectors in self.ranker.vectors.items()}
 
     def rank(
         self,

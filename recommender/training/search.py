@@ -1,16 +1,18 @@
 """Searches the settings of every model with optuna, on validation alone: `tpad train-sbr --search N`.
 
-Each model of `sbr.models` has its own study with the same number of trials, so that no baseline is at a disadvantage. The first trial
-has the settings of the config; later ones are drawn by TPE (Bergstra et al., NeurIPS 2011) from a seed and the earlier trials, and
-stopped after an epoch below the median of theirs. Studies are stored in `sbr-train/search.db`: a killed search resumes its current
-trial at the last checkpoint, and a greater N adds trials. A study is valid for one set of data and of initial settings. The best
-settings are written to `sbr-train/search.json`.
+Each model of `sbr.models`, and each baseline of counts with settings, has its own study with the same number of trials and the same limit
+of time, so that none is at a disadvantage. The first trial has the settings of the config, or a baseline's defaults; later ones are drawn
+by TPE (Bergstra et al., NeurIPS 2011) from a seed and the earlier trials, and stopped after an epoch below the median of theirs. Studies
+are stored in `sbr-train/search.db`: a killed search resumes its current trial at the last checkpoint, and a greater N adds trials. A study
+is valid for one set of data and of initial settings. The best settings are written to `sbr-train/search.json`.
 """
 
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +23,16 @@ from pipeline.core.artifact import decoding
 from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
 from pipeline.core.files import canonical_json, read_sealed, remove, write_sealed
-from recommender.baselines.registry import MODELS, chosen
+from recommender.baselines.registry import BASELINES, MODELS, build_baseline, chosen
+from recommender.metrics.evaluator import baseline_ranks
+from recommender.metrics.ranks import summarise
 from recommender.session_model.windows import Windows
 from recommender.training.dataset import TrainingData, model_fingerprint
 from recommender.training.loss_log import Diverged
 from recommender.training.trainer import train_model
 
 if TYPE_CHECKING:
-    from optuna import Study
+    from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
 
 SEAL = "sha256"  # user attribute of a trial
@@ -37,9 +41,11 @@ DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def space(name: str, settings: SbrConfig) -> "dict[str, BaseDistribution]":
-    """Returns the search space of a model, around its initial `settings`, which lie inside."""
+    """Returns the search space of a model or a baseline: that of a model is around its initial `settings`, which lie inside."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+    if name in BASELINES:
+        return {key: CategoricalDistribution(values) for key, values in BASELINES[name].space.items()}
     recipe = MODELS[name]
     shares = ["dropout"] if recipe.encoder is not None else ["id_dropout"] * (recipe.content and recipe.ids)
     decay = {"content_decay": FloatDistribution(0.0, max(2.0, settings.content_decay))} if recipe.content else {}
@@ -62,9 +68,38 @@ def settings_for(names: list[str], config: Config, inputs: TrainingData, run: Pa
     best = read_best(run / "sbr-train")
     settings = {}
     for name in names:
-        valid = name in best and best[name]["holds_for"] == model_fingerprint(name, config.seed, config, inputs)
+        valid = name in best and best[name]["holds_for"] == holds_for(name, config, inputs)
         settings[name] = with_settings(config, best[name]["settings"] if valid else {})
     return settings
+
+
+def baseline_settings(names: Iterable[str], config: Config, inputs: TrainingData, run: Path) -> dict[str, dict[str, float]]:
+    """Returns the settings of each of these baselines that a search in this run found on the same data; empty: its defaults."""
+    best = read_best(run / "sbr-train")
+    return {
+        name: best[name]["settings"] if name in best and best[name]["holds_for"] == holds_for(name, config, inputs) else {}
+        for name in names
+    }
+
+
+def baseline_fingerprint(name: str, settings: Mapping[str, float], inputs: TrainingData) -> str:
+    """Returns a hash of everything that a baseline depends on."""
+    return hashlib.sha256(canonical_json([name, dict(settings), inputs.fingerprint])).hexdigest()
+
+
+def holds_for(name: str, config: Config, inputs: TrainingData) -> str:
+    """Returns a hash of what a search of a model or a baseline is valid for."""
+    if name in BASELINES:
+        return baseline_fingerprint(name, {}, inputs)
+    return model_fingerprint(name, config.seed, config, inputs)
+
+
+def budget(names: Iterable[str], config: Config, inputs: TrainingData, run: Path) -> dict[str, dict[str, Any]]:
+    """Returns for each of these models and baselines with settings from a search its trials, seconds and limit in minutes (None: none)."""
+    best = read_best(run / "sbr-train")
+    keys = ("trials", "seconds", "minutes")
+    valid = [name for name in names if name in best and best[name]["holds_for"] == holds_for(name, config, inputs)]
+    return {name: {key: best[name].get(key) for key in keys} for name in valid}
 
 
 def with_settings(config: Config, drawn: Mapping[str, Any]) -> Config:
@@ -99,27 +134,46 @@ def need_optuna() -> None:
 
 
 def search(
-    config: Config, inputs: TrainingData, windows: tuple[Windows, Windows], accelerator: Accelerator, run: Path, trials: int
+    config: Config,
+    inputs: TrainingData,
+    windows: tuple[Windows, Windows],
+    accelerator: Accelerator,
+    run: Path,
+    trials: int,
+    minutes: float | None = None,
 ) -> None:
-    """Runs `trials` trials of each model, minus those that are finished, and writes the best settings to `search.json`."""
+    """Runs `trials` trials of each model and baseline, minus those that are finished, and writes the best settings to `search.json`.
+
+    `minutes`: limit of the time of each model or baseline, over all its trials; the one during which it runs out ends after its epoch and
+    counts as it stands, and the first always counts. None: no limit."""
     folder = run / "sbr-train"
-    for name in chosen(config.sbr.models):
-        holds_for = model_fingerprint(name, config.seed, config, inputs)
-        study = open_study(name, holds_for, folder) if accelerator.is_main_process else None
-        while _agree(None if study is None else len(finished(study))) < trials:
-            one_trial(study, name, config, inputs, windows, accelerator, folder / "trials")
+    for name in [*(name for name, baseline in BASELINES.items() if baseline.space), *chosen(config.sbr.models)]:
+        of_data = holds_for(name, config, inputs)
+        study = open_study(name, of_data, folder) if accelerator.is_main_process else None
+        while _agree(None if study is None else len(finished(study)) < trials and seconds_left(study, minutes) > 0):
+            one_trial(study, name, config, inputs, windows, accelerator, folder / "trials", minutes)
         if study is not None:
             best, done = study.best_trial, finished(study)
             pruned = sum(trial.state.name == "PRUNED" for trial in done)
             entry = {"trials": len(done), "stopped_early": pruned, config.sbr.select: best.value}
-            entry |= {"settings": best.params, "holds_for": holds_for}
+            entry |= {"settings": best.params, "holds_for": of_data, "seconds": seconds_of(study), "minutes": minutes}
             write_sealed(folder / FOUND, read_best(folder) | {name: entry})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in best.params.items())
             summary = f"validation {config.sbr.select} {best.value:.4f}, the best of {len(done)} trials, {pruned} of them stopped early"
-            print(f"{name}: {summary}: {shown}")
+            print(f"{name}: {summary}, {seconds_of(study):.0f} s: {shown}")
     if accelerator.is_main_process:
         remove(folder / "trials")  # checkpoints of abandoned studies
     accelerator.wait_for_everyone()
+
+
+def seconds_of(study: "Study") -> float:
+    """Returns the seconds of the finished trials of a study."""
+    return float(sum(trial.user_attrs.get("seconds", 0.0) for trial in finished(study)))
+
+
+def seconds_left(study: "Study", minutes: float | None) -> float:
+    """Returns the seconds that a study has left. The first trial has as long as it takes."""
+    return math.inf if minutes is None or not finished(study) else 60 * minutes - seconds_of(study)
 
 
 def open_study(name: str, holds_for: str, folder: Path) -> "Study":
@@ -145,7 +199,8 @@ def open_study(name: str, holds_for: str, folder: Path) -> "Study":
 
 def seal_of(drawn: Mapping[str, Any], scores: Sequence[float], value: float | None) -> str:
     """Hashes a trial: SQLite finds damage in its structure, but not in a number."""
-    return hashlib.sha256(canonical_json([dict(drawn), list(scores), value])).hexdigest()
+    numbers = {key: float(number) for key, number in drawn.items()}  # 1 may come back as 1.0
+    return hashlib.sha256(canonical_json([numbers, list(scores), None if value is None else float(value)])).hexdigest()
 
 
 def finished(study: "Study") -> list[Any]:
@@ -161,37 +216,53 @@ def one_trial(
     windows: tuple[Windows, Windows],
     accelerator: Accelerator,
     folder: Path,
+    minutes: float | None,
 ) -> None:
     """Runs the next trial of the study, which only the main process holds. A training that diverges scores 0."""
     import optuna
 
     drawn: dict[str, Any] = {}
+    began, left = time.monotonic(), math.inf
     if study is not None:
-        around, number = space(name, config.sbr), len(finished(study))
+        around, number, left = space(name, config.sbr), len(finished(study)), seconds_left(study, minutes)
         study.sampler = optuna.samplers.TPESampler(seed=config.seed + number)  # the draw depends only on the earlier trials
         if number == 0:
-            study.enqueue_trial({key: getattr(config.sbr, key) for key in around})
+            study.enqueue_trial(BASELINES[name].defaults if name in BASELINES else {key: getattr(config.sbr, key) for key in around})
         trial = study.ask(around)
         drawn = trial.params
         print(f"{name}: trial {number + 1}, {', '.join(f'{key} {value:.4g}' for key, value in drawn.items())}", file=sys.stderr)
     drawn = _agree(drawn)
     reported: list[float] = []
 
+    class OutOfTime(Exception):
+        pass
+
     def watch(scores: list[float]) -> None:
-        stop = False
+        stop, late = False, time.monotonic() - began > left
         if study is not None:
             for step in range(len(reported), len(scores)):
                 trial.report(scores[step], step)
             stop = trial.should_prune()
         reported[:] = scores
-        if _agree(stop):
+        stop, late = _agree((stop, late))
+        if stop:
             raise optuna.TrialPruned
+        if late:
+            raise OutOfTime
 
+    if name in BASELINES:
+        if study is not None:
+            score = build_baseline(name, inputs.split.train, len(inputs.counts), drawn)
+            value = summarise(baseline_ranks(score, windows[1], available=inputs.available_in_validation))[config.sbr.select]
+            end_trial(study, trial, drawn, [], value, began)
+        accelerator.wait_for_everyone()
+        return
     changed = with_settings(config, drawn)
     trial_folder = folder / f"{name}-{model_fingerprint(name, config.seed, changed, inputs)[:16]}"
     state, value = optuna.trial.TrialState.COMPLETE, 0.0
     try:
-        train_model(name, config.seed, changed, inputs, windows, accelerator, trial_folder, False, watch)
+        with suppress(OutOfTime):
+            train_model(name, config.seed, changed, inputs, windows, accelerator, trial_folder, False, watch)
         value = max(reported)
     except optuna.TrialPruned:
         state = optuna.trial.TrialState.PRUNED
@@ -201,10 +272,18 @@ def one_trial(
     accelerator.free_memory()  # it keeps a reference to every prepared model
     accelerator.wait_for_everyone()
     if study is not None:
-        told = value if state.name == "COMPLETE" else reported[-1] if reported else None  # of a pruned trial optuna takes its last
-        trial.set_user_attr(SEAL, seal_of(drawn, reported, told))
-        study.tell(trial, value if state.name == "COMPLETE" else None, state=state)
+        end_trial(study, trial, drawn, reported, value if state.name == "COMPLETE" else None, began)
         remove(trial_folder)
+
+
+def end_trial(study: "Study", trial: "Trial", drawn: dict[str, Any], scores: list[float], value: float | None, began: float) -> None:
+    """Stores the result of a trial, its seconds and its hash. `value` None: it was stopped early."""
+    from optuna.trial import TrialState
+
+    trial.set_user_attr("seconds", time.monotonic() - began)
+    told = value if value is not None else scores[-1] if scores else None  # of a pruned trial optuna takes its last
+    trial.set_user_attr(SEAL, seal_of(drawn, scores, told))
+    study.tell(trial, value, state=TrialState.PRUNED if value is None else TrialState.COMPLETE)
 
 
 def _agree(value: Any) -> Any:

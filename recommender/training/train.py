@@ -22,7 +22,7 @@ from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, UserError
 from pipeline.core.files import canonical_json, read_json, remove
 from pipeline.data.embeddings import published_in
-from recommender.baselines.registry import MODELS, chosen
+from recommender.baselines.registry import BASELINES, MODELS, chosen
 from recommender.metrics.evaluator import BucketMetrics, buckets_of, cases_table, collect_results, read_ceiling
 from recommender.metrics.ranks import summarise_buckets
 from recommender.metrics.results_table import print_results
@@ -31,7 +31,7 @@ from recommender.retrieval.saved_model import write_model
 from recommender.session_model.model import SessionModel
 from recommender.training.calibration import Calibration, apply
 from recommender.training.dataset import SAME_VECTORS, TrainingData, load_training_data, model_fingerprint, newest_session
-from recommender.training.search import forget, need_optuna, search, settings_for
+from recommender.training.search import baseline_fingerprint, baseline_settings, forget, need_optuna, search, settings_for
 from recommender.training.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model
 
 SAMPLES = 200  # test sessions stored with the model: for trials, for the report, to measure the index
@@ -46,11 +46,11 @@ class SbrSummary:
     metrics: dict[str, Any]  # content of metrics.json
 
 
-def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials: int = 0) -> SbrSummary:
+def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials: int = 0, minutes: float | None = None) -> SbrSummary:
     """Trains the models of a run, publishes one as `run/sbr`, and prints the table of results. Raises `UserError`.
 
-    Reads `run/embeddings`, if a model does, and the sessions of `data`. `trials`: first searches that many settings of each model; the best
-    settings of a search are used until `fresh`, which trains and searches anew."""
+    Reads `run/embeddings`, if a model does, and the sessions of `data`. `trials`: first searches that many settings of each model, for
+    at most `minutes`; the best settings of a search are used until `fresh`, which trains and searches anew."""
     if trials:
         need_optuna()
     inputs = load_training_data(config, run, data)
@@ -65,10 +65,12 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         accelerator.wait_for_everyone()
         windows = inputs.windows(config.data.max_prefix)
         if trials:
-            search(config, inputs, windows[:2], accelerator, run, trials)
+            search(config, inputs, windows[:2], accelerator, run, trials, minutes)
         seeds = range(config.seed, config.seed + config.sbr.seeds)
         settings = settings_for(names, config, inputs, run)
+        of_counts = baseline_settings(BASELINES, config, inputs, run)
         prints = [model_fingerprint(name, seed, settings[name], inputs) for name in names for seed in seeds]
+        prints += [baseline_fingerprint(name, drawn, inputs) for name, drawn in of_counts.items() if drawn]
         fingerprint = hashlib.sha256(canonical_json([prints, refit_of(config)])).hexdigest()
         current = published(run / "sbr", "sbr")
         if current is not None and current.manifest.get("fingerprint") == fingerprint and not fresh:
@@ -97,7 +99,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             model = calibrated_refit(to_publish, settings[to_publish], source, accelerator, folder, fresh, best)
         if accelerator.is_main_process:
             ceiling = read_ceiling(data, config.data)
-            metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling, inputs.available)
+            metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling, inputs.available, of_counts)
             summary = best.calibration.summary() if MODELS[to_publish].content else ""
             metrics["facts"] |= {"refit": config.sbr.refit, "calibration": best.calibration._asdict() | {"told": summary}}
             cases = cases_table(windows[2], inputs.split.test, inputs.catalog.item_ids, ranks)

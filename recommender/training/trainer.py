@@ -55,6 +55,7 @@ class Trained(NamedTuple):
     model: Model  # with the weights of its best epoch
     epochs: int  # up to the best one
     calibration: Calibration | None  # None for a model of the literature
+    seconds: float  # of the training with its validation, all parts of a resumed one
 
 
 @dataclass
@@ -65,10 +66,11 @@ class Progress:
     step: int = 0
     scores: list[float] = field(default_factory=list)  # of each epoch; higher is better
     over: bool = False
+    seconds: float = 0.0
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "scores": self.scores, "over": self.over}
+        return {"step": self.step, "scores": self.scores, "over": self.over, "seconds": self.seconds}
 
 
 def make_accelerator() -> Accelerator:
@@ -131,7 +133,7 @@ def train_model(
         watch,
     )
     calibration = calibrate(model, valid, ranks) if isinstance(model, SessionModel) and watch is None else None
-    return Trained(model, 1 + progress.scores.index(max(progress.scores)), calibration)
+    return Trained(model, 1 + progress.scores.index(max(progress.scores)), calibration, progress.seconds)
 
 
 def refit_model(
@@ -185,6 +187,7 @@ def fit(
     steps = math.ceil(len(train) / settings.batch)  # of an epoch
     log = LossLog(folder / "metrics.jsonl", name, seed, progress.step, steps, accelerator)
     saved = time.monotonic()
+    began = saved - progress.seconds
     with (
         Interrupt() as interrupt,
         Steps(f"{name} (seed {seed})", epochs * steps, progress.step, accelerator.is_main_process) as shown,
@@ -202,6 +205,7 @@ def fit(
                 if log.due and number + 1 < steps:
                     log.write()
                     stopped = interrupt.agreed(accelerator)
+                    progress.seconds = time.monotonic() - began
                     if accelerator.is_main_process and (stopped or time.monotonic() - saved > SAVE_SECONDS):
                         save(checkpoints, model, optimizer, names, progress)
                         saved = time.monotonic()
@@ -214,6 +218,7 @@ def fit(
             progress.scores.append(score)
             waited = epoch - progress.scores.index(max(progress.scores))
             progress.over = epoch + 1 >= epochs or waited >= settings.patience
+            progress.seconds = time.monotonic() - began
             if accelerator.is_main_process:
                 save(checkpoints, model, optimizer, names, progress)
                 saved = time.monotonic()
@@ -263,7 +268,9 @@ def build_model(name: str, seed: int, config: Config, inputs: TrainingData) -> M
     assert content is not None or not recipe.content
     torch.manual_seed(seed)
     if recipe.encoder is not None:
-        return SequenceModel(recipe.encoder, inputs.counts, content, recipe.ids, settings.dim, config.data.max_prefix, settings.dropout)
+        sessions = inputs.split.train.rows, inputs.split.train.offsets
+        of_both = settings.dim, config.data.max_prefix, settings.dropout, sessions
+        return SequenceModel(recipe.encoder, inputs.counts, content, recipe.ids, *of_both)
     shape = ModelConfig(
         items=len(inputs.catalog),
         content_dim=0 if content is None else content.shape[1],
@@ -373,3 +380,4 @@ def restore(
     unpack_optimizer(optimizer, names, tensors, state["optimizer"])
     progress.best = {name: tensors[f"best/{name}"].to(p.device) for name, p in model.named_parameters()}
     progress.step, progress.scores, progress.over = state["step"], state["scores"], state["over"]
+    progress.seconds = state.get("seconds", 0.0)  # a checkpoint of an older tpad has none

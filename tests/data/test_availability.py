@@ -23,7 +23,7 @@ from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.data.availability import ALWAYS, NEVER, Availability
 from pipeline.data.catalog import load_catalog
 from pipeline.data.prepare.prepare import PrepareOptions, prepare
-from recommender.baselines.registry import BASELINES
+from recommender.baselines.registry import build_baseline
 from recommender.metrics.evaluator import baseline_ranks, model_ranks
 from recommender.metrics.ranks import target_ranks
 from recommender.retrieval.saved_model import load_model
@@ -298,7 +298,7 @@ def test_what_is_not_available_is_not_ranked_above_a_target(run: Path, inputs: T
     assert {58, 59} & {*targets.tolist()}  # which are available in 2100 and count all the same
     train = inputs.split.train
     for name in ("popularity", "co-occurrence", "SKNN"):
-        score = BASELINES[name](train.rows, train.offsets, 60)
+        score = build_baseline(name, train, 60)
         assert baseline_ranks(score, windows, available=inputs.available).tolist() == brute_ranks(score(prefixes), inputs), name
     table = pq.read_table(run / "sbr" / version / "ranks.parquet")
     assert table.num_rows == len(targets)
@@ -311,7 +311,7 @@ def test_what_is_not_available_is_not_counted_as_recommended(inputs: TrainingDat
     few = Availability(begin, np.full(60, NEVER))
     train, recommended = inputs.split.train, np.zeros(60, np.int64)
     windows = inputs.windows(20)[2]
-    baseline_ranks(BASELINES["popularity"](train.rows, train.offsets, 60), windows, recommended, few)
+    baseline_ranks(build_baseline("popularity", train, 60), windows, recommended, few)
     assert recommended[:5].tolist() == [windows.cases] * 5 or recommended[:5].min() > 0
     outside = {int(item) for item in np.flatnonzero(recommended) if item >= 5}
     assert outside <= {*windows.targets[windows.targets != PAD].tolist()}  # a target was clicked, so it stays

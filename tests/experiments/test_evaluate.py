@@ -23,9 +23,10 @@ from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
-from recommender.baselines.registry import BASELINES
+from recommender.baselines.registry import build_baseline
 from recommender.experiments import evaluate as evaluation
-from recommender.experiments.evaluate import evaluate, open_inputs, shuffled_prefixes
+from recommender.experiments.evaluate import evaluate, open_inputs
+from recommender.experiments.evaluation_cases import EvaluationCases, shuffled_prefixes
 from recommender.metrics.evaluator import baseline_ranks
 from recommender.metrics.ranks import gini, summarise, target_ranks
 from recommender.session_model.windows import PAD, pack, prefixes_of
@@ -207,10 +208,10 @@ def test_shuffled_prefixes_keep_their_items_and_the_fixed_ones() -> None:
 
 def test_order_is_nothing_to_popularity_and_all_to_the_last_item(run: Path) -> None:
     inputs = load_training_data(settings("sbr.models=[ID-only]"), run, run / "data")
-    test = evaluation.EvaluationCases(inputs, 20)
+    test = EvaluationCases(inputs, 20)
     train = inputs.split.train
     for name in ("popularity", "co-occurrence"):
-        score = BASELINES[name](train.rows, train.offsets, len(inputs.counts))
+        score = build_baseline(name, train, len(inputs.counts))
         as_it_was = baseline_ranks(score, test.windows)[test.control]
         whole, but_last = (baseline_ranks(score, order) for order in test.orders)
         assert np.array_equal(as_it_was, but_last)

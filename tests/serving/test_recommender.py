@@ -496,6 +496,53 @@ def test_a_file_larger_than_a_piece_is_read_in_pieces(
     assert ranked["item_id"] == [i for one in events for i in ids(recommender.recommend([item for _, item in one], 3))]
 
 
+def test_the_vectors_of_sessions_are_the_queries_of_every_prefix(recommender: Recommender) -> None:
+    """Also of long sessions; and a session's last query is that of the model in training."""
+    long = [f"item-{n % 50:03d}" for n in range(recommender.config.max_prefix + 7)]
+    sessions = [["item-010", "gone", "item-011", "item-010"], ["gone"], long]
+    model = recommender.batch_scorer.model
+    for session, encoded in zip(sessions, recommender.encode(sessions), strict=True):
+        rows = [recommender.row[item] for item in session if item in recommender.row][-recommender.config.max_prefix :]
+        assert encoded.rows.tolist() == rows and set(encoded.queries) == set(encoded.weights) == {"content", "id"}
+        if rows:
+            with torch.no_grad():
+                state = model.encode(torch.tensor([rows]), model.tables())
+            for name, queries in encoded.queries.items():
+                assert queries == pytest.approx(state.queries[name][0, :, : recommender.config.dim].numpy(), abs=1e-3)
+                assert encoded.weights[name] == pytest.approx(state.weights[name][0, -1].numpy(), abs=1e-3)
+            prefix = recommender.encode([session[:2]])[0]  # a query depends on no later event
+            if len(session) == 4:
+                assert prefix.queries["id"][0] == pytest.approx(encoded.queries["id"][0], abs=1e-4)
+    assert recommender.item_vectors["content"].shape == (60, recommender.config.dim)
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+def test_a_file_of_sessions_gets_its_vectors(recommender: Recommender, tmp_path: Path, ranked: bool) -> None:
+    out = tmp_path / "out.parquet" if ranked else None
+    recommend_file(recommender, write_events(tmp_path / "s.csv"), out, k=3, vectors=tmp_path / "vectors.parquet")
+    assert (tmp_path / "out.parquet").exists() == ranked
+    table = pq.read_table(tmp_path / "vectors.parquet")
+    columns = table.to_pydict()
+    assert table.column_names == ["session_id", "position", "item_id", "content", "content_weight", "id", "id_weight"]
+    assert columns["session_id"] == ["7", "7", "7", "a", "a"] and columns["position"] == [1, 2, 3, 1, 2]
+    assert columns["item_id"] == ["item-011", "item-012", "item-010", "item-020", "item-021"]
+    for session, lines in ((columns["item_id"][:3], slice(0, 3)), (columns["item_id"][3:], slice(3, 5))):
+        encoded = recommender.encode([session])[0]
+        for name in ("content", "id"):
+            assert columns[name][lines] == encoded.queries[name].tolist()
+            assert columns[f"{name}_weight"][lines] == encoded.weights[name].tolist()
+
+
+def test_vectors_and_rankings_are_never_written_into_one_file_or_the_log(recommender: Recommender, tmp_path: Path) -> None:
+    events = write_events(tmp_path / "s.parquet")
+    before = contents(tmp_path)
+    for out, vectors, said in ((tmp_path / "a", tmp_path / "a", "--out and --vectors"), (None, events, "--vectors and --sessions")):
+        with pytest.raises(UserError, match=f"{said} are the same file") as error:
+            recommend_file(recommender, events, out, vectors=vectors)
+        assert error.value.code == USAGE
+    assert contents(tmp_path) == before
+
+
 def test_several_processes_share_a_file(recommender: Recommender, tmp_path: Path) -> None:
     events = write_events(tmp_path / "s.csv")
     single = recommend_file(recommender, events, tmp_path / "single.parquet", k=3)

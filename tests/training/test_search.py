@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,6 +16,10 @@ from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ENVIRONMENT, UserError
 from pipeline.core.files import read_sealed
+from recommender.baselines.registry import BASELINES, build_baseline
+from recommender.experiments.evaluate import evaluate
+from recommender.metrics.evaluator import baseline_ranks
+from recommender.training.dataset import load_training_data
 from recommender.training.train import train_sbr
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +59,9 @@ def found(run: Path) -> dict[str, dict]:
 
 def test_every_model_gets_as_many_trials_and_is_trained_with_its_best(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = found(searched)
-    assert {name: entry["trials"] for name, entry in models.items()} == {"GRU4Rec": TRIALS, "full": TRIALS}
+    tuned = [name for name, baseline in BASELINES.items() if baseline.space]
+    assert {name: entry["trials"] for name, entry in models.items()} == dict.fromkeys([*tuned, "GRU4Rec", "full"], TRIALS)
+    assert models["STAN"]["settings"].keys() == BASELINES["STAN"].space.keys()
     assert "dropout" in models["GRU4Rec"]["settings"] and "id_dropout" in models["full"]["settings"]
     again = train_sbr(settings(), searched, searched / "data")  # without --search: what was found stays
     assert not again.made
@@ -68,8 +75,32 @@ def test_the_best_is_at_least_what_the_config_s_settings_reach_on_validation(sea
     run = start_run(tmp_path)
     train_sbr(settings(), run, run / "data", trials=1)  # the config's alone
     for name, first in found(run).items():
-        assert first["settings"].items() <= settings().sbr.model_dump().items()
+        assert first["settings"].items() <= (BASELINES[name].defaults if name in BASELINES else settings().sbr.model_dump()).items()
         assert found(searched)[name]["MRR@20"] >= first["MRR@20"]
+
+
+def without_times(run: Path) -> dict[str, dict]:
+    return {name: {key: value for key, value in entry.items() if key != "seconds"} for name, entry in found(run).items()}
+
+
+def test_an_evaluation_takes_the_settings_of_a_search_and_tells_its_budget(searched: Path) -> None:
+    names = ["popularity", "STAN", "GRU4Rec"]
+    version, text, _ = evaluate(settings(), searched, searched / "data", "time", names)
+    assert f"{TRIALS} settings tried for each: STAN, GRU4Rec. Not searched: popularity." in text
+    metrics = json.loads((version.path / "metrics.json").read_bytes())
+    assert metrics["search"].keys() == {"STAN", "GRU4Rec"} and metrics["speed"]["GRU4Rec"]["training seconds"] > 0
+    data = load_training_data(settings("sbr.models=[ID-only]"), searched, searched / "data")
+    scorer = build_baseline("STAN", data.split.train, 60, found(searched)["STAN"]["settings"])
+    ranks = pq.read_table(version.path / "ranks.parquet")["STAN"].to_numpy()
+    assert ranks.tolist() == baseline_ranks(scorer, data.windows(20)[2]).tolist()
+
+
+def test_a_search_out_of_time_keeps_what_it_has(tmp_path: Path) -> None:
+    """Each model has its first trial, and none begins a second."""
+    run = start_run(tmp_path)
+    train_sbr(settings("sbr.models=[ID-only]"), run, run / "data", trials=TRIALS, minutes=1e-6)
+    assert {entry["trials"] for entry in found(run).values()} == {1}
+    assert {entry["minutes"] for entry in found(run).values()} == {1e-6}
 
 
 def kill_at(run: Path, trials: int, said: str, times: int = 1) -> None:
@@ -92,7 +123,7 @@ def test_a_search_killed_and_one_added_to_a_killed_training_end_like_an_undistur
     assert list((run / "sbr-train" / "checkpoints" / "GRU4Rec-0").glob("step-*"))
     kill_at(run, TRIALS, "GRU4Rec: trial 4")
     train_sbr(settings(), run, run / "data", trials=TRIALS)
-    assert found(run) == found(searched)
+    assert without_times(run) == without_times(searched)
     names = [json.loads((folder / "sbr" / "current").read_text())["version"] for folder in (run, searched)]
     one, two = ((folder / "sbr" / name / "model.safetensors").read_bytes() for folder, name in zip((run, searched), names, strict=True))
     assert one == two
