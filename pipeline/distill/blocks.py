@@ -31,17 +31,8 @@ class Blocks:
         if not len(self.known):
             raise UserError("no training session has two different items, so there are no transitions to learn; give longer sessions", DATA)
         self.sessions = min(len(train), max(1, round(self.half * len(train) / len(train.rows))))  # of a block
-        bias = self._log_probability(items)
         # (2, N): what is added to the logits of an item that follows, and of one that is followed
-        self.bias = np.stack([popularity * np.log(np.maximum(n, 1e-9) / n.sum()) - bias for n in (following, followed)])
-
-    def _log_probability(self, items: int) -> np.ndarray:
-        """Computes the log probability that an item is in a block: (N,)."""
-        rows = np.unique(self.train.session_of_event() * items + self.train.rows) % items  # an item counts once in a session
-        missed = (1 - np.bincount(rows, minlength=items) / len(self.train)) ** self.sessions
-        missed *= 1 - min(1.0, self.half / len(self.known))
-        probability: np.ndarray = np.log(np.maximum(1 - missed, 1e-9))
-        return probability
+        self.bias = np.stack([popularity * np.log(np.maximum(n, 1e-9) / n.sum()) for n in (following, followed)])
 
     def rows(self, sessions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns the items of `sessions` for a block: half of it at most."""
@@ -58,8 +49,9 @@ def transition_loss(query: Tensor, item: Tensor, pairs: Tensor, bias: Tensor) ->
     """Computes the mean cross-entropy of what follows each item of a block, and of what each item follows.
 
     `query` (b, D) holds the scale, `item` (b, D) is L2-normalised. Row i of `pairs` (b, b) weighs the items after item i; divided by
-    its sum it is the target distribution, so that no known successor counts as a negative. `bias` (2, b) corrects the logits of an item
-    for how often blocks hold it (logQ; Yi et al., RecSys 2019), and for the part of its popularity that features need not express.
+    its sum it is the target distribution, so that no known successor counts as a negative. Targets and logits are restricted to the same
+    items, so how often blocks hold an item cancels out: a correction for it (logQ) would be an error. `bias` (2, b) is the part of an
+    item's log popularity that features need not express.
     """
     itself = torch.eye(len(query), dtype=torch.bool, device=query.device)
     logits = (query @ item.T).masked_fill(itself, ITSELF)
