@@ -9,9 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]  # as the libraries below count, many of them in 32 bits
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # valid for numpy and torch, with room to count up
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Few = Annotated[int, Field(gt=0, le=1024)]  # layers, heads, runs: each costs as much as the first
+Side = Annotated[int, Field(gt=0, le=4096)]  # pixels: images are decoded at no more
+Width = Annotated[int, Field(gt=0, le=16_384)]  # of a vector: a matrix of two such widths has a gigabyte
+Batch = Annotated[int, Field(gt=0, le=2**20)]
+Prefix = Annotated[int, Field(gt=0, le=10_000)]  # events; memory grows with its square
+Workers = Annotated[int, Field(ge=0, le=1024)]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -31,7 +37,7 @@ class NeighboursConfig(Section):
     run: str | None = Field(
         default=None, description="run folder whose published embeddings define the neighbours; null: no neighbours are shown"
     )
-    count: Positive = Field(default=3, description="largest number of neighbour titles shown with an item")
+    count: Few = Field(default=3, description="largest number of neighbour titles shown with an item")
     least: Cosine = Field(default=0.5, description="smallest cosine similarity at which an item counts as a neighbour")
 
 
@@ -48,7 +54,7 @@ class DataConfig(Section):
         default=0.1, description="share of the sessions held out for validation; with protocol time those just before the test sessions"
     )
     test: Share = Field(default=0.1, description="share of the sessions held out for the test; with protocol time the latest ones")
-    max_prefix: Positive = Field(default=20, description="longest prefix in events: only the last events of a longer session are used")
+    max_prefix: Prefix = Field(default=20, description="longest prefix in events: only the last events of a longer session are used")
     text: list[str] = Field(
         default=["title", "description"], description="item columns shown to the MLLM as the item's text, in this order"
     )
@@ -69,9 +75,9 @@ class DataConfig(Section):
 class ShopConfig(Section):
     """The generated sample shop, which is used where no data folder is given."""
 
-    items: Annotated[int, Field(ge=20)] = Field(default=1200, description="items in the catalogue")
-    sessions: Annotated[int, Field(ge=20)] = Field(default=13500, description="sessions in the log")
-    image_size: Positive = Field(default=48, description="width and height of an item image in pixels")
+    items: Annotated[int, Field(ge=20, le=10**7)] = Field(default=1200, description="items in the catalogue")
+    sessions: Annotated[int, Field(ge=20, le=10**8)] = Field(default=13500, description="sessions in the log")
+    image_size: Side = Field(default=48, description="width and height of an item image in pixels")
     cold_items: Share = Field(
         default=0.15, description="share of cold items, launched after the training sessions, so that no training session holds them"
     )
@@ -84,17 +90,17 @@ class ShopConfig(Section):
 class TinyConfig(Section):
     """The built-in backbone `tiny`: a small Idefics3 trained from random weights on the catalogue, for CPUs, tests and first tries."""
 
-    vocab: Positive = Field(
+    vocab: Batch = Field(
         default=768, description="vocabulary size of the byte-level BPE tokenizer that is trained on the catalogue's texts"
     )
-    image_size: Positive = Field(default=48, description="width and height in pixels to which every image is scaled")
-    patch: Positive = Field(default=12, description="width and height of a vision patch in pixels")
-    merge: Positive = Field(default=2, description="pixel shuffle factor: merge x merge patches become one image token")
-    vision_dim: Positive = Field(default=64, description="hidden size of the vision encoder")
-    vision_layers: Positive = Field(default=3, description="layers of the vision encoder")
-    dim: Positive = Field(default=128, description="hidden size of the language model")
-    layers: Positive = Field(default=4, description="layers of the language model")
-    heads: Positive = Field(default=4, description="attention heads of the vision encoder and of the language model")
+    image_size: Side = Field(default=48, description="width and height in pixels to which every image is scaled")
+    patch: Side = Field(default=12, description="width and height of a vision patch in pixels")
+    merge: Side = Field(default=2, description="pixel shuffle factor: merge x merge patches become one image token")
+    vision_dim: Side = Field(default=64, description="hidden size of the vision encoder")
+    vision_layers: Few = Field(default=3, description="layers of the vision encoder")
+    dim: Side = Field(default=128, description="hidden size of the language model")
+    layers: Few = Field(default=4, description="layers of the language model")
+    heads: Few = Field(default=4, description="attention heads of the vision encoder and of the language model")
 
     @model_validator(mode="after")
     def _divides(self) -> "TinyConfig":
@@ -111,7 +117,7 @@ class TinyConfig(Section):
 class LoraSettings(Section):
     """LoRA adapters in the language model; the backbone's own weights stay frozen."""
 
-    rank: Positive = Field(default=16, description="rank of the adapter matrices")
+    rank: Width = Field(default=16, description="rank of the adapter matrices")
     alpha: Positive = Field(default=32, description="scale of the adapters: their product is multiplied by alpha / rank")
     dropout: Share = Field(default=0.05, description="dropout on the input of the adapters in training")
     targets: str = Field(
@@ -176,7 +182,7 @@ class PhaseConfig(Section):
     """Settings that all training phases share."""
 
     steps: Count = Field(description="training steps")
-    batch: Positive = Field(description="items or sessions in a step, over all processes together")
+    batch: Batch = Field(description="items or sessions in a step, over all processes together")
     lr: Rate = Field(default=1e-3, description="peak learning rate of AdamW")
     warmup: Share = Field(default=0.05, description="share of the steps in which the learning rate rises to its peak; cosine decay follows")
     weight_decay: Weight = Field(default=0.01, description="weight decay of AdamW")
@@ -187,7 +193,7 @@ class KnowledgeConfig(PhaseConfig):
     """Stage 1: knowledge acquisition, which trains the Knowledge-MLLM K on item instructions."""
 
     steps: Count = Field(default=150, description="training steps")
-    batch: Positive = Field(default=64, description="items in a step, over all processes together")
+    batch: Batch = Field(default=64, description="items in a step, over all processes together")
     generation: Weight = Field(default=1.0, description="weight of L_gen, the loss of generating an item's attributes")
     view: Weight = Field(
         default=0.5, description="weight of L_view, InfoNCE between two views of an item with the image or the text withheld"
@@ -199,10 +205,10 @@ class TransferConfig(PhaseConfig):
     """Stage 2, first half: trains the Transfer-MLLM T on blocks of items and on session instructions."""
 
     steps: Count = Field(default=300, description="training steps")
-    batch: Positive = Field(
+    batch: Batch = Field(
         default=128, description="items of a block, over all processes together: half of them whole sessions, half at random"
     )
-    window: Positive = Field(default=1, description="largest distance in a session of two items that count as a pair, as 1 / distance")
+    window: Prefix = Field(default=1, description="largest distance in a session of two items that count as a pair, as 1 / distance")
     popularity: Share = Field(
         default=0.25, description="share of an item's popularity that t(v) need not express: 0 for all in t(v), 1 for none"
     )
@@ -212,7 +218,7 @@ class TransferConfig(PhaseConfig):
     start: Literal["knowledge", "base"] = Field(
         default="knowledge", description="initial weights of T: those of K (knowledge) or of the untrained backbone (base)"
     )
-    items: Positive = Field(
+    items: Prefix = Field(
         default=4, description="items in a window of a session, drawn at random; the next item is the target after each of them"
     )
     retrieval: Weight = Field(default=1.0, description="weight of the cross-entropy of the transitions within a block, in either direction")
@@ -242,7 +248,7 @@ class AlignConfig(PhaseConfig):
     """Stage 2, second half: transitional pattern alignment, which turns K into the unified MLLM."""
 
     steps: Count = Field(default=100, description="training steps")
-    batch: Positive = Field(default=128, description="items in a step, over all processes together")
+    batch: Batch = Field(default=128, description="items in a step, over all processes together")
     lr: Rate = Field(default=2e-3, description="peak learning rate of AdamW")
     align: Weight = Field(default=1.0, description="weight of the lower bound of the mutual information of p(v) and t(v)")
     bound: Literal["info_nce", "smile"] = Field(
@@ -267,9 +273,9 @@ class AlignConfig(PhaseConfig):
 class CriticConfig(Section):
     """The critics of the CLUB and SMILE bounds: networks trained on detached features with an optimiser of their own."""
 
-    hidden: Positive = Field(default=128, description="hidden size of a critic")
+    hidden: Width = Field(default=128, description="hidden size of a critic")
     lr: Rate = Field(default=2e-3, description="learning rate of the critics")
-    inner_steps: Positive = Field(default=2, description="critic steps in each training step")
+    inner_steps: Few = Field(default=2, description="critic steps in each training step")
     warmup: Count = Field(default=30, description="training steps before a bound enters the loss")
 
 
@@ -316,7 +322,7 @@ class MergeConfig(Section):
 class DistillConfig(Section):
     """Training of the MLLM: `tpad distill`."""
 
-    dim: Positive = Field(default=64, description="dimension of the knowledge embedding k(v), and of the transition embedding p(v)")
+    dim: Width = Field(default=64, description="dimension of the knowledge embedding k(v), and of the transition embedding p(v)")
     refit: bool = Field(
         default=False,
         description="train a second MLLM on all sessions, whose embeddings the published session model reads (with sbr.refit)",
@@ -328,7 +334,7 @@ class DistillConfig(Section):
     )
     merge: MergeConfig = MergeConfig()
     checkpoint_every: Positive = Field(default=100, description="steps between two checkpoints")
-    workers: Count = Field(default=0, description="processes that decode images and tokenise ahead; 0: in the training process")
+    workers: Workers = Field(default=0, description="processes that decode images and tokenise ahead; 0: in the training process")
     vision_cache_gb: Weight = Field(
         default=0.0,
         description="disk space in GB for the outputs of a frozen vision tower, computed once for all phases and the export; 0: no cache",
@@ -364,7 +370,7 @@ class ExportConfig(Section):
         default=None,
         description="number of decoder layers that are run, counted from the first; null: all; benchmarks/layers.py measures the loss",
     )
-    workers: Count = Field(default=1, description="processes that decode images and tokenise ahead; 0: a thread")
+    workers: Workers = Field(default=1, description="processes that decode images and tokenise ahead; 0: a thread")
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         default=None, description="attention implementation of transformers; null: as in training"
     )
@@ -378,7 +384,7 @@ class PartsConfig(Section):
     graph: bool = Field(default=True, description="gated graph step over the transitions inside the session")
     attention: bool = Field(default=True, description="attention of each position over its whole prefix")
     followers: bool = Field(default=True, description="next-item counts: how often an item directly followed another in training")
-    companions: Count = Field(
+    companions: Annotated[int, Field(ge=0, le=1000)] = Field(
         default=3, description="co-occurrence counts of items at most so many positions apart, before or after; 0: none"
     )
     repeat: bool = Field(
@@ -393,13 +399,13 @@ class PartsConfig(Section):
 class SbrConfig(Section):
     """The session model. Every baseline is trained beside it, on the same data with the same settings."""
 
-    dim: Positive = Field(default=64, description="dimension of the item and session vectors")
-    components: Positive | None = Field(
+    dim: Width = Field(default=64, description="dimension of the item and session vectors")
+    components: Width | None = Field(
         default=64,
         description="principal components kept of each of k(v) and p(v), at most: the smaller ones are mostly noise; null: all",
     )
     epochs: Positive = Field(default=6, description="largest number of epochs, over which the learning rate falls to zero")
-    batch: Positive = Field(
+    batch: Batch = Field(
         default=128, description="sessions in a step, over all processes together; one longer than data.max_prefix counts as several"
     )
     lr: Rate = Field(default=3e-3, description="initial learning rate of AdamW")
@@ -422,7 +428,7 @@ class SbrConfig(Section):
         description="softmax over all items (softmax), sampled softmax with logQ correction (sampled), or sampled above 5,000 items, else "
         "softmax (auto); gbce: SASRec takes binary cross-entropy over a sample (gSASRec, arXiv 2308.07192), the other models auto",
     )
-    negatives: Positive = Field(default=2048, description="items sampled for a step with the losses sampled and gbce")
+    negatives: Batch = Field(default=2048, description="items sampled for a step with the losses sampled and gbce")
     calibration: Fraction = Field(
         default=0.75,
         description="t of gbce: 0 is plain binary cross-entropy; with 1 probabilities are calibrated as if all items had been negatives",
@@ -442,11 +448,12 @@ class SbrConfig(Section):
         le=20,
         description="log-odds added to cold items when recommending; `--new-items` and a request's new_items replace it",
     )
-    seeds: Positive = Field(
+    seeds: Few = Field(
         default=1, description="runs of each trained model; the table shows mean and standard deviation, the first run is published"
     )
     index: str = Field(
         default="auto",
+        max_length=100,  # FAISS reads it by recursion
         description="item index: flat (exact), hnsw, ivf, a FAISS factory string, or auto, by catalogue size; `tpad index` changes it",
     )
     models: list[str] = Field(
