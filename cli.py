@@ -311,6 +311,7 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,
     key_file: Annotated[Path | None, Option(help="File with the API key of the service. Default: TPAD_API_KEY, else no key.")] = None,
+    allowed_host: Annotated[list[str] | None, Option(metavar="NAME", help="Answer to this name only; repeatable. Default: any.")] = None,
     workers: Annotated[int, Option(min=1, max=64, help="Processes, each with the model in memory; one uses about one core.")] = 1,
     data: Annotated[Path | None, Option("--data", help="Folder of items.parquet, for images. Default: the run's.")] = None,
     run: RunFolder = RUN,
@@ -333,7 +334,7 @@ def serve(
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed (tpad serve); pip install '.[faiss-cpu,serve]'", ENVIRONMENT) from None
 
-        run_service(run, find_data, host, port, key, workers, say)
+        run_service(run, find_data, host, port, key, workers, say, {name.lower() for name in allowed_host or []})
 
 
 app.command()(prepare)

@@ -56,6 +56,7 @@ settings, 3 input data, 4 artifact missing, corrupt or mismatched, 5 environment
 """
 TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 PLACEHOLDERS = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT", list[str]: "TEXT"}  # of an option's value, by its type
+WORD = 2**31  # the bound of every number that has no other: left out of the tables
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -123,7 +124,7 @@ def kind_of(schema: dict[str, Any]) -> str:
         return ", ".join(code(value) for value in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "array":
         return f"list of {kind_of(schema['items'])}"
-    bounds = [f"{sign} {schema[limit]}" for limit, sign in LIMITS.items() if limit in schema]
+    bounds = [f"{sign} {schema[limit]}" for limit, sign in LIMITS.items() if schema.get(limit, WORD) != WORD]
     return " ".join([TYPES[schema["type"]], ", ".join(bounds)]).strip()
 
 

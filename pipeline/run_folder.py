@@ -54,7 +54,7 @@ def open_run(
         raise environment_error(error, run) or other from None
     try:
         yield settings, folder
-    except UserError:
+    except Exception:
         for path, content in before if MAIN_PROCESS else []:
             with replacing(path) as temporary:
                 temporary.write_bytes(content)

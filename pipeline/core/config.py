@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.core.distill_config import DistillConfig
-from pipeline.core.section import Cosine, Count, Fraction, Positive, Rate, Section, Seed, Share, Weight
+from pipeline.core.section import Batch, Cosine, Few, Fraction, Positive, Prefix, Rate, Section, Seed, Share, Side, Weight, Width, Workers
 
 
 class NeighboursConfig(Section):
@@ -19,7 +19,7 @@ class NeighboursConfig(Section):
     run: str | None = Field(
         default=None, description="run folder whose published embeddings define the neighbours; null: no neighbours are shown"
     )
-    count: Positive = Field(default=3, description="largest number of neighbour titles shown with an item")
+    count: Few = Field(default=3, description="largest number of neighbour titles shown with an item")
     least: Cosine = Field(default=0.5, description="smallest cosine similarity at which an item counts as a neighbour")
 
 
@@ -36,7 +36,7 @@ class DataConfig(Section):
         default=0.1, description="share of the sessions held out for validation; with protocol time those just before the test sessions"
     )
     test: Share = Field(default=0.1, description="share of the sessions held out for the test; with protocol time the latest ones")
-    max_prefix: Positive = Field(default=20, description="longest prefix in events: only the last events of a longer session are used")
+    max_prefix: Prefix = Field(default=20, description="longest prefix in events: only the last events of a longer session are used")
     text: list[str] = Field(
         default=["title", "description"], description="item columns shown to the MLLM as the item's text, in this order"
     )
@@ -57,9 +57,9 @@ class DataConfig(Section):
 class ShopConfig(Section):
     """The generated sample shop, which is used where no data folder is given."""
 
-    items: Annotated[int, Field(ge=20)] = Field(default=1200, description="items in the catalogue")
-    sessions: Annotated[int, Field(ge=20)] = Field(default=13500, description="sessions in the log")
-    image_size: Positive = Field(default=48, description="width and height of an item image in pixels")
+    items: Annotated[int, Field(ge=20, le=10**7)] = Field(default=1200, description="items in the catalogue")
+    sessions: Annotated[int, Field(ge=20, le=10**8)] = Field(default=13500, description="sessions in the log")
+    image_size: Side = Field(default=48, description="width and height of an item image in pixels")
     cold_items: Share = Field(
         default=0.15, description="share of cold items, launched after the training sessions, so that no training session holds them"
     )
@@ -72,17 +72,17 @@ class ShopConfig(Section):
 class TinyConfig(Section):
     """The built-in backbone `tiny`: a small Idefics3 trained from random weights on the catalogue, for CPUs, tests and first tries."""
 
-    vocab: Positive = Field(
+    vocab: Batch = Field(
         default=768, description="vocabulary size of the byte-level BPE tokenizer that is trained on the catalogue's texts"
     )
-    image_size: Positive = Field(default=48, description="width and height in pixels to which every image is scaled")
-    patch: Positive = Field(default=12, description="width and height of a vision patch in pixels")
-    merge: Positive = Field(default=2, description="pixel shuffle factor: merge x merge patches become one image token")
-    vision_dim: Positive = Field(default=64, description="hidden size of the vision encoder")
-    vision_layers: Positive = Field(default=3, description="layers of the vision encoder")
-    dim: Positive = Field(default=128, description="hidden size of the language model")
-    layers: Positive = Field(default=4, description="layers of the language model")
-    heads: Positive = Field(default=4, description="attention heads of the vision encoder and of the language model")
+    image_size: Side = Field(default=48, description="width and height in pixels to which every image is scaled")
+    patch: Side = Field(default=12, description="width and height of a vision patch in pixels")
+    merge: Side = Field(default=2, description="pixel shuffle factor: merge x merge patches become one image token")
+    vision_dim: Side = Field(default=64, description="hidden size of the vision encoder")
+    vision_layers: Few = Field(default=3, description="layers of the vision encoder")
+    dim: Side = Field(default=128, description="hidden size of the language model")
+    layers: Few = Field(default=4, description="layers of the language model")
+    heads: Few = Field(default=4, description="attention heads of the vision encoder and of the language model")
 
     @model_validator(mode="after")
     def _divides(self) -> "TinyConfig":
@@ -99,7 +99,7 @@ class TinyConfig(Section):
 class LoraSettings(Section):
     """LoRA adapters in the language model; the backbone's own weights stay frozen."""
 
-    rank: Positive = Field(default=16, description="rank of the adapter matrices")
+    rank: Width = Field(default=16, description="rank of the adapter matrices")
     alpha: Positive = Field(default=32, description="scale of the adapters: their product is multiplied by alpha / rank")
     dropout: Share = Field(default=0.05, description="dropout on the input of the adapters in training")
     targets: str = Field(
@@ -178,7 +178,7 @@ class ExportConfig(Section):
         default=None,
         description="number of decoder layers that are run, counted from the first; null: all; benchmarks/layers.py measures the loss",
     )
-    workers: Count = Field(default=1, description="processes that decode images and tokenise ahead; 0: a thread")
+    workers: Workers = Field(default=1, description="processes that decode images and tokenise ahead; 0: a thread")
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         default=None, description="attention implementation of transformers; null: as in training"
     )
@@ -192,7 +192,7 @@ class PartsConfig(Section):
     graph: bool = Field(default=True, description="gated graph step over the transitions inside the session")
     attention: bool = Field(default=True, description="attention of each position over its whole prefix")
     followers: bool = Field(default=True, description="next-item counts: how often an item directly followed another in training")
-    companions: Count = Field(
+    companions: Annotated[int, Field(ge=0, le=1000)] = Field(
         default=3, description="co-occurrence counts of items at most so many positions apart, before or after; 0: none"
     )
     repeat: bool = Field(
@@ -207,13 +207,13 @@ class PartsConfig(Section):
 class SbrConfig(Section):
     """The session model. Every baseline is trained beside it, on the same data with the same settings."""
 
-    dim: Positive = Field(default=64, description="dimension of the item and session vectors")
-    components: Positive | None = Field(
+    dim: Width = Field(default=64, description="dimension of the item and session vectors")
+    components: Width | None = Field(
         default=64,
         description="principal components kept of each of k(v) and p(v), at most: the smaller ones are mostly noise; null: all",
     )
     epochs: Positive = Field(default=6, description="largest number of epochs, over which the learning rate falls to zero")
-    batch: Positive = Field(
+    batch: Batch = Field(
         default=128, description="sessions in a step, over all processes together; one longer than data.max_prefix counts as several"
     )
     lr: Rate = Field(default=3e-3, description="initial learning rate of AdamW")
@@ -236,7 +236,7 @@ class SbrConfig(Section):
         description="softmax over all items (softmax), sampled softmax with logQ correction (sampled), or sampled above 5,000 items, else "
         "softmax (auto); gbce: SASRec takes binary cross-entropy over a sample (gSASRec, arXiv 2308.07192), the other models auto",
     )
-    negatives: Positive = Field(default=2048, description="items sampled for a step with the losses sampled and gbce")
+    negatives: Batch = Field(default=2048, description="items sampled for a step with the losses sampled and gbce")
     calibration: Fraction = Field(
         default=0.75,
         description="t of gbce: 0 is plain binary cross-entropy; with 1 probabilities are calibrated as if all items had been negatives",
@@ -256,11 +256,12 @@ class SbrConfig(Section):
         le=20,
         description="log-odds added to cold items when recommending; `--new-items` and a request's new_items replace it",
     )
-    seeds: Positive = Field(
+    seeds: Few = Field(
         default=1, description="runs of each trained model; the table shows mean and standard deviation, the first run is published"
     )
     index: str = Field(
         default="auto",
+        max_length=100,  # FAISS reads it by recursion
         description="item index: flat (exact), hnsw, ivf, a FAISS factory string, or auto, by catalogue size; `tpad index` changes it",
     )
     models: list[str] = Field(

@@ -4,14 +4,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.core.section import Count, Positive, Rate, Section, Share, Weight
+from pipeline.core.section import Batch, Count, Few, Positive, Prefix, Rate, Section, Share, Weight, Width, Workers
 
 
 class PhaseConfig(Section):
     """Settings that all training phases share."""
 
     steps: Count = Field(description="training steps")
-    batch: Positive = Field(description="items or sessions in a step, over all processes together")
+    batch: Batch = Field(description="items or sessions in a step, over all processes together")
     lr: Rate = Field(default=1e-3, description="peak learning rate of AdamW")
     warmup: Share = Field(default=0.05, description="share of the steps in which the learning rate rises to its peak; cosine decay follows")
     weight_decay: Weight = Field(default=0.01, description="weight decay of AdamW")
@@ -22,7 +22,7 @@ class KnowledgeConfig(PhaseConfig):
     """Stage 1: knowledge acquisition, which trains the Knowledge-MLLM K on item instructions."""
 
     steps: Count = Field(default=150, description="training steps")
-    batch: Positive = Field(default=64, description="items in a step, over all processes together")
+    batch: Batch = Field(default=64, description="items in a step, over all processes together")
     generation: Weight = Field(default=1.0, description="weight of L_gen, the loss of generating an item's attributes")
     view: Weight = Field(
         default=0.5, description="weight of L_view, InfoNCE between two views of an item with the image or the text withheld"
@@ -34,10 +34,10 @@ class TransferConfig(PhaseConfig):
     """Stage 2, first half: trains the Transfer-MLLM T on blocks of items and on session instructions."""
 
     steps: Count = Field(default=300, description="training steps")
-    batch: Positive = Field(
+    batch: Batch = Field(
         default=128, description="items of a block, over all processes together: half of them whole sessions, half at random"
     )
-    window: Positive = Field(default=1, description="largest distance in a session of two items that count as a pair, as 1 / distance")
+    window: Prefix = Field(default=1, description="largest distance in a session of two items that count as a pair, as 1 / distance")
     popularity: Share = Field(
         default=0.25, description="share of an item's popularity that t(v) need not express: 0 for all in t(v), 1 for none"
     )
@@ -47,7 +47,7 @@ class TransferConfig(PhaseConfig):
     start: Literal["knowledge", "base"] = Field(
         default="knowledge", description="initial weights of T: those of K (knowledge) or of the untrained backbone (base)"
     )
-    items: Positive = Field(
+    items: Prefix = Field(
         default=4, description="items in a window of a session, drawn at random; the next item is the target after each of them"
     )
     retrieval: Weight = Field(default=1.0, description="weight of the cross-entropy of the transitions within a block, in either direction")
@@ -77,7 +77,7 @@ class AlignConfig(PhaseConfig):
     """Stage 2, second half: transitional pattern alignment, which turns K into the unified MLLM."""
 
     steps: Count = Field(default=100, description="training steps")
-    batch: Positive = Field(default=128, description="items in a step, over all processes together")
+    batch: Batch = Field(default=128, description="items in a step, over all processes together")
     lr: Rate = Field(default=2e-3, description="peak learning rate of AdamW")
     align: Weight = Field(default=1.0, description="weight of the lower bound of the mutual information of p(v) and t(v)")
     bound: Literal["info_nce", "smile"] = Field(
@@ -102,9 +102,9 @@ class AlignConfig(PhaseConfig):
 class CriticConfig(Section):
     """The critics of the CLUB and SMILE bounds: networks trained on detached features with an optimiser of their own."""
 
-    hidden: Positive = Field(default=128, description="hidden size of a critic")
+    hidden: Width = Field(default=128, description="hidden size of a critic")
     lr: Rate = Field(default=2e-3, description="learning rate of the critics")
-    inner_steps: Positive = Field(default=2, description="critic steps in each training step")
+    inner_steps: Few = Field(default=2, description="critic steps in each training step")
     warmup: Count = Field(default=30, description="training steps before a bound enters the loss")
 
 
@@ -151,7 +151,7 @@ class MergeConfig(Section):
 class DistillConfig(Section):
     """Training of the MLLM: `tpad distill`."""
 
-    dim: Positive = Field(default=64, description="dimension of the knowledge embedding k(v), and of the transition embedding p(v)")
+    dim: Width = Field(default=64, description="dimension of the knowledge embedding k(v), and of the transition embedding p(v)")
     refit: bool = Field(
         default=False,
         description="train a second MLLM on all sessions, whose embeddings the published session model reads (with sbr.refit)",
@@ -163,7 +163,7 @@ class DistillConfig(Section):
     )
     merge: MergeConfig = MergeConfig()
     checkpoint_every: Positive = Field(default=100, description="steps between two checkpoints")
-    workers: Count = Field(default=0, description="processes that decode images and tokenise ahead; 0: in the training process")
+    workers: Workers = Field(default=0, description="processes that decode images and tokenise ahead; 0: in the training process")
     vision_cache_gb: Weight = Field(
         default=0.0,
         description="disk space in GB for the outputs of a frozen vision tower, computed once for all phases and the export; 0: no cache",

@@ -10,6 +10,9 @@ ARTIFACT = 4  # an artifact is missing, corrupt or does not match
 ENVIRONMENT = 5  # device, package, disk
 
 
+MOST = 2000  # characters of a line
+
+
 def printable(text: str) -> str:
     """Escapes what is not printable, but line ends: titles, ids and names from outside must not give commands to a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -19,7 +22,8 @@ class UserError(Exception):
     """An error the user can fix: one line, `what (where); what to do`, and the exit code of the contract (2, 3, 4 or 5)."""
 
     def __init__(self, message: str, code: int) -> None:
-        super().__init__(printable(" ".join(message.split())))  # it may quote a file or an id
+        line = printable(" ".join(message.split()))  # it may quote a file or an id, of any length
+        super().__init__(line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}")
         self.code = code
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, int]]:

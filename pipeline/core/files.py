@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import select
 import shutil
 import stat
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 LOCK_ERRORS = {errno.EMFILE, errno.ENOLCK, errno.EOPNOTSUPP}
 PLACE_ERRORS = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY}
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory|bad_alloc")  # in errors of torch and FAISS
+PATIENCE = 60.0  # seconds: the other end may ask for a password
 MAX_SMALL = 256 * 1024 * 1024  # bytes: of a manifest, a log of metrics and the like, which are read completely
 
 
@@ -42,6 +44,29 @@ def read_small(path: Path, most: int = MAX_SMALL) -> bytes:
     if len(data) > most:
         raise OSError(errno.EINVAL, f"larger than {most} bytes", str(path))
     return data
+
+
+def read_given(path: Path, most: int) -> bytes:
+    """Returns the content of a file that a user names, a pipe too (`<(pass show key)`), up to `most` bytes and one more.
+
+    Raises OSError, also where nothing comes for `PATIENCE` seconds. A fifo without a writer, which would wait for ever, is empty.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        data = b""
+        while len(data) <= most:
+            try:
+                piece = os.read(handle, most + 1 - len(data))
+            except BlockingIOError:  # a pipe whose writer has nothing yet
+                if not select.select([handle], [], [], PATIENCE)[0]:
+                    raise OSError(errno.ETIMEDOUT, "nothing arrives", str(path)) from None
+                continue
+            if not piece:
+                break
+            data += piece
+        return data
+    finally:
+        os.close(handle)
 
 
 def parse_json(data: bytes) -> Any:

@@ -15,6 +15,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pipeline.core.errors import USAGE, UserError
+from pipeline.core.files import read_given
 
 MAX_BYTES = 256 * 1024  # far more than any settings file needs
 MAX_DEPTH = 20
@@ -48,8 +49,7 @@ def parse(text: str, name: str) -> tuple[Any, Lines]:
 def read(path: Path) -> tuple[dict[str, Any], Lines]:
     """Reads a file of `key: value` pairs; an empty one has none. Raises `UserError` (2)."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_given(path, MAX_BYTES)
         if len(data) > MAX_BYTES:
             raise UserError(f"settings file is larger than {MAX_BYTES // 1024} KB ({path}); is it the right file?", USAGE)
         text = data.decode("utf-8")

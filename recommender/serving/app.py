@@ -11,7 +11,7 @@ import hashlib
 import re
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +61,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         404: "no such item, attribute or path",
         405: "the path does not allow this method",
         408: "the body arrived too slowly",
+        421: "the request is to a host that the service does not answer for",
         413: f"the body has more than {MAX_BODY} bytes",
         422: "a value is missing, of the wrong type, or beyond its limit; or no item is left to recommend",
         429: f"{MAX_AT_ONCE} requests are being answered; try again after `Retry-After` seconds",
@@ -80,8 +81,9 @@ def describe(error: RequestValidationError) -> str:
     return "; ".join(errors[:3]) + (f"; and {len(errors) - 3} more" if len(errors) > 3 else "")
 
 
-def create_app(service: Service, key: str | None) -> ServiceMiddleware:
-    """Builds the ASGI application over a service; with a `key`, only requests that bring it are answered."""
+def create_app(service: Service, key: str | None, hosts: Collection[str] = ()) -> ServiceMiddleware:
+    """Builds the ASGI application over a service; with a `key`, only requests that bring it are answered; `hosts`: as in
+    `ServiceMiddleware`."""
 
     @asynccontextmanager
     async def watching(_: FastAPI) -> AsyncIterator[None]:
@@ -97,6 +99,7 @@ def create_app(service: Service, key: str | None) -> ServiceMiddleware:
         lifespan=watching,
         docs_url=None,  # its page would load scripts from other servers
         redoc_url=None,
+        redirect_slashes=False,  # the answer would name the host that the request claims
         responses=PROBLEMS,
         dependencies=[Depends(HTTPBearer(auto_error=False))] if key else [],  # for the document alone: `ServiceMiddleware` checks the key
     )
@@ -236,7 +239,7 @@ def create_app(service: Service, key: str | None) -> ServiceMiddleware:
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
-    return ServiceMiddleware(app, service.metrics, key)
+    return ServiceMiddleware(app, service.metrics, key, hosts)
 
 
 def content_security_policy(html: str) -> str:

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -33,8 +33,10 @@ log = logging.getLogger("tpad.serve")
 
 MAX_BODY = 1_000_000  # bytes
 MAX_DRAINED = 32_000_000  # bytes of a body that is too large: read and thrown away, so that its sender receives the response
-MAX_AT_ONCE = 256  # requests being answered
-BODY_TIMEOUT = 10.0  # seconds for the next piece of a body
+MAX_AT_ONCE = 256  # requests being answered, and as many whose bodies are arriving
+BODY_TIMEOUT = 10.0  # seconds for the next piece of a body ...
+BODY_SECONDS = 30.0  # ... and for all of it
+FIRM_SECONDS = 5.0  # an older body that is still arriving gives its place to a new request where none is free
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 PUBLIC_PATHS = {"/", "/livez", "/readyz"}  # answered without the key: the page holds no data, and its requests bring the key
 UNLIMITED_PATHS = {"/livez", "/readyz", "/metrics"}  # answered also when `MAX_AT_ONCE` requests are
@@ -105,10 +107,13 @@ class Outcome(NamedTuple):
 class ServiceMiddleware:
     """Passes requests on to an ASGI application, refuses those beyond a limit, logs and counts all of them."""
 
-    def __init__(self, app: App, metrics: ServiceMetrics, key: str | None) -> None:
+    def __init__(self, app: App, metrics: ServiceMetrics, key: str | None, hosts: Collection[str] = ()) -> None:
+        """`hosts`: the only names under which the service answers, without ports; empty: any."""
         self.app, self.metrics = app, metrics
         self.key = None if key is None else f"Bearer {key}".encode()
-        self.at_once = 0
+        self.hosts = hosts
+        self.answering: dict[Body, None] = {}  # requests that are being answered, their bodies complete
+        self.arriving: dict[Body, None] = {}  # requests whose bodies are not complete, the oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,12 +123,10 @@ class ServiceMiddleware:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         scope["request_id"] = request_id = request_id if REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
-        self.at_once += 1
         self.metrics.at_once.inc()
         try:
             status, error = await self.answer(scope, headers, receive, send)
         finally:
-            self.at_once -= 1
             self.metrics.at_once.dec()
         seconds = time.perf_counter() - began
         route = getattr(scope.get("route"), "path", "none")
@@ -151,16 +154,20 @@ class ServiceMiddleware:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        body = Body(receive, headers)
+        body = Body(receive, headers, self.arrived)
         refusal, failure = HTTPException(500, INTERNAL_ERROR), None
         try:
             self.authorize(scope["path"], headers)
+            self.find_place(scope["path"], body)
             await body.begin()
             await self.app(scope, body.receive, send_marked)
         except HTTPException as error:
             refusal = error
         except Exception as error:
             failure = error
+        finally:
+            for places in (self.arriving, self.answering):
+                places.pop(body, None)
         if status == 0:
             problem = Problem(error=refusal.detail, request_id=scope["request_id"]).model_dump_json().encode()
             described = {"content-type": "application/json", "content-length": str(len(problem)), **(refusal.headers or {})}
@@ -170,20 +177,43 @@ class ServiceMiddleware:
         return Outcome(status, failure)
 
     def authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
-        """Refuses a request without the key (401), or beyond the concurrency limit (429), with an `HTTPException`."""
+        """Refuses a request of another host (421) or without the key (401), with an `HTTPException`."""
+        if self.hosts and host_name(headers) not in self.hosts:
+            raise HTTPException(421, "this service has another name (--allowed-host)")
         if self.key is not None and path not in PUBLIC_PATHS:
             authorization = headers.get(b"authorization", b"")
             if not hmac.compare_digest(authorization, self.key):
                 raise HTTPException(401, "a key is needed: the header Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
-        if self.at_once > MAX_AT_ONCE and path not in UNLIMITED_PATHS:
-            raise HTTPException(429, f"{MAX_AT_ONCE} requests are being answered; try again", {"retry-after": "1"})
+
+    def find_place(self, path: str, body: "Body") -> None:
+        """Refuses a request beyond the concurrency limit (429). A body that dribbles does not hold its place for long."""
+        places = self.answering if body.complete else self.arriving
+        if len(places) >= MAX_AT_ONCE and path not in UNLIMITED_PATHS:
+            oldest = next(iter(places))
+            if body.complete or not oldest.is_older_than(FIRM_SECONDS):
+                raise HTTPException(429, f"{MAX_AT_ONCE} requests are being answered; try again", {"retry-after": "1"})
+            oldest.give_up()
+            del places[oldest]
+        places[body] = None
+
+    def arrived(self, body: "Body") -> None:
+        """Counts a request whose body is complete among those being answered."""
+        if self.arriving.pop(body, body) is None:
+            self.answering[body] = None
+
+
+def host_name(headers: dict[bytes, bytes]) -> str:
+    """Returns the host that a request names, in lower case and without its port."""
+    return re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1").lower())
 
 
 class Body:
     """Receives the body of a request piece by piece, within the limits of size and time."""
 
-    def __init__(self, receive: Receive, headers: dict[bytes, bytes]) -> None:
-        self.source = receive
+    def __init__(self, receive: Receive, headers: dict[bytes, bytes], arrived: "Callable[[Body], None]") -> None:
+        """`arrived` is called once the body is complete."""
+        self.source, self.arrived, self.began = receive, arrived, time.monotonic()
+        self.limit: asyncio.Timeout | None = None  # of the piece that is being waited for
         self.announced = int(headers.get(b"content-length", 0))  # the server has checked that it is a number
         self.size, self.complete = 0, self.announced == 0 and b"transfer-encoding" not in headers
 
@@ -200,14 +230,30 @@ class Body:
         return message
 
     async def next(self) -> Message:
-        """Returns the next piece of the body; 408 after `BODY_TIMEOUT` seconds without one."""
+        """Returns the next piece of the body; 408 after `BODY_TIMEOUT` seconds without one, or `BODY_SECONDS` in all."""
+        left = self.began + BODY_SECONDS - time.monotonic()
         try:
-            message = await asyncio.wait_for(self.source(), BODY_TIMEOUT)
+            async with asyncio.timeout(max(0.0, min(BODY_TIMEOUT, left))) as self.limit:
+                message = await self.source()
         except TimeoutError:
-            raise HTTPException(408, f"no data received for {BODY_TIMEOUT:.0f} seconds") from None
+            fault = f"no data received for {BODY_TIMEOUT:.0f} seconds" if left > BODY_TIMEOUT else "the body arrives too slowly"
+            raise HTTPException(408, fault) from None
+        finally:
+            self.limit = None
         self.size += len(message.get("body", b""))
         self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        if self.complete:
+            self.arrived(self)
         return message
+
+    def is_older_than(self, seconds: float) -> bool:
+        return time.monotonic() - self.began > seconds
+
+    def give_up(self) -> None:
+        """Ends the waiting for the next piece at once, with the 408."""
+        self.began = -BODY_SECONDS
+        if self.limit is not None:
+            self.limit.reschedule(asyncio.get_running_loop().time())
 
     async def drain(self) -> None:
         """Reads and drops the rest of the body up to `MAX_DRAINED` bytes, then raises the 413."""
@@ -224,7 +270,7 @@ class JsonLines(logging.Formatter):
         line |= getattr(record, "facts", {})
         if record.exc_info and record.exc_info[1]:
             line["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
-        return json.dumps(line)
+        return json.dumps(line).replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"

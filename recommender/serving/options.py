@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.core.errors import USAGE, UserError
+from pipeline.core.files import read_given
 
-KEY_LENGTH = 16  # at least
+KEY_LENGTH, MAX_KEY = 16, 4096  # characters at least; bytes of its file
 
 
 def check_utf8(option: str, text: str) -> None:
@@ -42,7 +43,7 @@ def parse_time(text: str) -> int:
 def api_key(key_file: Path | None) -> str | None:
     """Reads the API key from a file or the environment: every user of the machine can read a command line."""
     try:
-        key = os.environ.get("TPAD_API_KEY") if key_file is None else key_file.read_text(encoding="utf-8").strip()
+        key = os.environ.get("TPAD_API_KEY") if key_file is None else read_given(key_file, MAX_KEY).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"key not readable: {getattr(error, 'strerror', 'not text')} ({key_file}); give a file with one line", USAGE

@@ -124,8 +124,8 @@ def destination(out: Path | None, sessions: Path, number: int, processes: int, o
     is read."""
     if out is None:
         return None
-    if out.is_dir() or not out.parent.is_dir():
-        fault = "a folder" if out.is_dir() else "in a folder that does not exist"
+    if (out.exists() and not out.is_file()) or not out.parent.is_dir():  # e.g. /dev/null, which root would replace
+        fault = "a folder" if out.is_dir() else "no plain file" if out.exists() else "in a folder that does not exist"
         raise UserError(f"{option} is {fault} ({out}); give a file in an existing folder", USAGE)
     if processes > 1:
         shards = re.compile(rf"{re.escape(out.stem)}-\d{{5}}-of-(\d{{5}}){re.escape(out.suffix)}")
@@ -253,6 +253,8 @@ def read_pieces(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Reads a file in pieces: of Parquet the `columns` that exist, of CSV, TSV and JSON lines all columns, completely in memory.
     Ids in CSV stay text (`007` is not 7). Raises `UserError` (3)."""
     kind = path.suffix.lower()
+    if path.exists() and not path.is_file():  # a fifo would wait for ever, and is read twice
+        raise UserError(f"not a plain file ({path}); give a file", DATA)
     try:
         if kind == ".parquet":
             with pq.ParquetFile(path, page_checksum_verification=True) as file:

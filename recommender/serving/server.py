@@ -3,7 +3,7 @@
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -23,11 +23,18 @@ DRAIN_SECONDS = 30  # for open requests after SIGTERM
 
 
 def serve(
-    run: Path, find_data: Callable[[], Path | None], host: str, port: int, key: str | None, workers: int, say: Callable[[str], None]
+    run: Path,
+    find_data: Callable[[], Path | None],
+    host: str,
+    port: int,
+    key: str | None,
+    workers: int,
+    say: Callable[[str], None],
+    hosts: Collection[str] = (),
 ) -> None:
     """Answers requests until a signal; then finishes the open ones and exits with 130 or 143.
 
-    `find_data` returns the data folder of the current version. `workers`: processes."""
+    `find_data` returns the data folder of the current version. `workers`: processes. `hosts`: the only names to answer under."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     threadpool_limits(1, "blas")  # cores are shared by requests: one is too small to be split
@@ -38,7 +45,7 @@ def serve(
         service = Service(run, find_data, max(1, (os.cpu_count() or 1) // workers))
         log_to_stderr()
         config = uvicorn.Config(
-            create_app(service, key),
+            create_app(service, key, hosts),
             http=BoundedHeads,
             log_config=None,
             access_log=False,

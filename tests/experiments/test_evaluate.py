@@ -23,6 +23,7 @@ from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
+from pipeline.core.files import read_sealed
 from recommender.baselines.registry import build_baseline
 from recommender.experiments import evaluate as evaluation
 from recommender.experiments.evaluate import evaluate, open_inputs
@@ -258,7 +259,7 @@ def test_another_split_leaves_out_the_models_that_read_vectors(run: Path) -> Non
 def test_paper_max_is_the_maximum_over_the_epochs_and_says_so_everywhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     version, text, _ = evaluate(settings("sbr.patience=1"), run, run / "data", "paper-max", ["popularity", "ID-only"])
     figures = json.loads((version.path / "metrics.json").read_bytes())["results"]["ID-only"]["mean"]["all"]
-    epochs = json.loads((run / "evaluation-train" / "paper-max" / "found" / "ID-only-0.json").read_bytes())["epochs"].values()
+    epochs = read_sealed(run / "evaluation-train" / "paper-max" / "found" / "ID-only-0.json")["epochs"].values()
     assert len(epochs) == 2
     for metric, value in figures.items():
         assert value == max(epoch["all"][metric] for epoch in epochs)
