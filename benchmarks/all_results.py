@@ -77,7 +77,7 @@ def evaluate(name: str, log: Log, models: Sequence[str], chosen: argparse.Namesp
     counts = [model for model in models if model in BASELINES]
     first = [model for model in ("full", "ID-only") if model in trained][:1]  # what the others are compared with
     order = [*first, *(model for model in trained if model not in first)]
-    for protocol in log.protocols:
+    for protocol in log.protocols if order else log.protocols[:1]:  # without an epoch to choose, paper-max is the same
         for count in range(min(1, len(order)), len(order) + 1):
             among = [*counts, *order[:count]]
             seeds = ["--seeds", str(chosen.seeds)]
