@@ -5,7 +5,7 @@ VENV := .venv
 TPAD := $(VENV)/bin/tpad
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow docs clean
+.PHONY: demo test slow docs results clean
 
 demo: $(VENV)/.installed
 	$(TPAD) distill
@@ -21,6 +21,9 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m slow
+
+results: $(VENV)/.installed-dev
+	PYTHONPATH=. $(VENV)/bin/python benchmarks/all_results.py $(RESULTS)
 
 docs: $(VENV)/.installed
 	$(VENV)/bin/python docs/generate.py

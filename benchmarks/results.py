@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results"
 RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 SECTIONS = ("Sample shop", "MovieLens", "Diginetica", "Tmall", "Complete Journey", "Training", "Export", "GPU", "Index", "Serving")
-COLUMNS = ("HR@10", "HR@20", "MRR@20", "NDCG@20", "warm HR@20", "cold HR@20")  # of a table of models, where its marker names none
+COLUMNS = ("HR@10", "HR@20", "MRR@10", "MRR@20", "warm HR@20", "cold HR@20", "training, s", "sessions/s")  # of a table of models
 BUCKETS, CUTOFFS = ("all", "warm", "cold", "repeat", "novel"), ("@10", "@20")  # that are kept
 CODE = ("cli.py", "configs", "pipeline", "recommender", ":(glob)benchmarks/*.py")  # what figures depend on
 MARKER = re.compile(r"<!-- table: (?P<names>[^|\n]*?)(?P<options>\|[^\n]*?)? -->\n(?P<content>.*?)<!-- end -->", re.DOTALL)
@@ -85,6 +85,12 @@ def facts_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes that a table names, from the metrics of `tpad evaluate` or `tpad train-sbr`."""
     facts = {key: found["facts"][key] for key in ("items", "cold_items", "train_sessions", "test_sessions") if key in found["facts"]}
     first = next(iter(found["results"].values()))["mean"]
+    if (searched := found.get("search")) is not None:
+        budgets = {(entry["trials"], entry["minutes"]) for entry in searched.values()}
+        told = [
+            f"{trials} trials" + (f" in at most {minutes:g} minutes" if minutes else "") for trials, minutes in sorted(budgets, key=str)
+        ]
+        facts["search"] = f"search of {' or '.join(told)}: {', '.join(searched)}" if searched else "no search of settings"
     return facts | {f"{bucket} cases": int(first[bucket]["cases"]) for bucket in ("all", "cold") if "cases" in first.get(bucket, {})}
 
 
@@ -98,6 +104,8 @@ def rows_of_models(found: Mapping[str, Any]) -> list[Row]:
                     spread = result.get("std", {}).get(bucket, {}).get(metric) if result.get("seeds", 1) > 1 else None
                     column = metric if bucket == "all" else f"{bucket} {metric}"
                     row[column] = rounded(value) if spread is None else {"mean": rounded(value), "std": rounded(spread)}
+        if speed := found.get("speed", {}).get(name):
+            row |= {"training, s": rounded(speed["training seconds"]), "sessions/s": rounded(speed["sessions a second"])}
         for metric, difference in found.get("differences", {}).get(name, {}).items():
             row[f"{metric} less that of {found['against']}"] = {
                 "difference" if key == "mean" else key: rounded(value) for key, value in difference.items()
@@ -243,6 +251,7 @@ def origin(entry: Mapping[str, Any], named: bool) -> str:
         f"commit `{entry['commit'][:7]}`",
         entry["date"],
         *([f"seed{'s' * (len(seeds) > 1)} {drawn}"] if seeds else []),
+        *([facts["search"]] if facts.get("search") else []),
         entry["machine"],
     ]
     line = f"{entry['section'] + ': ' if named else ''}{'; '.join(parts)}; `{entry['command']}`."

@@ -78,7 +78,7 @@ def evaluate(
     with alone(work, accelerator):
         if fresh:
             clear(work)
-        results, ranks = rank_baselines(of_counts, inputs, test, work)
+        results, ranks = rank_baselines(of_counts, inputs, test, work.with_name(config.data.protocol))  # paper-max has those of time
         for name in neural:
             if protocol == PAPER_MAX:
                 results[name] = [best_on_test(name, seed, settings[name], inputs, test, accelerator, work) for seed in seeds]
