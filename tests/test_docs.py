@@ -85,6 +85,7 @@ SNIPPETS = {block.name: block for block in BLOCKS if block.mark == "test" and bl
 PRINTED = {  # what the snippets that print are to print
     "recommend": r"1 p\d{4} \w+ \w+ \w+ -?\d",
     "read_embeddings": r"knowledge(.|\n)*transition(.|\n)*has_image",
+    "load_model": r"\(1, 8\)\n\(1, 8\)",
 }
 
 
@@ -193,6 +194,7 @@ def test_the_documents_have_the_commands_they_should() -> None:
     assert {shlex.split(line)[1] for line in TPAD} == {
         "distill",
         "export-embeddings",
+        "export-model",
         "train-sbr",
         "evaluate",
         "recommend",
