@@ -7,6 +7,7 @@ from typer import Option
 
 from pipeline.command_options import RUN, ConfigFile, DataFolder, Override, RunFolder, following
 from pipeline.core.errors import USAGE, UserError
+from pipeline.core.process import own_share
 from pipeline.run_folder import find_data, open_run, say
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ def export_embeddings(
     run: RunFolder = RUN,
     set_: Override = None,
     update: Annotated[bool, Option("--update", help="Keep the vectors of items that have not changed.")] = False,
-    shard: Annotated[str, Option(metavar="I/N", help="Only the I-th of N shares of the work; the last one publishes.")] = "1/1",
+    shard: Annotated[str | None, Option(metavar="I/N", help="Only the I-th of N shares of the work; the last one publishes.")] = None,
+    engine: Annotated[str | None, Option(metavar="ray|URL", help="Compute on a cluster of Ray, or by a server of embeddings.")] = None,
     format_: Annotated[str | None, Option("--format", metavar="parquet|npy", help="npy: .npy files too (export.format).")] = None,
     max_pixels: Annotated[int | None, Option(min=1, help="Images are scaled down to this many pixels (export.max_pixels).")] = None,
 ) -> None:
@@ -27,11 +29,17 @@ def export_embeddings(
     flags = {"format": format_, "max_pixels": max_pixels}
     overrides = [*(set_ or []), *(f"export.{key}={value}" for key, value in flags.items() if value is not None)]
     with open_run(config, data, run, overrides) as (settings, folder):
-        share = parse_shard(shard)
+        share = None if shard is None else parse_shard(shard)
+        if shard is not None and (engine == "ray" or own_share()[1] > 1):
+            raise UserError("--shard is for processes that are started one by one (command line); a launcher and Ray share the work", USAGE)
+        if engine is not None and engine != "ray" and not engine.startswith(("http://", "https://")):
+            raise UserError(f"--engine {engine!r} is neither `ray` nor a URL (command line); write e.g. http://localhost:8000", USAGE)
         from pipeline.data.embeddings import REFIT
         from pipeline.export.export import export
 
-        exports = [export(settings, part, folder, update, share) for part in ([run, run / REFIT] if settings.distill.refit else [run])]
+        exports = [
+            export(settings, part, folder, update, share, engine) for part in ([run, run / REFIT] if settings.distill.refit else [run])
+        ]
         for exported in exports:
             report_export(exported)
         if all(exported.version for exported in exports):

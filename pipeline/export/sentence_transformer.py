@@ -29,7 +29,7 @@ from pipeline.data.embeddings import HALVES
 from pipeline.mllm.backbone import Backbone
 from pipeline.mllm.image_tokens import FAMILIES, BackboneProcessor, image_bounds
 from pipeline.mllm.item_vectors import VECTORS
-from pipeline.mllm.model import Mllm, embed
+from pipeline.mllm.model import Mllm, embed, summed_states
 from pipeline.mllm.processor import PromptProcessor, frame, turn
 from pipeline.mllm.prompt_templates import Templates
 from pipeline.mllm.prompts import PromptPart, Prompts, View, filled
@@ -70,7 +70,7 @@ def export_model(run: Path, data: Path, to: Path, text_only: bool) -> float:
     items, ours = sample(mllm, PromptProcessor(config, backbone, catalog), prompts, text_only)
     width = mllm.backbone.config.get_text_config().hidden_size
     head, _ = frame(backbone.tokenizer)
-    before = without_head(head_sum(mllm, head), len(head)) if head and config.pooling == "mean" else []
+    before = without_head(summed_states(mllm, head), len(head)) if head and config.pooling == "mean" else []
     routes: dict[str, Any] = {half: [*before, *dense_head(mllm.heads[half])] for half in halves}  # type: ignore[arg-type]
     base, whole = (to.with_name(f".{to.name}-{name}.tmp") for name in ("model", "folder"))
     with environment(to):
@@ -139,13 +139,6 @@ def dense_head(head: nn.Sequential) -> list[nn.Module]:
     dense = Dense(linear.in_features, linear.out_features, activation_function=nn.Identity())
     dense.linear.load_state_dict(linear.state_dict())
     return [layer_norm, dense, Normalize()]
-
-
-def head_sum(mllm: Mllm, head: Sequence[int]) -> Tensor:
-    """Returns the sum (d,) of the last hidden states of the chat template's first tokens, which are the same before every item."""
-    with torch.inference_mode():
-        states: Tensor = mllm.backbone.model(input_ids=torch.tensor([head]), use_cache=False).last_hidden_state
-    return states[0].float().sum(0)
 
 
 def without_head(states: Tensor, count: int) -> list[nn.Module]:
