@@ -76,7 +76,7 @@ def export_model(
     run: RunFolder = RUN,
 ) -> None:
     """Write the unified MLLM in the format of sentence-transformers, which other tools and servers load."""
-    from pipeline.export.sentence_transformer import export_model as run_export
+    from pipeline.mllm.sentence_transformer import export_model as run_export
 
     cosine = run_export(run, find_data(data, run), to, text_only)
     say(f"model: {to} (loaded by sentence-transformers it gives the vectors of this catalogue, cosine {cosine:.6f} or more)")

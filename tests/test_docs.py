@@ -44,7 +44,7 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 HISTORY = "docs/experiments.md"  # of commands and settings that need not exist any more
 NO_CODE = ("text", "json", "math")
 PROGRAMS = ("tpad", "make", "accelerate", "torchrun", "pip")
-SCRIPTS = ("python", "echo", "docker")  # in blocks that are not run
+SCRIPTS = ("python", "echo", "docker", "vllm")  # in blocks that are not run
 DISTILLING = re.compile(r"tpad (distill|ablate)\b|-m cli distill\b")
 
 

@@ -1,5 +1,6 @@
 """Runs tasks in workers on a cluster of Ray, on machines that may come and go: `--engine ray`."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 5  # how often Ray starts a worker that died again, and repeats its task
+SILENCE = 60.0  # seconds without a result after which workers that have nothing to do repeat the tasks of others
 QUEUED = 2  # tasks a worker has at a time: the next one lies there when it is done with one
 
 
@@ -30,8 +32,8 @@ def on_ray(build: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...], t
     """Yields (n, work(task)) of the n-th task as it is done, in any order; `work` is what `build(*arguments)` returns in each worker.
 
     There is a worker for each GPU of the cluster, or for each core where there is none. The cluster is that of RAY_ADDRESS, else this
-    machine. Ray starts a worker that died again and repeats its tasks, and workers without a task repeat those of others, so that a
-    machine that is gone for good holds up nobody. Raises the `UserError` of a task, or `UserError` (5).
+    machine. Ray starts a worker that died again and repeats its tasks. Workers that have nothing to do repeat those of others if nothing
+    has come for `SILENCE`, so that a machine that is gone for good holds up nobody. Raises the `UserError` of a task, or `UserError` (5).
     """
     try:
         import ray
@@ -46,28 +48,27 @@ def on_ray(build: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...], t
     gpus = int(resources.get("GPU", 0))
     actor: Any = ray.remote(num_cpus=1, num_gpus=bool(gpus) * 1, max_restarts=RETRIES, max_task_retries=RETRIES)(Worker)
     workers = [actor.remote(os.getcwd(), build, arguments) for _ in range(gpus or int(resources.get("CPU", 1)))]
-    left, waiting, running, done = enumerate(tasks), dict[int, T](), dict[Any, tuple[int, int]](), set[int]()
+    left, waiting, running = enumerate(tasks), dict[int, T](), dict[Any, tuple[int, int]]()  # running: reference -> task and worker
+    silent = False
     try:
         while True:
             for number, worker in enumerate(workers):
-                own = [task for task, runner in running.values() if runner == number]
-                for _ in range(QUEUED - len(own)):
-                    entry = next(left, None)
-                    if entry is None and not own:  # all tasks are given out: one of another worker, which may be gone
-                        entry = next(((n, task) for n, task in waiting.items() if [t for t, _ in running.values()].count(n) == 1), None)
-                    if entry is not None:
-                        waiting[entry[0]] = entry[1]
-                        own.append(entry[0])
-                        running[worker.run.remote(entry[1])] = entry[0], number
+                queued = sum(runner == number for _, runner in running.values())
+                entries = list(itertools.islice(left, QUEUED - queued))
+                if silent and not queued and not entries:
+                    shared = [task for task, _ in running.values()]
+                    entries = [(n, task) for n, task in waiting.items() if shared.count(n) == 1][:1]
+                for n, task in entries:
+                    waiting[n] = task
+                    running[worker.run.remote(task)] = n, number
             if not waiting:
                 return
-            (ready,), _ = ray.wait(list(running))
-            number, _ = running.pop(ready)
-            if number not in done:
-                result = ray.get(ready)
-                done.add(number)
-                del waiting[number]
-                yield number, result
+            ready, _ = ray.wait(list(running), timeout=SILENCE)
+            silent = not ready
+            for reference in ready:
+                n, _ = running.pop(reference)
+                if waiting.pop(n, None) is not None:
+                    yield n, ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
     except ray.exceptions.RayError as error:
@@ -76,3 +77,14 @@ def on_ray(build: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...], t
     finally:
         for worker in workers:
             ray.kill(worker)
+
+
+def in_order(results: Iterable[tuple[int, R]]) -> Iterator[R]:
+    """Yields the results of `on_ray` in the order of their tasks."""
+    early: dict[int, R] = {}
+    expected = 0
+    for n, result in results:
+        early[n] = result
+        while expected in early:
+            yield early.pop(expected)
+            expected += 1

@@ -25,6 +25,7 @@ from pipeline.core.config import BackboneConfig, Config, DataConfig
 from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import canonical_json
 from pipeline.core.process import keep_freed_memory, own_share
+from pipeline.core.progress import Steps
 from pipeline.core.ray_workers import on_ray
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import HALVES
@@ -115,9 +116,11 @@ def export(
             missing = folder.missing(names[number - 1 :: count])
             stats = ExportStats()
             if engine == "ray":
-                for n, (table, work) in on_ray(PartWorker, (config, run, data, update, plan.facts["fingerprint"]), missing):
-                    folder.add(missing[n], table)
-                    stats += work
+                with Steps("export", sum(len(plan.parts[name]) for name in missing)) as progress:
+                    for n, (table, work) in on_ray(PartWorker, (config, run, data, update, plan.facts["fingerprint"]), missing):
+                        folder.add(missing[n], table)
+                        stats += work
+                        progress.advance(by=len(table))
             elif missing:
                 exporter = open_exporter(config, run, plan, folder.add, engine)
                 exporter.run(missing)
@@ -222,7 +225,7 @@ class PartWorker:
 
     def __call__(self, name: str) -> tuple[pa.Table, ExportStats]:
         self.exporter.stats = ExportStats()
-        self.exporter.run([name])
+        self.exporter.run([name], show=False)
         return self.tables.pop(name), self.exporter.stats
 
 

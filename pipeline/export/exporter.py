@@ -183,8 +183,8 @@ class Exporter:
                     compile_layers(module.backbone.model, self.device)
         self.stats = ExportStats()
 
-    def run(self, names: Sequence[str]) -> None:
-        """Computes the parts `names`."""
+    def run(self, names: Sequence[str], show: bool = True) -> None:
+        """Computes the parts `names`. `show`: shows the progress."""
         start, lanes = time.perf_counter(), self.lanes
         self.clock = ModelClock(self.device, lanes)
         self.writer = Writer(lanes + BEHIND, self.device)
@@ -192,7 +192,7 @@ class Exporter:
         pool = loader(self.source, self.workers)
         torch.set_num_threads(max(1, self.threads // lanes))  # of each lane
         try:
-            with Steps("export", sum(len(self.parts[name]) for name in names)) as progress:
+            with Steps("export", sum(len(self.parts[name]) for name in names), show=show) as progress:
                 for part, batch in self._loaded_batches(pool, names):
                     self._compute(part, batch)
                     progress.advance(f"{self.stats.padding:.1%} padding", by=len(batch.positions))

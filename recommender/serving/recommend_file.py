@@ -7,10 +7,11 @@ read in pieces, with 8 bytes in memory for each session; any other file is read 
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
+from pipeline.core.ray_workers import in_order, on_ray
 from recommender.serving.recommender import Filters, Recommender
 
 PIECE = 32_768  # events of a Parquet file read at a time
@@ -35,6 +37,15 @@ class Chunk(NamedTuple):
     names: list[str]  # session_ids
     rows: np.ndarray  # (E,) int64 rows of all their events, session after session; -1: not in the catalogue
     offsets: np.ndarray  # (S + 1,) where each session begins
+
+
+class RankedChunk(NamedTuple):
+    """The answers for a chunk, with the counts of `BatchSummary`."""
+
+    table: pa.Table
+    sessions: int
+    popular: int
+    unknown_events: int
 
 
 @dataclass(frozen=True)
@@ -59,38 +70,52 @@ def recommend_file(
     new_items: float | None = None,
     at: int | None = None,
     share: tuple[int, int] = (0, 1),
+    ray_run: Path | None = None,
 ) -> BatchSummary:
     """Writes the k best items of every session in `sessions` to `out`, which is replaced atomically at the end.
 
     Sessions are in the order of their first event, the events of a session in the order of (timestamp, row). `share` (number, count):
     only the sessions of this process, to a file named after both; files of another count in the same folder are refused, as a reader
-    would get each session twice. The other parameters are those of `Recommender.recommend`. Raises `UserError`."""
+    would get each session twice. `ray_run`: the run of `recommender`, whose model ranks on a cluster of Ray; reading and writing stay
+    here, so the file has the same bytes. The other parameters are those of `Recommender.recommend`. Raises `UserError`."""
     number, processes = share
     out = destination(out, sessions, number, processes)
     count, pieces = open_events(sessions)
     first, last = (count * n // processes for n in (number, number + 1))
     popular = unknown = rows = 0
+    options = (k, exclude_seen, filters, diversify, new_items, at)
     try:
         with (
             replacing(out) as temporary,
             pq.ParquetWriter(temporary, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
             Steps("recommendations", last - first, show=number == 0) as shown,
         ):
-            for chunk in session_range(complete_sessions(pieces, recommender, sessions), first, last):
-                prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
-                popular += sum(not prefix for prefix in prefixes)
-                unknown += int((chunk.rows < 0).sum())
-                table = _ranked_table(
-                    recommender, chunk.names, recommender.rank(prefixes, k, exclude_seen, filters, diversify, new_items, at)
-                )
+            chunks = session_range(complete_sessions(pieces, recommender, sessions), first, last)
+            if ray_run is None:
+                ranked: Iterable[RankedChunk] = map(partial(rank_chunk, recommender, options), chunks)
+            else:
+                ranked = in_order(on_ray(chunk_ranker, (ray_run.absolute(), options), chunks))
+            for table, names, popular_ones, unknown_ones in ranked:
+                popular, unknown, rows = popular + popular_ones, unknown + unknown_ones, rows + len(table)
                 writer.write_table(table)
-                rows += len(table)
-                shown.advance(by=len(chunk.names))
+                shown.advance(by=names)
     except OSError as error:
         raise environment_error(error, out) or UserError(
             f"cannot write: {error.strerror or error} ({out}); give another --out", DATA
         ) from None
     return BatchSummary(out, last - first, popular, unknown, rows)
+
+
+def chunk_ranker(run: Path, options: tuple[Any, ...]) -> Callable[[Chunk], RankedChunk]:
+    """Loads the model of a run in a worker of Ray."""
+    return partial(rank_chunk, Recommender.load(run), options)
+
+
+def rank_chunk(recommender: Recommender, options: tuple[Any, ...], chunk: Chunk) -> RankedChunk:
+    """Ranks the items for the sessions of a chunk; `options` are the arguments of `Recommender.rank` after the sessions."""
+    prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
+    table = _ranked_table(recommender, chunk.names, recommender.rank(prefixes, *options))
+    return RankedChunk(table, len(chunk.names), sum(not prefix for prefix in prefixes), int((chunk.rows < 0).sum()))
 
 
 def destination(out: Path, sessions: Path, number: int, processes: int) -> Path:

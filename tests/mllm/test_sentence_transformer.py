@@ -16,7 +16,7 @@ from helpers.runs import change_items, distill_run, export_run, settings
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
-from pipeline.export.sentence_transformer import export_model
+from pipeline.mllm.sentence_transformer import export_model
 from pipeline.run_folder import remember
 
 
