@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from pipeline.command_options import RUN, ConfigFile, DataFolder, Fresh, Override, RunFolder, following
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError, printable
 from pipeline.core.process import join_cpu_processes
+from pipeline.export_command import export_embeddings, export_model
 from pipeline.prepare_command import prepare
 from pipeline.run_folder import find_images, open_run, remember, say
 from recommender.recommend_command import recommend
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from pipeline.core.config import Config
     from pipeline.core.distill_config import VariantName
     from pipeline.data.session_log import SessionLog
-    from pipeline.export.export import Exported
     from recommender.training.teacher import Teacher
 
 ABLATION = Path("artifacts/ablation")
@@ -100,53 +100,8 @@ def distill(config: ConfigFile = None, data: DataFolder = None, run: RunFolder =
         following("export-embeddings", run)
 
 
-@app.command()
-def export_embeddings(
-    config: ConfigFile = None,
-    data: DataFolder = None,
-    run: RunFolder = RUN,
-    set_: Override = None,
-    update: Annotated[bool, Option("--update", help="Keep the vectors of items that have not changed.")] = False,
-    shard: Annotated[str, Option(metavar="I/N", help="Only the I-th of N shares of the work; the last one publishes.")] = "1/1",
-    format_: Annotated[str | None, Option("--format", metavar="parquet|npy", help="npy: .npy files too (export.format).")] = None,
-    max_pixels: Annotated[int | None, Option(min=1, help="Images are scaled down to this many pixels (export.max_pixels).")] = None,
-) -> None:
-    """Write one vector per item: items + unified MLLM -> Parquet and manifest. Several processes may do it together."""
-    flags = {"format": format_, "max_pixels": max_pixels}
-    overrides = [*(set_ or []), *(f"export.{key}={value}" for key, value in flags.items() if value is not None)]
-    with open_run(config, data, run, overrides) as (settings, folder):
-        share = parse_shard(shard)
-        from pipeline.data.embeddings import REFIT
-        from pipeline.export.export import export
-
-        exports = [export(settings, part, folder, update, share) for part in ([run, run / REFIT] if settings.distill.refit else [run])]
-        for exported in exports:
-            report_export(exported)
-        if all(exported.version for exported in exports):
-            noted = any(exported.notes for exported in exports)
-            following("index" if update and (run / "sbr" / "current").exists() and not noted else "train-sbr", run)
-
-
-def report_export(exported: "Exported") -> None:
-    from pipeline.data.embeddings import halves_of
-
-    for note in exported.notes:
-        say(note)
-    if (work := exported.work).items:
-        speed = f"{work.items} items in {work.seconds:.1f} s, {work.items / work.seconds:.1f} a second"
-        say(f"{speed}; {work.padding:.1%} of the tokens padding; the model at work {work.computing / work.seconds:.0%} of the time")
-    if exported.version is None:
-        say(f"{exported.left} of {exported.parts} parts are left, for the other shards or `tpad export-embeddings`")
-        return
-    size = f"{exported.rows} items x ({' + '.join(f'{exported.dim} {half}' for half in halves_of(exported.version.manifest))})"
-    say(f"{size}: {exported.version.path}{'' if exported.made else ' (up to date)'}")
-
-
-def parse_shard(shard: str) -> tuple[int, int]:
-    number, slash, count = shard.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UserError(f"--shard {shard!r} is not of the form i/n with 1 <= i <= n (command line); write e.g. 2/4", USAGE)
-    return int(number), int(count)
+app.command()(export_embeddings)
+app.command()(export_model)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """`tpad recommend`: the options, and what is printed."""
 
 import json
-import os
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,7 @@ from typer import Option
 
 from pipeline.command_options import RUN, RunFolder
 from pipeline.core.errors import USAGE, UserError
+from pipeline.core.process import own_share
 from pipeline.run_folder import say
 
 
@@ -25,6 +26,7 @@ def recommend(
     sessions: Annotated[Path | None, Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")] = None,
     out: Annotated[Path | None, Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
     vectors: Annotated[Path | None, Option(help="With --sessions: Parquet file for the sessions' vectors, of each channel.")] = None,
+    engine: Annotated[str | None, Option(metavar="ray", help="With --sessions: rank on a cluster of Ray.")] = None,
     run: RunFolder = RUN,
 ) -> None:
     """Answer "what next?" for one session, or for a file of them."""
@@ -33,6 +35,9 @@ def recommend(
         raise UserError(f"{together} (command line); see `tpad recommend --help`", USAGE)
     if sessions is not None and as_json:
         raise UserError("--json is for one session (command line); a file's answers are Parquet, at --out", USAGE)
+    if engine is not None and (engine != "ray" or out is None or vectors is not None or own_share()[1] > 1):
+        alone = "--engine ray is for --sessions FILE --out FILE, without --vectors and without a launcher"
+        raise UserError(f"{alone} (command line); see `tpad recommend --help`", USAGE)
     from recommender.serving.options import check_utf8, parse_filters, parse_time
     from recommender.serving.recommender import Recommender
 
@@ -43,8 +48,12 @@ def recommend(
     if sessions is not None:
         from recommender.serving.recommend_file import recommend_file
 
-        share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        answers = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share, vectors)
+        number, count = own_share()
+        moment = int(time.time()) if moment is None and engine else moment  # the same for all workers
+        on = run if engine else None
+        answers = recommend_file(
+            recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, (number - 1, count), vectors, on
+        )
         if answers.out is not None:
             say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")
         if answers.vectors is not None:

@@ -1,4 +1,4 @@
-"""What README.md, docs/ and configs/ say is what works: their commands are run, small, or at least understood to the last option.
+"""What README.md, CONTRIBUTING.md, docs/ and configs/ say is what works: their commands are run, small, or at least understood.
 
 A line before each block says how it is tried:
 
@@ -38,12 +38,13 @@ from pipeline.data.sample_shop import draw_shop
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 GENERATED = ("cli.md", "configuration.md")  # which have a test of their own
-DOCUMENTS = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in GENERATED)]
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in GENERATED]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *PAGES]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 HISTORY = "docs/experiments.md"  # of commands and settings that need not exist any more
 NO_CODE = ("text", "json", "math")
 PROGRAMS = ("tpad", "make", "accelerate", "torchrun", "pip")
-SCRIPTS = ("python", "echo")  # in blocks that are not run
+SCRIPTS = ("python", "echo", "docker", "vllm")  # in blocks that are not run
 DISTILLING = re.compile(r"tpad (distill|ablate)\b|-m cli distill\b")
 
 
@@ -85,6 +86,7 @@ PRINTED = {  # what the snippets that print are to print
     "recommend": r"1 p\d{4} \w+ \w+ \w+ -?\d",
     "encode": r"\[(.\w+ \w+ \w+.(, )?){10}\]",
     "read_embeddings": r"knowledge(.|\n)*transition(.|\n)*has_image",
+    "load_model": r"\(1, 8\)\n\(1, 8\)",
 }
 
 
@@ -193,6 +195,7 @@ def test_the_documents_have_the_commands_they_should() -> None:
     assert {shlex.split(line)[1] for line in TPAD} == {
         "distill",
         "export-embeddings",
+        "export-model",
         "train-sbr",
         "evaluate",
         "recommend",

@@ -31,7 +31,7 @@ PACKAGES = {  # package -> what it may import: these, and what these may import
     "pipeline.mllm": ("pipeline.data",),
     "pipeline.distill": ("pipeline.mllm", "pipeline.objectives"),
     "pipeline.export": ("pipeline.mllm",),
-    "pipeline": ("pipeline.data",),  # run_folder.py and parts of the command line
+    "pipeline": ("pipeline.data", "pipeline.export"),  # run_folder.py and parts of the command line
     "recommender.session_model": ("pipeline.core", "pipeline.data", "pipeline.objectives"),
     "recommender.baselines": ("recommender.session_model",),
     "recommender.retrieval": ("recommender.session_model",),

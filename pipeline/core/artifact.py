@@ -3,7 +3,7 @@
 An artifact is `<root>/v000N/` with its files and a `manifest.json` that lists each of them with size and sha256; `<root>/current`
 names the version and the sha256 of its manifest. Readers follow `current` only, take no lock, and refuse whatever differs by one
 bit. Writers hold `<root>/.lock`, work in `<root>/.staging` on the same file system, and make a version visible by one rename
-(`part_claims.py` has the form for several writers of one version). What a killed writer has left, the next one finishes or removes.
+(`part_folder.py` has the form for several writers of one version). What a killed writer has left, the next one finishes or removes.
 Manifests hold no clock, host or absolute path, so equal inputs give equal bytes. POSIX only (flock, atomic rename). Sizes and
 checksums protect against damage, not against forgery.
 """
@@ -61,7 +61,7 @@ class Version:
 
 
 class Staging:
-    """A folder to write in, which `publish` turns into the next version. Created by `stage` or `part_claims.PartClaims`."""
+    """A folder to write in, which `publish` turns into the next version. Created by `stage` or `part_folder.PartFolder`."""
 
     def __init__(self, root: Path, kind: str, name: str = STAGING) -> None:
         self.root = root
@@ -151,7 +151,7 @@ def locked(root: Path, wait: bool = False, patience: float = 0.0) -> Iterator[No
 
 def clear_leftovers(root: Path, *exceptions: Path) -> None:
     """Removes unfinished files of killed writers, except the folders `exceptions`."""
-    for pattern in (f"{STAGING}*", ".work-*", ".*.tmp"):
+    for pattern in (f"{STAGING}*", ".*.tmp"):
         for leftover in root.glob(pattern):
             if leftover not in exceptions:
                 remove(leftover)

@@ -31,6 +31,11 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def own_share() -> tuple[int, int]:
+    """Returns which of how many shares of the work a process does under `accelerate launch` or `torchrun`, from 1; (1, 1) without them."""
+    return int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_cpu_processes() -> None:
     """Lets the processes of `torchrun` work together on a machine without a GPU, where accelerate otherwise leaves each alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "ACCELERATE_USE_CPU" not in os.environ:

@@ -2,40 +2,48 @@
 
 `export` has three steps: plan what must be computed (`plan_export`), compute it (`exporter.py`) and publish it (`_publish`).
 
-The catalogue is cut into parts of fixed rows. A part is computed by one process (`part_claims.py`), in batches that do not cross
-its bounds (`item_batches.py`), so its bytes depend neither on the number of processes nor on interruptions.
+The catalogue is cut into parts of fixed rows. A part is computed by one process, in batches that do not cross its bounds
+(`item_batches.py`), so its bytes depend neither on the number of processes nor on interruptions. Which process computes it is fixed
+(`part_folder.py`), or Ray decides.
 """
 
 import hashlib
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from transformers import AutoConfig
 
 from pipeline.core.artifact import Version, decoding, environment, open_verified, published
 from pipeline.core.config import BackboneConfig, Config, DataConfig
-from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
+from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import canonical_json, read_json
-from pipeline.core.process import keep_freed_memory
+from pipeline.core.process import keep_freed_memory, own_share
+from pipeline.core.progress import Steps
+from pipeline.core.ray_workers import on_ray
 from pipeline.data.catalog import Catalog, load_catalog
 from pipeline.data.embeddings import HALVES
 from pipeline.export.card import card, manifest_of, write_arrays
 from pipeline.export.exporter import Exporter, ExportStats, is_part
 from pipeline.export.item_batches import ItemBatches
-from pipeline.export.part_claims import PartClaims, clear_work, current_pointer
+from pipeline.export.part_folder import PartFolder, clear_parts, current_pointer
+from pipeline.export.server_engine import EmbeddingServer
 from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm import prompts
 from pipeline.mllm.item_vectors import VECTORS, table_sha256
-from pipeline.mllm.model import stop_after
+from pipeline.mllm.model import Mllm, stop_after
 from pipeline.mllm.neighbour_titles import Neighbours, load_neighbours
 from pipeline.mllm.prompt_templates import Templates
 from pipeline.mllm.saved_mllm import HINT, load_mllm
 from pipeline.mllm.vector_prompts import processor_for, prompts_for
 from pipeline.mllm.vision_cache import VisionCache
 
+WAIT_SECONDS = 0.5  # between looks at the parts of other processes of a launcher, which ends all of them if one fails
 COMPILED_LENGTHS = 32  # sequences are padded to multiples of this for torch.compile
 RECIPE = {  # what an item's vector depends on beside its content -> its name in messages
     "mllm_sha256": "the MLLM",
@@ -81,43 +89,62 @@ class Plan:
     notes: list[str]
 
 
-def export(config: Config, run: Path, data: Path, update: bool = False, share: tuple[int, int] = (1, 1)) -> Exported:
+def export(
+    config: Config, run: Path, data: Path, update: bool = False, share: tuple[int, int] | None = None, engine: str | None = None
+) -> Exported:
     """Exports the item embeddings e(v) = [k(v) ; p(v)] of a data folder's items, by the MLLM of `run/mllm`. Raises `UserError`.
 
-    `update` copies the vectors of unchanged items; `share` (i, n) computes the i-th of n shares only, and publishes if it is the last.
+    `update` copies the vectors of unchanged items. `share` (i, n) computes the i-th of n fixed shares only, and publishes if it is the
+    last; None: the share of this process under a launcher, which then waits for the others. `engine`: "ray", or the URL of a server.
     """
     keep_freed_memory()
     root = run / "embeddings"
-    with environment(root):
-        while True:
-            plan = plan_export(config, run, data, update)
-            if isinstance(plan, Version):
-                return Exported(plan, plan.manifest["rows"], plan.manifest["dim"], made=False)
-            skips = config.data.on_bad_image == "skip"
-            claims = PartClaims(root, "embeddings", plan.facts["fingerprint"], partial(_is_complete, plan, skips))
-            with claims:
-                if not claims.begin(plan.pointer):
-                    continue  # another process published meanwhile: plan again, from its version
-                with decoding(plan.model.path, HINT):
-                    exporter = _exporter(config, run, plan, claims)
-                names = list(plan.parts)[share[0] - 1 :: share[1]]
-                exporter.run(names, wait=share == (1, 1))
-            return _publish(config, plan, claims, exporter)
+    (number, count), waits = share or own_share(), share is None
+    while True:
+        plan = plan_export(config, run, data, update, engine)
+        if isinstance(plan, Version):
+            return Exported(plan, plan.manifest["rows"], plan.manifest["dim"], made=False)
+        skips = config.data.on_bad_image == "skip"
+        names = list(plan.parts)
+        with (
+            environment(root),
+            PartFolder(root, "embeddings", plan.facts["fingerprint"], count > 1, partial(_is_complete, plan, skips)) as folder,
+        ):
+            if not folder.begin(plan.pointer):
+                continue  # another process published meanwhile: plan again, from its version
+            missing = folder.missing(names[number - 1 :: count])
+            stats = ExportStats()
+            if engine == "ray":
+                with Steps("export", sum(len(plan.parts[name]) for name in missing)) as progress:
+                    for n, (table, work) in on_ray(PartWorker, (config, run, data, update, plan.facts["fingerprint"]), missing):
+                        folder.add(missing[n], table)
+                        stats += work
+                        progress.advance(by=len(table))
+            elif missing:
+                exporter = open_exporter(config, run, plan, folder.add, engine)
+                exporter.run(missing)
+                stats = exporter.stats
+            while waits and (left := folder.missing(names)):
+                time.sleep(WAIT_SECONDS)
+            if left := folder.missing(names):
+                return Exported(None, len(plan.catalog), plan.settings["dim"], True, stats, len(left), len(names), plan.notes)
+            version = folder.publish(partial(_finish, config, plan, folder.staging.path), config.export.keep)
+            return Exported(version, version.manifest["rows"], plan.settings["dim"], True, stats, 0, len(names), plan.notes)
 
 
 def _is_complete(plan: Plan, skips: bool, path: Path, name: str) -> bool:
     return is_part(path, plan.catalog, plan.parts[name], skips)
 
 
-def plan_export(config: Config, run: Path, data: Path, update: bool) -> Plan | Version:
+def plan_export(config: Config, run: Path, data: Path, update: bool, engine: str | None = None) -> Plan | Version:
     """Decides what must be computed. Returns the published version if it is up to date. Raises `UserError`."""
     root = run / "embeddings"
     model = open_verified(run / "mllm", "mllm", HINT)
     with decoding(model.path, HINT):
-        return _plan(config, root, model, load_catalog(data, stream=True), update)
+        return _plan(config, root, model, load_catalog(data, stream=True), update, engine)
 
 
-def _plan(config: Config, root: Path, model: Version, catalog: Catalog, update: bool) -> Plan | Version:
+def _plan(config: Config, root: Path, model: Version, catalog: Catalog, update: bool, engine: str | None) -> Plan | Version:
     settings = read_json(model.path / "mllm.json")
     if settings["prompts"] != prompts.VERSION:
         raise UserError(
@@ -161,13 +188,15 @@ def _plan(config: Config, root: Path, model: Version, catalog: Catalog, update: 
         "compile": config.export.compile,
     }
     facts: dict[str, Any] = recipe | layout | {"catalogue_sha256": catalog.sha256}
+    if engine not in (None, "ray"):
+        facts["engine"] = "server"  # whose sums may be in another order
     if backbone.name == VECTORS:
         facts["vectors_sha256"] = table_sha256(backbone)
     pointer = current_pointer(root)
     current = published(root, "embeddings", config.export.keep)
     unchanged = current is not None and all(current.manifest.get(key) == value for key, value in facts.items())
     if current is not None and unchanged and not (update and catalog.by_path):
-        clear_work(root)
+        clear_parts(root)
         return current
     notes, previous = [], None
     if update and current is not None:
@@ -188,9 +217,29 @@ def _plan(config: Config, root: Path, model: Version, catalog: Catalog, update: 
     return Plan(model, settings, backbone, data_config, catalog, neighbours, halves, layers, facts, pointer, previous, parts, notes)
 
 
-def _exporter(config: Config, run: Path, plan: Plan, claims: PartClaims) -> Exporter:
+class PartWorker:
+    """Computes parts in a process of Ray. They are added where the command was given."""
+
+    def __init__(self, config: Config, run: Path, data: Path, update: bool, fingerprint: str) -> None:
+        keep_freed_memory()
+        plan = plan_export(config, run, data, update)
+        if isinstance(plan, Version) or plan.facts["fingerprint"] != fingerprint:
+            raise UserError(
+                f"a worker finds other items, embeddings or another MLLM ({run}); give all machines the same files", ENVIRONMENT
+            )
+        self.tables: dict[str, pa.Table] = {}
+        self.exporter = open_exporter(config, run, plan, self.tables.__setitem__)
+
+    def __call__(self, name: str) -> tuple[pa.Table, ExportStats]:
+        self.exporter.stats = ExportStats()
+        self.exporter.run([name], show=False)
+        return self.tables.pop(name), self.exporter.stats
+
+
+def open_exporter(config: Config, run: Path, plan: Plan, add: Callable[[str, pa.Table], None], engine: str | None = None) -> Exporter:
     """Loads the MLLM, its adapters merged, and returns what computes the parts."""
-    mllm, backbone, _ = load_mllm(plan.model.path, plan.backbone, merge=True, catalog=plan.catalog)
+    with decoding(plan.model.path, HINT):
+        mllm, backbone, _ = load_mllm(plan.model.path, plan.backbone, merge=True, catalog=plan.catalog)
     if plan.layers is not None:
         stop_after(mllm, plan.layers)
     # the features that `tpad distill` has cached, as far as they are of this vision tower and image budget
@@ -208,31 +257,30 @@ def _exporter(config: Config, run: Path, plan: Plan, claims: PartClaims) -> Expo
         config.data.on_bad_image,
         COMPILED_LENGTHS if config.export.compile else 1,
     )
-    return Exporter(config.export, claims, plan.parts, source, mllm, plan.previous, plan.settings["dim"], plan.halves)
+    server = None
+    if engine not in (None, "ray"):
+        if not isinstance(mllm, Mllm) or plan.backbone.name == VECTORS or plan.neighbours or plan.layers:
+            fault = "two models, vectors of your own, neighbours or a part of the layers"
+            raise UserError(f"a server has none of these: {fault} (--engine {engine}); export without --engine", USAGE)
+        server = EmbeddingServer(engine, mllm.eval(), source, plan.halves)
+        server.compare()
+    return Exporter(config.export, add, plan.parts, source, mllm, plan.previous, plan.settings["dim"], plan.halves, server)
 
 
-def _publish(config: Config, plan: Plan, claims: PartClaims, exporter: Exporter) -> Exported:
-    """Publishes the version if all parts exist."""
-    names, dim = list(plan.parts), plan.settings["dim"]
-    if left := claims.left(names):
-        return Exported(None, len(plan.catalog), dim, True, exporter.stats, len(left), len(names), plan.notes)
-
-    def finish() -> dict[str, Any]:
-        folder, skips = claims.staging.path, config.data.on_bad_image == "skip"
-        shown = exporter.source.prompts.shown
-        manifest = manifest_of(folder, names, plan.facts, plan.settings, plan.model, shown, plan.catalog if skips else None)
-        if not manifest["rows"]:
-            raise UserError(
-                f"every item would be left out for its image ({plan.catalog.path}); replace them, or set data.on_bad_image to text_only",
-                DATA,
-            )
-        (folder / "README.md").write_text(card(manifest), encoding="utf-8")
-        if config.export.format == "npy":
-            write_arrays(folder, manifest)
-        return manifest
-
-    version = claims.publish(finish, config.export.keep)
-    return Exported(version, version.manifest["rows"], dim, True, exporter.stats, 0, len(names), plan.notes)
+def _finish(config: Config, plan: Plan, folder: Path) -> dict[str, Any]:
+    """Writes what is published beside the parts, and returns the manifest. Raises `UserError` (3)."""
+    shown = [column for column in plan.data.text if column in plan.catalog.columns]
+    catalog = plan.catalog if config.data.on_bad_image == "skip" else None
+    manifest = manifest_of(folder, list(plan.parts), plan.facts, plan.settings, plan.model, shown, catalog)
+    if not manifest["rows"]:
+        raise UserError(
+            f"every item would be left out for its image ({plan.catalog.path}); replace them, or set data.on_bad_image to text_only",
+            DATA,
+        )
+    (folder / "README.md").write_text(card(manifest), encoding="utf-8")
+    if config.export.format == "npy":
+        write_arrays(folder, manifest)
+    return manifest
 
 
 def layers_run(wanted: int | None, mllm: Path) -> int | None:

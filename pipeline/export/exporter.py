@@ -3,7 +3,7 @@
 Worker processes load batches ahead of the model (`item_batches.py`), and a thread behind it copies the vectors off the device and
 writes them. On a CPU the model computes several batches at a time, one a core, since cores that share a batch mostly wait for each
 other; on a GPU two, each in its own stream. In an update, rows of unchanged content are copied from the previous version, bit for
-bit (`unchanged_rows.py`).
+bit (`unchanged_rows.py`). With a server (`server_engine.py`) a batch is a request, and several are under way.
 """
 
 import os
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog
 from pipeline.data.embeddings import HALVES, embeddings_schema, vector_columns
 from pipeline.export.item_batches import Batch, ItemBatches, load, loader, measure
-from pipeline.export.part_claims import PartClaims
+from pipeline.export.server_engine import EmbeddingServer
 from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm.model import Mllm, SideBySide
 from pipeline.mllm.token_batches import cut
@@ -42,7 +42,7 @@ GPU_LANES = 2  # the same on a GPU, each in its own stream: one is computed whil
 AHEAD = 65_536  # tokens loaded ahead of the model, at least a batch a worker: short texts with images take longer to load than to compute
 MEASURED = 512  # rows in a piece to measure, so that several workers share the first part, for which the model waits
 BEHIND = 4  # largest number of computed batches that wait to be written
-WAIT_SECONDS = 0.1  # between checks of the last parts, which other processes are computing
+REQUESTS = 16  # batches that are sent to a server at a time
 
 
 @dataclass
@@ -56,6 +56,9 @@ class ExportStats:
     computing: float = 0.0  # of these, the model was running
     encoding: float = 0.0  # seconds of the workers, spent on texts and images ...
     decoding: float = 0.0  # ... of these, on images
+
+    def __add__(self, other: "ExportStats") -> "ExportStats":
+        return ExportStats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def padding(self) -> float:
@@ -149,89 +152,79 @@ class ModelClock:
 
 
 class Exporter:
-    """Computes the parts of one export that this process claims."""
+    """Computes parts of one export, and hands each to `add`. `server`: takes the place of the model's forward pass."""
 
     def __init__(
         self,
         config: ExportConfig,
-        claims: PartClaims,
+        add: Callable[[str, pa.Table], None],
         parts: dict[str, np.ndarray],
         source: ItemBatches,
         mllm: Mllm | SideBySide,
         previous: PreviousVersion | None,
         dim: int,
         halves: Sequence[str] = HALVES,
+        server: EmbeddingServer | None = None,
     ) -> None:
-        self.claims, self.parts, self.source, self.previous, self.dim, self.halves = claims, parts, source, previous, dim, halves
+        self.add, self.parts, self.source, self.previous, self.dim, self.halves = add, parts, source, previous, dim, halves
         self.schema = embeddings_schema(dim, config.dtype, halves)
         self.workers = config.workers
-        self.device = own_device()
+        self.server = server
+        self.device = torch.device("cpu") if server else own_device()
         self.threads = torch.get_num_threads()
         # torch.compile traces a model by replacing functions of all threads, so only one thread may run it
-        self.lanes = 1 if config.compile else GPU_LANES if self.device.type == "cuda" else min(LANES, self.threads)
+        lanes = 1 if config.compile else GPU_LANES if self.device.type == "cuda" else min(LANES, self.threads)
+        self.lanes = REQUESTS if server else lanes
         self.mllm = mllm.to(self.device).eval()
         for module in self.mllm.modules():
             if isinstance(module, Mllm):
                 pack_attention(module.backbone, self.device)
                 if config.compile:
                     compile_layers(module.backbone.model, self.device)
-        self.writer = Writer(self.lanes + BEHIND, self.device)
-        self.model = ThreadPoolExecutor(self.lanes, initializer=own_stream, initargs=(self.device,))
-        self.clock = ModelClock(self.device, self.lanes)
         self.stats = ExportStats()
 
-    def run(self, names: list[str], wait: bool) -> None:
-        """Computes the parts `names`, except those that other processes have claimed.
-
-        `wait`: until all of them exist, also taking over parts whose process has died; otherwise until no part is free.
-        """
-        start = time.perf_counter()
-        total = sum(len(self.parts[name]) for name in names)
+    def run(self, names: Sequence[str], show: bool = True) -> None:
+        """Computes the parts `names`. `show`: shows the progress."""
+        start, lanes = time.perf_counter(), self.lanes
+        self.clock = ModelClock(self.device, lanes)
+        self.writer = Writer(lanes + BEHIND, self.device)
+        self.model = ThreadPoolExecutor(lanes, initializer=own_stream, initargs=(self.device,))
         pool = loader(self.source, self.workers)
-        torch.set_num_threads(self.threads // self.lanes)  # of each lane
+        torch.set_num_threads(max(1, self.threads // lanes))  # of each lane
         try:
-            with Steps("export", total, self._done(names)) as progress:
-                while self.claims.left(names):
-                    before = self.stats.items
-                    for part, batch in self._loaded_batches(pool, names):
-                        self._compute(part, batch)
-                        progress.advance(f"{self.stats.padding:.1%} padding", by=len(batch.positions))
-                    self.writer.drain()
-                    progress.advance(by=self._done(names) - progress.done)
-                    if self.stats.items == before:
-                        if not wait:
-                            break
-                        time.sleep(WAIT_SECONDS)
+            with Steps("export", sum(len(self.parts[name]) for name in names), show=show) as progress:
+                for part, batch in self._loaded_batches(pool, names):
+                    self._compute(part, batch)
+                    progress.advance(f"{self.stats.padding:.1%} padding", by=len(batch.positions))
+                self.writer.drain()
         finally:
             for executor in (self.model, self.writer.pool, pool):
                 executor.shutdown(cancel_futures=True)
             torch.set_num_threads(self.threads)
-        self.stats.seconds, self.stats.computing = time.perf_counter() - start, self.clock.seconds()
+        self.stats.seconds += time.perf_counter() - start
+        self.stats.computing += self.clock.seconds()
 
-    def _loaded_batches(self, pool: Executor, names: list[str]) -> Iterator[tuple[PartInProgress, Batch]]:
-        """Yields the batches of the free parts among `names`, in three stages, each of which runs ahead of the next one:
+    def _loaded_batches(self, pool: Executor, names: Sequence[str]) -> Iterator[tuple[PartInProgress, Batch]]:
+        """Yields the batches of the parts `names`, in two stages, each of which runs ahead of the next one:
 
-        1. claim: take the next free part, and split its rows into pieces;
-        2. measure: hash the content of each row and count its tokens, in `pool`; cut the measured part into batches;
-        3. load: decode, tokenise and collate each batch, in `pool`.
-
-        A part is claimed when stage 2 has room for another piece, so no process claims more than about one part ahead.
+        1. measure: hash the content of each row and count its tokens, in `pool`, in pieces; cut the measured part into batches;
+        2. load: decode, tokenise and collate each batch, in `pool`.
         """
 
-        def claimed() -> Iterator[tuple[tuple[str, bool], tuple[np.ndarray, np.ndarray]]]:
-            for name in self.claims.take(names):
+        def pieces() -> Iterator[tuple[tuple[str, bool], tuple[np.ndarray, np.ndarray]]]:
+            for name in names:
                 rows, known = self.parts[name], self._known_contents(name)
                 for first in range(0, len(rows), MEASURED):
                     piece = slice(first, first + MEASURED)
                     yield (name, piece.stop >= len(rows)), (rows[piece], known[piece])
 
         def measured() -> Iterator[tuple[PartInProgress, tuple[np.ndarray, np.ndarray]]]:
-            pieces: list[tuple[np.ndarray, np.ndarray]] = []  # of the current part
-            for (name, last), piece in ahead(pool, measure, claimed(), pieces_ahead):
-                pieces.append(piece)
+            done: list[tuple[np.ndarray, np.ndarray]] = []  # of the current part
+            for (name, last), piece in ahead(pool, measure, pieces(), pieces_ahead):
+                done.append(piece)
                 if last:
-                    contents, lengths = map(np.concatenate, zip(*pieces, strict=True))
-                    pieces = []
+                    contents, lengths = map(np.concatenate, zip(*done, strict=True))
+                    done = []
                     part, batches = self._begin_part(name, contents, lengths)
                     for positions in batches:
                         yield part, (part.rows, positions)
@@ -260,10 +253,6 @@ class Exporter:
         """Returns whether the lanes have little work left, so that loaded batches should not be held back."""
         return self.writer.waiting() < self.lanes + BEHIND // 2
 
-    def _done(self, names: list[str]) -> int:
-        left = set(self.claims.left(names))
-        return sum(len(self.parts[name]) for name in names if name not in left)
-
     def _compute(self, part: PartInProgress, batch: Batch) -> None:
         """Starts the forward pass of a batch in a lane, and the collection of its vectors in the writer's thread."""
         self.stats.items += len(batch.positions)
@@ -273,13 +262,15 @@ class Exporter:
         self.stats.decoding += batch.decoding
         for fault in batch.faults:
             print(f"warning: {fault}; {'left out' if self.source.on_bad_image == 'skip' else 'shown as text only'}", file=sys.stderr)
-        self.writer.put(self._collect, part, batch, self.model.submit(self._forward, batch))
+        self.writer.put(self._collect, part, batch, self.model.submit(self._forward, part, batch))
 
-    def _forward(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+    def _forward(self, part: PartInProgress, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Returns the vectors, and on a GPU the event after which they are computed."""
         if not len(batch.positions):
             return {}, None
         with self.clock.running(), torch.inference_mode():
+            if self.server:
+                return self.server.vectors(part.rows[batch.positions], batch), None
             tensors = {name: on_device(group, self.device) for name, group in batch.tensors.items()}
             out: dict[str, Tensor] = self.mllm(tensors, {"items": self.halves})
         return out, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
@@ -326,7 +317,7 @@ class Exporter:
             unchanged = np.flatnonzero(part.unchanged)
             order = np.argsort(np.concatenate([computed, unchanged]))
             table = pa.concat_tables([table, self.previous.take(part.rows[unchanged], self.schema)]).take(order)
-        self.claims.add(part.name, table)
+        self.add(part.name, table)
 
 
 def own_device() -> torch.device:

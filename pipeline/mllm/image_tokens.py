@@ -121,8 +121,8 @@ def _onevision_more(pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _qwen_size(processor: BackboneProcessor) -> dict[str, int]:
-    """Returns the bounds of an image in pixels: "shortest_edge" is the smallest, "longest_edge" the largest number."""
+def image_bounds(processor: BackboneProcessor) -> dict[str, int]:
+    """Returns the least ("shortest_edge") and the largest ("longest_edge") number of pixels of an image, in the families of Qwen."""
     size = dict(processor.image_processor.size)
     if limit := processor.max_pixels:
         size |= {"shortest_edge": min(limit, size["shortest_edge"]), "longest_edge": limit}
@@ -131,7 +131,7 @@ def _qwen_size(processor: BackboneProcessor) -> dict[str, int]:
 
 def _qwen_tokens(processor: BackboneProcessor, size: Size) -> int:
     width, height = size
-    bounds = _qwen_size(processor)
+    bounds = image_bounds(processor)
     limits = {"min_pixels": bounds["shortest_edge"], "max_pixels": bounds["longest_edge"]}
     try:
         patches = processor.image_processor.get_number_of_image_patches(height, width, limits)
@@ -141,7 +141,7 @@ def _qwen_tokens(processor: BackboneProcessor, size: Size) -> int:
 
 
 def _qwen_image(processor: BackboneProcessor, image: Image.Image) -> tuple[list[int], dict[str, Tensor]]:
-    out = processor.image_processor(images=[image], return_tensors="pt", size=_qwen_size(processor))
+    out = processor.image_processor(images=[image], return_tensors="pt", size=image_bounds(processor))
     count = int(out["image_grid_thw"].prod()) // processor.image_processor.merge_size**2
     config = processor.config
     ids = [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]

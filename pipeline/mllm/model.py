@@ -152,6 +152,13 @@ def pooled(states: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return torch.segment_reduce(read, "mean", lengths=counts, unsafe=True)  # adds in a fixed order, also on a GPU
 
 
+def summed_states(mllm: Mllm, ids: Sequence[int]) -> Tensor:
+    """Returns the sum (d,) of the last hidden states of tokens at the beginning of a sequence, which do not depend on what follows."""
+    with torch.inference_mode():
+        states: Tensor = mllm.backbone.model(input_ids=torch.tensor([list(ids)]), use_cache=False).last_hidden_state
+    return states[0].float().sum(0)
+
+
 def _inputs(batch: dict[str, Tensor], features: VisionFeatures | None) -> dict[str, Any]:
     """Returns the arguments of the base model for a batch; `features` are those of the distinct images of the step."""
     inputs: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}

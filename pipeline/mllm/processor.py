@@ -7,6 +7,7 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,25 @@ class Encoded:
         return len(self.ids)
 
 
+def turn(tokenizer: Any) -> tuple[str, str] | None:
+    """Returns what the chat template has before and after the words of the user; None without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    mark = "@@prompt@@"
+    said = [{"role": "user", "content": [{"type": "text", "text": mark}]}]
+    before, _, after = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True).partition(mark)
+    return before, after
+
+
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Returns the token ids before and after a prompt: the chat template's user turn, or what the tokenizer begins a text with."""
+    around = turn(tokenizer)
+    if around is None:
+        return list(tokenizer("").input_ids), []
+    before, after = (list(tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids) for text in around)
+    return before, after
+
+
 class PromptProcessor:
     """Turns prompt parts of one catalogue's items into `Encoded` sequences, and these into padded tensors.
 
@@ -59,16 +79,7 @@ class PromptProcessor:
         self._words: dict[str, list[int]] = {}
         self._texts: dict[str, array[int]] = {}
         self._most_texts = 2**20 if cache_bytes else 2**12  # enough for some parts of an export, which tokenises each text twice
-        self.head, self.tail = self._frame()
-
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Returns the token ids before and after a prompt: the chat template's user turn, if the tokenizer has a template."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return list(self.tokenizer("").input_ids), []
-        mark = "@@prompt@@"
-        turn = [{"role": "user", "content": [{"type": "text", "text": mark}]}]
-        before, _, after = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(mark)
-        return self.tokens(before, plain=False), self.tokens(after, plain=False)
+        self.head, self.tail = frame(self.tokenizer)
 
     def tokens(self, text: str, plain: bool = True) -> list[int]:
         """Tokenises a text. `plain`: special tokens such as `<image>` are read as letters, as in the texts of items."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
+from pipeline.core.ray_workers import in_order, on_ray
 from recommender.serving.recommender import Filters, Recommender
 from recommender.serving.session_vectors import vectors_schema, vectors_table
 
@@ -38,6 +39,16 @@ class Chunk(NamedTuple):
     names: list[str]  # session_ids
     rows: np.ndarray  # (E,) int64 rows of all their events, session after session; -1: not in the catalogue
     offsets: np.ndarray  # (S + 1,) where each session begins
+
+
+class ChunkAnswer(NamedTuple):
+    """The answers for a chunk, with the counts of `BatchSummary`. None: not asked for."""
+
+    ranked: pa.Table | None
+    vectors: pa.Table | None
+    sessions: int
+    popular: int
+    unknown_events: int
 
 
 @dataclass(frozen=True)
@@ -64,13 +75,15 @@ def recommend_file(
     at: int | None = None,
     share: tuple[int, int] = (0, 1),
     vectors: Path | None = None,
+    ray_run: Path | None = None,
 ) -> BatchSummary:
     """Writes the k best items of every session in `sessions` to `out`, and their vectors to `vectors`; None: not. Each file is replaced
     atomically at the end.
 
     Sessions are in the order of their first event, the events of a session in the order of (timestamp, row). `share` (number, count):
     only the sessions of this process, to a file named after both; files of another count in the same folder are refused, as a reader
-    would get each session twice. The other parameters are those of `Recommender.recommend`. Raises `UserError`."""
+    would get each session twice. `ray_run`: the run of `recommender`, whose model ranks on a cluster of Ray; reading and writing stay
+    here, so the file has the same bytes. The other parameters are those of `Recommender.recommend`. Raises `UserError`."""
     number, processes = share
     if out is not None and vectors is not None and out.resolve() == vectors.resolve():
         raise UserError(f"--out and --vectors are the same file ({out}); give another --vectors", USAGE)
@@ -79,29 +92,53 @@ def recommend_file(
     count, pieces = open_events(sessions)
     first, last = (count * n // processes for n in (number, number + 1))
     popular = unknown = rows = 0
-    item_ids = pa.array(recommender.item_ids, pa.string())
+    options = (k, exclude_seen, filters, diversify, new_items, at)
     try:
         with (
             parquet_file(out, SCHEMA) as write_ranking,
             parquet_file(vectors, vectors_schema(recommender.ranker)) as write_vectors,
             Steps("recommendations" if out else "sessions", last - first, show=number == 0) as shown,
         ):
-            for chunk in session_range(complete_sessions(pieces, recommender, sessions), first, last):
-                prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
-                popular += sum(not prefix for prefix in prefixes)
-                unknown += int((chunk.rows < 0).sum())
-                if out is not None:
-                    ranked = recommender.rank(prefixes, k, exclude_seen, filters, diversify, new_items, at)
-                    rows += write_ranking(_ranked_table(item_ids, chunk.names, ranked))
-                if vectors is not None:
-                    write_vectors(vectors_table(recommender.ranker, item_ids, chunk.names, prefixes))
-                shown.advance(by=len(chunk.names))
+            chunks = session_range(complete_sessions(pieces, recommender, sessions), first, last)
+            if ray_run is None:
+                answers: Iterable[ChunkAnswer] = map(ChunkRanker(recommender, options, out is not None, vectors is not None), chunks)
+            else:
+                answers = in_order(on_ray(load_ranker, (ray_run.absolute(), options), chunks))
+            for answer in answers:
+                popular, unknown = popular + answer.popular, unknown + answer.unknown_events
+                if answer.ranked is not None:
+                    rows += write_ranking(answer.ranked)
+                if answer.vectors is not None:
+                    write_vectors(answer.vectors)
+                shown.advance(by=answer.sessions)
     except OSError as error:
         written = " and ".join(str(path) for path in (out, vectors) if path is not None)
         raise environment_error(error, out or vectors or sessions) or UserError(
             f"cannot write: {error.strerror or error} ({written}); give another file", DATA
         ) from None
     return BatchSummary(out, vectors, last - first, popular, unknown, rows)
+
+
+class ChunkRanker:
+    """Answers chunks of sessions: `options` are the arguments of `Recommender.rank` after the sessions."""
+
+    def __init__(self, recommender: Recommender, options: tuple[Any, ...], ranks: bool, encodes: bool) -> None:
+        self.recommender, self.options, self.ranks, self.encodes = recommender, options, ranks, encodes
+        self.item_ids = pa.array(recommender.item_ids, pa.string())
+
+    def __call__(self, chunk: Chunk) -> ChunkAnswer:
+        prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
+        ranked = vectors = None
+        if self.ranks:
+            ranked = _ranked_table(self.item_ids, chunk.names, self.recommender.rank(prefixes, *self.options))
+        if self.encodes:
+            vectors = vectors_table(self.recommender.ranker, self.item_ids, chunk.names, prefixes)
+        return ChunkAnswer(ranked, vectors, len(chunk.names), sum(not prefix for prefix in prefixes), int((chunk.rows < 0).sum()))
+
+
+def load_ranker(run: Path, options: tuple[Any, ...]) -> ChunkRanker:
+    """Loads the model of a run in a worker of Ray."""
+    return ChunkRanker(Recommender.load(run), options, ranks=True, encodes=False)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Ranks the next items of sessions of item_ids, with reasons: the library behind `tpad recommend` and the service.
 
 All items are scored if there are at most `FULL_SCORING_ITEMS` (of the catalogue, or left by a filter), for `BATCH_SESSIONS` sessions or
-more in one matrix product of PyTorch. Larger catalogues are searched by the FAISS index, session by session, which finds the same items
-(flat) or nearly all of them (any other index, also of a small catalogue). No MLLM and no training code is imported.
+more in one matrix product of PyTorch, if it is installed. Larger catalogues are searched by the FAISS index, session by session, which
+finds the same items (flat) or nearly all of them (any other index, also of a small catalogue). No MLLM and no training code is imported.
 """
 
 import time
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -38,6 +39,7 @@ HINT = "run `tpad train-sbr` first"
 TRIED = 1000  # items that a loaded model scores on trial
 FULL_SCORING_ITEMS = 20_000
 BATCH_SESSIONS = 8  # sessions from which one matrix product is faster than numpy session by session
+TORCH = find_spec("torch") is not None  # a container that only serves has none
 MAX_SHIFT = 20.0  # of log-odds
 YEAR_1, YEAR_5138 = -62_135_596_800, 10**11  # Unix seconds
 POOL = 5  # times k: number of items from which `diversify` chooses
@@ -258,7 +260,7 @@ class Recommender:
         items = None if allowed is None else np.flatnonzero(allowed)
         count = len(self.item_ids) if items is None else len(items)
         score_all = count <= FULL_SCORING_ITEMS and (self.index.exact or items is not None)
-        if score_all and len(wanted) >= BATCH_SESSIONS:
+        if TORCH and score_all and len(wanted) >= BATCH_SESSIONS:
             return {n: (*best, None) for n, best in self.batch_scorer.best(sessions, wanted, items, new_items)}
         candidates = np.arange(count) if items is None else items
         ranked: dict[int, ScoredItems] = {}

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from helpers.items import make
-from helpers.processes import ENVIRONMENT, contents, kill_when, start
+from helpers.processes import ENVIRONMENT, contents, kill_when, pair, start, two_processes
 from helpers.runs import PHASES, change_items, distill_run, export_run, published_folder, settings
 from pipeline.core.artifact import OWN_KEYS, open_verified, stage
 from pipeline.core.errors import ARTIFACT, DATA, UserError
@@ -181,15 +181,20 @@ def test_however_often_it_is_killed_the_bytes_are_those_of_a_quiet_run(tiny_run:
     assert [path.name for path in (run / "embeddings").iterdir() if path.name.startswith((".staging", ".work"))] == []
 
 
-def test_two_processes_at_once_give_the_bytes_of_one(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_processes_of_a_launcher_do_a_share_each_and_give_the_bytes_of_one(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     undisturbed, run = model_only(tiny_run, tmp_path / "undisturbed"), model_only(tiny_run, tmp_path / "run")
     export_run(undisturbed, tiny_data, "export.shard_rows=2")
-    processes = [start(export_run, run, tiny_data, "export.shard_rows=2") for _ in range(2)]
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    one, other = pair(export_run, run, tiny_data, "export.shard_rows=2")
+    kill_when(one, lambda: (staged(run) / "part-00002.parquet").exists())
+    other.kill()  # as a launcher does
+    other.join()
+    assert not (run / "embeddings" / "current").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in staged(run).glob("part-*.parquet")}
+    two_processes(export_run, run, tiny_data, "export.shard_rows=2")
     assert contents(published_folder(run, "embeddings")) == contents(published_folder(undisturbed, "embeddings"))
     assert published_folder(run, "embeddings").name == "v0001"
+    times = {path.name: path.stat().st_mtime_ns for path in published_folder(run, "embeddings").glob("part-*.parquet")}
+    assert times.items() >= before.items()
 
 
 def test_shares_are_done_one_by_one_and_the_last_one_publishes(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
+
 import cli
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # to look at pages with
@@ -115,3 +117,16 @@ def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def kill_a_ray_worker(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> bool:
+    """Kills one of the processes in which Ray runs a `Worker`, once the condition holds. Returns whether there was one."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if reached():
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "ray::Worker" in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGKILL)
+                    return True
+        time.sleep(0.02)
+    return False
