@@ -64,7 +64,7 @@ def report_export(exported: "Exported") -> None:
 
 def parse_shard(shard: str) -> tuple[int, int]:
     number, slash, count = shard.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    if not (slash and len(shard) < 20 and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise UserError(f"--shard {shard!r} is not of the form i/n with 1 <= i <= n (command line); write e.g. 2/4", USAGE)
     return int(number), int(count)
 

@@ -240,23 +240,23 @@ def open_exporter(config: Config, run: Path, plan: Plan, add: Callable[[str, pa.
     """Loads the MLLM, its adapters merged, and returns what computes the parts."""
     with decoding(plan.model.path, HINT):
         mllm, backbone, _ = load_mllm(plan.model.path, plan.backbone, merge=True, catalog=plan.catalog)
-    if plan.layers is not None:
-        stop_after(mllm, plan.layers)
-    # the features that `tpad distill` has cached, as far as they are of this vision tower and image budget
-    vision_cache = VisionCache(run / "vision", backbone, plan.backbone.max_pixels) if (run / "vision").is_dir() else None
-    source = ItemBatches(
-        plan.catalog,
-        prompts_for(plan.backbone)(
+        if plan.layers is not None:
+            stop_after(mllm, plan.layers)
+        # the features that `tpad distill` has cached, as far as they are of this vision tower and image budget
+        vision_cache = VisionCache(run / "vision", backbone, plan.backbone.max_pixels) if (run / "vision").is_dir() else None
+        source = ItemBatches(
             plan.catalog,
-            plan.data.model_copy(update={"on_bad_image": "error"}),
-            Templates.model_validate(plan.settings["templates"]),
-            plan.neighbours,
-        ),
-        processor_for(plan.backbone, backbone, plan.catalog, cache_bytes=0, vision_cache=vision_cache),
-        config.export.token_budget,
-        config.data.on_bad_image,
-        COMPILED_LENGTHS if config.export.compile else 1,
-    )
+            prompts_for(plan.backbone)(
+                plan.catalog,
+                plan.data.model_copy(update={"on_bad_image": "error"}),
+                Templates.model_validate(plan.settings["templates"]),
+                plan.neighbours,
+            ),
+            processor_for(plan.backbone, backbone, plan.catalog, cache_bytes=0, vision_cache=vision_cache),
+            config.export.token_budget,
+            config.data.on_bad_image,
+            COMPILED_LENGTHS if config.export.compile else 1,
+        )
     server = None
     if engine not in (None, "ray"):
         if not isinstance(mllm, Mllm) or plan.backbone.name == VECTORS or plan.neighbours or plan.layers:

@@ -265,6 +265,9 @@ def _text(table: pa.Table, name: str, path: Path, before: int = 0) -> pa.Array:
     """Returns a column of ids as text. Raises `UserError` (3) for a missing column or an empty id."""
     if name not in table.column_names:
         raise UserError(f"no column {name} ({path}; it has {', '.join(table.column_names)}); give session_id, item_id[, timestamp]", DATA)
+    for column_name in (name, "timestamp"):
+        if table.column_names.count(column_name) > 1:
+            raise UserError(f"column {column_name} is duplicated ({path}); keep one", DATA)
     column = table[name].combine_chunks()
     if (empty := pc.index(pc.is_null(column), True).as_py()) >= 0:
         raise UserError(f"{name} is empty ({path} row {before + empty}); every event needs one", DATA)
