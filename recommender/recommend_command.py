@@ -10,6 +10,18 @@ from typer import Option
 
 from pipeline.command_options import RUN, RunFolder
 from pipeline.core.errors import USAGE, UserError
+from pipeline.prepare_command import (
+    ColumnNames,
+    Delimiter,
+    Encoding,
+    MappingFile,
+    Memory,
+    Names,
+    Preset,
+    TimeFormat,
+    Where,
+    table_options,
+)
 from pipeline.run_folder import say
 
 
@@ -22,15 +34,30 @@ def recommend(
     diversify: Annotated[float, Option(help="Diversity by MMR, from 0 (relevance only) to 1 (diversity only).")] = 0.0,
     new_items: Annotated[float | None, Option(metavar="SHIFT", help="Log-odds added to cold items. Default: sbr.new_items.")] = None,
     at: Annotated[str | None, Option(metavar="TIME", help="Items available then: ISO 8601 (UTC) or Unix seconds. Default: now.")] = None,
-    sessions: Annotated[Path | None, Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")] = None,
+    sessions: Annotated[list[str] | None, Option(metavar="PATH", help="A log of sessions, as `tpad prepare` reads it; repeatable.")] = None,
     out: Annotated[Path | None, Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
+    column: ColumnNames = None,
+    names: Names = None,
+    encoding: Encoding = None,
+    delimiter: Delimiter = None,
+    where: Where = None,
+    time_format: TimeFormat = None,
+    preset: Preset = None,
+    mapping: MappingFile = None,
+    memory: Memory = None,
     run: RunFolder = RUN,
 ) -> None:
     """Answer "what next?" for one session, or for a file of them."""
+    sessions = sessions or None
+    reading: dict[str, object] = {"column": column, "names": names, "encoding": encoding, "delimiter": delimiter, "where": where}
+    reading |= {"time-format": time_format, "preset": preset, "mapping": mapping, "memory": memory}
+    if sessions is None and (option := next((option for option, value in reading.items() if value), None)):
+        raise UserError(f"--{option} has no effect without --sessions (command line); leave it out", USAGE)
     if (sessions is None) != (out is None) or (sessions is not None and session is not None):
         raise UserError("--sessions FILE and --out FILE go together, without --session (command line); see `tpad recommend --help`", USAGE)
     if sessions is not None and as_json:
         raise UserError("--json is for one session (command line); a file's answers are Parquet, at --out", USAGE)
+    tables = table_options(column, names, encoding, delimiter, where, time_format, preset, mapping, memory)
     from recommender.serving.options import check_utf8, parse_filters, parse_time
     from recommender.serving.recommender import Recommender
 
@@ -42,7 +69,7 @@ def recommend(
         from recommender.serving.recommend_file import recommend_file
 
         share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        answers = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share)
+        answers = recommend_file(recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, share, tables)
         say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")
         if answers.popular or answers.unknown_events:
             say(f"events of items not in the catalogue, left out: {answers.unknown_events}")
