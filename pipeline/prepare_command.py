@@ -17,6 +17,7 @@ ColumnNames = Annotated[list[str] | None, Option(metavar="OURS=THEIRS", help="A 
 Names = Annotated[list[str] | None, Option(metavar="A,B,C", help="The columns in order, for files without a header; repeatable.")]
 Encoding = Annotated[str | None, Option(help="Encoding of the text files that are not UTF-8, e.g. cp1252.")]
 Delimiter = Annotated[str | None, Option(help="What parts the cells of a text file. Default: seen from its first line.")]
+Quotes = Annotated[str | None, Option(metavar="cells|letters", help="Quotation marks enclose cells, or have no meaning. Default: seen.")]
 Where = Annotated[str | None, Option(metavar="SQL", help="Only these events, by the log's own columns: \"event = 'view'\".")]
 TimeFormat = Annotated[str | None, Option(help="Notation of the times: seconds, ..., days, excel, or a pattern like %d/%m/%Y %H:%M.")]
 Preset = Annotated[str | None, Option(metavar="NAME", help="Read a known data set: a file of configs/data, e.g. movielens.")]
@@ -29,6 +30,7 @@ def table_options(
     names: list[str] | None,
     encoding: str | None,
     delimiter: str | None,
+    quotes: str | None,
     where: str | None,
     time_format: str | None,
     preset: str | None,
@@ -44,7 +46,7 @@ def table_options(
         delimiter = "\t"
     if delimiter is not None and len(delimiter) > 4:
         raise UserError(f"--delimiter {delimiter} (command line); give one to four characters, such as ';' or '::'", USAGE)
-    return TableOptions(columns, encoding, delimiter, lists, where, time_format, preset, mapping, memory)
+    return TableOptions(columns, encoding, delimiter, quotes, lists, where, time_format, preset, mapping, memory)
 
 
 def prepare(
@@ -52,10 +54,13 @@ def prepare(
     out: Annotated[Path, Option(help="Folder to write items.parquet and sessions.parquet to.")],
     items: Annotated[list[str] | None, Option(metavar="PATH", help="Catalogue, likewise. Default: the ids in the log.")] = None,
     images: Annotated[Path | None, Option(help="Folder of item_id.jpg (.png, ...), or of the image column's paths.")] = None,
+    download_images: Annotated[bool, Option("--download-images", help="Fetch the images of a column of addresses, into --out.")] = False,
+    allow_private_addresses: Annotated[bool, Option("--allow-private-addresses", help="Fetch from your own network too.")] = False,
     column: ColumnNames = None,
     names: Names = None,
     encoding: Encoding = None,
     delimiter: Delimiter = None,
+    quotes: Quotes = None,
     where: Where = None,
     time_format: TimeFormat = None,
     preset: Preset = None,
@@ -72,7 +77,7 @@ def prepare(
     dry_run: Annotated[bool, Option("--dry-run", help="Print the first items and sessions of a sample, and write nothing.")] = False,
 ) -> None:
     """Turn your own tables and images into a data folder, and report what was read and dropped, and why."""
-    tables = table_options(column, names, encoding, delimiter, where, time_format, preset, mapping, memory)
+    tables = table_options(column, names, encoding, delimiter, quotes, where, time_format, preset, mapping, memory)
     from pipeline.data.prepare.prepare import PrepareOptions, PrepareSummary
     from pipeline.data.prepare.prepare import prepare as run_import
 
@@ -89,6 +94,8 @@ def prepare(
         collapse_repeats=collapse_repeats,
         table=tables,
         dry_run=dry_run,
+        download_images=download_images,
+        allow_private=allow_private_addresses,
     )
     summary = PrepareSummary()
     try:

@@ -18,6 +18,7 @@ from pipeline.prepare_command import (
     Memory,
     Names,
     Preset,
+    Quotes,
     TimeFormat,
     Where,
     table_options,
@@ -40,6 +41,7 @@ def recommend(
     names: Names = None,
     encoding: Encoding = None,
     delimiter: Delimiter = None,
+    quotes: Quotes = None,
     where: Where = None,
     time_format: TimeFormat = None,
     preset: Preset = None,
@@ -49,7 +51,14 @@ def recommend(
 ) -> None:
     """Answer "what next?" for one session, or for a file of them."""
     sessions = sessions or None
-    reading: dict[str, object] = {"column": column, "names": names, "encoding": encoding, "delimiter": delimiter, "where": where}
+    reading: dict[str, object] = {
+        "column": column,
+        "names": names,
+        "encoding": encoding,
+        "delimiter": delimiter,
+        "quotes": quotes,
+        "where": where,
+    }
     reading |= {"time-format": time_format, "preset": preset, "mapping": mapping, "memory": memory}
     if sessions is None and (option := next((option for option, value in reading.items() if value), None)):
         raise UserError(f"--{option} has no effect without --sessions (command line); leave it out", USAGE)
@@ -57,7 +66,7 @@ def recommend(
         raise UserError("--sessions FILE and --out FILE go together, without --session (command line); see `tpad recommend --help`", USAGE)
     if sessions is not None and as_json:
         raise UserError("--json is for one session (command line); a file's answers are Parquet, at --out", USAGE)
-    tables = table_options(column, names, encoding, delimiter, where, time_format, preset, mapping, memory)
+    tables = table_options(column, names, encoding, delimiter, quotes, where, time_format, preset, mapping, memory)
     from recommender.serving.options import check_utf8, parse_filters, parse_time
     from recommender.serving.recommender import Recommender
 

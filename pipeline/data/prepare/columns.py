@@ -111,7 +111,9 @@ class Columns:
         """Returns the file's name of our column. Raises `UserError` (3) if the file lacks it."""
         if role not in self.columns:
             source = self.source
-            raise UserError(f"column `{role}` is missing ({source.path} has {source.some()}); name it with --column {role}=NAME", DATA)
+            hint = ", or all columns in order with --names if the first line is no header" if source.kind == "csv" else ""
+            fault = f"column `{role}` is missing ({source.path} has {source.some()})"
+            raise UserError(f"{fault}; name it with --column {role}=NAME{hint}", DATA)
         return self.columns[role]
 
     def describe(self) -> None:

@@ -17,7 +17,26 @@ from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 SMALLEST_MEMORY = 256 * 10**6
 SHARE = 0.55  # of the memory of the process; the rest is for batches on their way in and out, and for the allocator
-MISSING = ("NULL", "null", "Null", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "<NA>", "NaT", "None", r"\N")
+MISSING = (
+    "NULL",
+    "null",
+    "Null",
+    "nan",
+    "NaN",
+    "NAN",
+    "NA",
+    "N/A",
+    "n/a",
+    "<NA>",
+    "NaT",
+    "None",
+    "none",
+    r"\N",
+    "#N/A",
+    "(null)",
+    "<null>",
+    "undefined",
+)
 BAD = "chr(1)"  # begins an id that is none, in SQL
 BLANKS = " \t\r\n\v\f\u00a0\u2003\u3000\ufeff"
 
@@ -45,10 +64,13 @@ class Database:
         if memory is not None:
             self.run(f"set memory_limit = '{int(memory * SHARE)}B'")
         words, blanks = ", ".join(map(quoted, MISSING)), ", ".join(str(ord(blank)) for blank in BLANKS if ord(blank) > 32)
+        longest = max(map(len, MISSING))
         begins, ends = (f"ord({end}) > 32 and ord({end}) not in ({blanks})" for end in ("x", "x[-1]"))  # faster than to trim
         self.run(f"create macro bare(x) as case when {begins} and {ends} then x else trim(x, {quoted(BLANKS)}) end")
-        self.run(f"create macro is_word(x) as coalesce(strlen(x) <= 4 and x in ({words}), false)")  # of bare texts, as is the next one
-        self.run(f"create macro cell(x) as case when strlen(x) <= 4 and x in ('', {words}) then null else x end")
+        self.run(
+            f"create macro is_word(x) as coalesce(strlen(x) <= {longest} and x in ({words}), false)"
+        )  # of bare texts, as is the next one
+        self.run(f"create macro cell(x) as case when strlen(x) <= {longest} and x in ('', {words}) then null else x end")
         # 12.0 is 12, since integers with gaps are stored as numbers with a point; what such numbers have lost is marked by BAD
         self.run(
             rf"create macro plain_id(x) as case when x like '%.0%' and regexp_full_match(x, '-?\d+\.0+') then "

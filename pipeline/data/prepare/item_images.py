@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.core.errors import DATA, UserError
+from pipeline.core.errors import DATA, USAGE, UserError
 from pipeline.data.images import FORMATS, ImageError, decode_image, read_image_file
 from pipeline.data.parquet_checks import is_binary, is_image
 from pipeline.data.prepare.columns import Columns
+from pipeline.data.prepare.download import Downloads
 
 
 def image_suffixes() -> set[str]:
@@ -24,13 +25,28 @@ class ItemImages:
     """The images of a catalogue."""
 
     def __init__(
-        self, columns: Columns, folder: Path | None, on_bad_image: str, say: Callable[[str], None], drop: Callable[[str, int], None]
+        self,
+        columns: Columns,
+        folder: Path | None,
+        on_bad_image: str,
+        downloads: Downloads | None,
+        say: Callable[[str], None],
+        drop: Callable[[str, int], None],
     ) -> None:
+        self.downloads = downloads
         self.columns, self.folder, self.on_bad_image, self.say, self.drop = columns, folder, on_bad_image, say, drop
         self.column = columns.get("image")
+        addresses = columns.get("image_url")
+        if downloads is None and addresses is not None:
+            say(f"{columns.source.path}: `{addresses}` has addresses of images: --download-images fetches them")
+        elif downloads is not None and self.column is None:
+            self.column = addresses
+            if addresses is None:
+                fault = f"--download-images has no effect: no column of addresses ({columns.source.path})"
+                raise UserError(f"{fault}; name it with --column image_url=NAME", USAGE)
         self.binary = False
         if self.column is not None:
-            kind = columns.source.arrow_type(self.column)
+            kind = columns.source.arrow_type(self.column) if self.column in columns.source.names else pa.string()
             self.binary = is_binary(kind) or is_image(kind)
             if not self.binary and columns.source.kinds.get(self.column, "text") not in ("text", "null", "nested"):
                 raise UserError(
@@ -68,7 +84,20 @@ class ItemImages:
     def wanted(self) -> bool:
         return self.column is not None or self.folder is not None
 
-    def read(self, item_ids: Iterator[tuple[str, str | None]], fetched: Callable[[str], Path | None] | None) -> Iterator[bytes | None]:
+    @property
+    def link(self) -> str | None:
+        """The column of the table `items` with a path or an address, if there is one."""
+        return None if self.column is None or self.binary else "image" if self.columns.get("image") is not None else "image_url"
+
+    def fetch(self, links: Iterator[str]) -> None:
+        """Fetches the images of addresses, and counts what failed."""
+        if self.downloads is not None:
+            self.downloads.fetch(link for link in links if re.match("https?://", link))
+            if failed := self.downloads.failed:
+                url, fault = next(iter(failed.items()))
+                self.say(f"warning: {len(failed):,} images cannot be fetched, e.g. {url[:200]}: {fault}; the next run tries them again")
+
+    def read(self, item_ids: Iterator[tuple[str, str | None]]) -> Iterator[bytes | None]:
         """Yields the bytes of each item's image, decoded once, so that a bad one is found before the long steps.
 
         `item_ids`: the item and the text of its image column or address. Raises `ImageError` unless bad images are left out.
@@ -88,9 +117,9 @@ class ItemImages:
             where = f"{source.where(row)}" if data is None else source.where(row)
             try:
                 if not data:
-                    if link and re.match(r"https?://", link) and fetched is not None:
-                        file = fetched(link)
-                        data, where = (file.read_bytes() if file else None), f"{link}, {where}"
+                    if link and self.downloads is not None and "://" in link:
+                        file = self.downloads.path(link)
+                        data, where = (file.read_bytes() if file.exists() else None), f"{link[:200]}, {where}"
                     elif link or item_id in self.files:
                         path = link or self.files[item_id]
                         if "://" in path:

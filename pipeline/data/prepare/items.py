@@ -180,13 +180,10 @@ def _repeats(data: Database, x: str) -> bool:
     return bool(distinct * 2 <= parts)
 
 
-def select_sql(result: dict[str, str], extra: tuple[str, ...]) -> str:
-    """Returns SQL of the rows to write, in the order of the files."""
-    return (
-        f"select "
-        f"{', '.join(f'{sql} as {name(column)}' for column, sql in result.items())}{''.join(f', {one} as __{one}' for one in extra)} "
-        f"from items order by rowid"
-    )
+def select_sql(result: dict[str, str], extra: dict[str, str]) -> str:
+    """Returns SQL of the rows to write, in the order of the files; `extra`: further columns."""
+    columns = ", ".join(f"{sql} as {name(column)}" for column, sql in {**result, **extra}.items())
+    return f"select {columns} from items order by rowid"
 
 
 def plain(table: pa.Table) -> pa.Table:

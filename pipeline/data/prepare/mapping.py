@@ -1,8 +1,9 @@
 """Reads a mapping: how the files of a data set become items and sessions. The presets in `configs/data/` are mappings."""
 
 import sysconfig
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -24,7 +25,7 @@ class Side(BaseModel):
     columns: dict[str, str] = {}  # our column -> the file's; `images/0/large` is a value inside a nested column
     names: Annotated[list[list[str]], BeforeValidator(_several)] = []  # of the columns of files without a header
     delimiter: str | None = None
-    quotes: str | None = None  # letters: quotation marks have no meaning
+    quotes: Literal["cells", "letters"] | None = None  # quotation marks enclose cells, or have no meaning
     encoding: str | None = None
     explode: str | None = None  # a column with a JSON list of events
     time_format: str | None = None
@@ -65,11 +66,15 @@ def read_mapping(preset: str | None, file: Path | None) -> Mapping:
         raise UserError(f"{'.'.join(path)}: {fault['msg'].lower()} ({file}:{line}); see the presets in configs/data", USAGE) from None
 
 
+@cache
+def _known() -> dict[str, Mapping]:
+    return {preset: read_mapping(preset, None) for preset in presets()}
+
+
 def recognised(names: list[str], side: str) -> tuple[str, Mapping] | None:
     """Returns the preset whose columns a file has; of several, that with the most."""
     best: tuple[str, Mapping] | None = None
-    for preset, path in presets().items():
-        mapping = read_mapping(None, path)
+    for preset, mapping in _known().items():
         wanted = getattr(mapping, side).recognise
         if wanted and set(wanted) <= set(names) and (best is None or len(wanted) > len(getattr(best[1], side).recognise)):
             best = preset, mapping

@@ -17,6 +17,8 @@ def open_tables(
     if unknown:
         known = ", ".join(dict.fromkeys([*ITEM_NAMES, *EVENT_NAMES]))
         raise UserError(f"tpad has no column `{min(unknown)}` (--column); known: {known}", USAGE)
+    if options.quotes not in (None, "cells", "letters"):
+        raise UserError(f"--quotes {options.quotes} (command line); give cells or letters", USAGE)
     mapping = read_mapping(options.preset, options.mapping) if options.preset or options.mapping else None
     effects: set[str] = set()
     catalogue = None if items is None else _open(data, "items", items, options, mapping, effects, report)
@@ -38,7 +40,9 @@ def _open(
     folder.mkdir()
     several = [str(path) for path in paths] if isinstance(paths, list) else [str(paths)]
     parts = find_parts(several, folder, options.encoding or side.encoding, report.say)
-    reading = Reading(options.delimiter or side.delimiter, [*options.names, *side.names], side.quotes, side.explode, effects)
+    reading = Reading(
+        options.delimiter or side.delimiter, [*options.names, *side.names], options.quotes or side.quotes, side.explode, effects
+    )
     source = Source(data, label, parts, reading, is_known(label, {**side.columns, **options.columns}))
     preset = options.preset or (str(options.mapping) if mapping is not None else None)
     if mapping is None and (found := recognised(source.names, label)) is not None:

@@ -23,12 +23,14 @@ from pipeline.core.files import fsync_path
 from pipeline.core.progress import Steps
 from pipeline.data.parquet_checks import ITEMS, SESSIONS
 from pipeline.data.prepare.database import Database, database
+from pipeline.data.prepare.download import Downloads
 from pipeline.data.prepare.item_images import KIND, ItemImages
 from pipeline.data.prepare.items import load_items, plain, select_sql
 from pipeline.data.prepare.open_tables import open_tables
 from pipeline.data.prepare.sessionizer import Events, SessionRules, build_sessions, load_events
 from pipeline.data.prepare.table_options import Paths, Report, TableOptions
 
+LINK = "__link"  # column of the paths and addresses of images, which is not written
 GROUP_ROWS, GROUP_BYTES = 1024, 16 * 1024 * 1024  # largest row group; random access to images reads whole groups
 SESSION_ROWS = 2**20  # rows of a row group of sessions.parquet
 PREVIEW_ROWS = 200_000  # rows of each file that a preview reads
@@ -53,6 +55,8 @@ class PrepareOptions:
     collapse_repeats: bool = False
     table: TableOptions = field(default_factory=TableOptions)
     dry_run: bool = False
+    download_images: bool = False
+    allow_private: bool = False  # download from addresses of private networks too
 
 
 @dataclass
@@ -89,7 +93,10 @@ def prepare(options: PrepareOptions, summary: PrepareSummary | None = None) -> P
     with database(options.out, tables.memory) as data:
         log, items = open_tables(data, options.sessions, options.items, tables, summary)
         result = load_items(data, items, limit, summary.say) if items is not None else {}
-        images = ItemImages(items, options.images, options.on_bad_image, summary.say, summary.drop) if items is not None else None
+        downloads = Downloads(options.out / "images-cache", options.allow_private) if options.download_images else None
+        images = (
+            ItemImages(items, options.images, options.on_bad_image, downloads, summary.say, summary.drop) if items is not None else None
+        )
         gap = None if options.session_gap_minutes is None else options.session_gap_minutes * 60
         rules = SessionRules(gap, options.min_item_count, options.min_session_length, options.max_session_length, options.collapse_repeats)
         events = load_events(data, log, rules, tables, summary, limit)
@@ -107,6 +114,9 @@ def prepare(options: PrepareOptions, summary: PrepareSummary | None = None) -> P
         if options.dry_run:
             summary.preview = _preview(data, result, sql, events)
             return summary
+        if images is not None and images.link:
+            links = data.rows(f"select {images.link} from items where {images.link} is not null order by rowid")
+            images.fetch(link for (link,) in links)
         with _both_or_neither(options.out) as folder:
             _write_items(folder / ITEMS, data, result, images, summary)
             _write_sessions(folder / SESSIONS, data, sql, events)
@@ -118,6 +128,9 @@ def _check(options: PrepareOptions) -> None:
         raise UserError(f"--on-bad-image {options.on_bad_image} (command line); give {' or '.join(get_args(OnBadImage))}", USAGE)
     if options.images is not None and options.items is None:
         raise UserError("--images without --items (command line); give the catalogue of these images", USAGE)
+    if (options.download_images and options.items is None) or (options.allow_private and not options.download_images):
+        fault = "--download-images without --items" if options.download_images else "--allow-private-addresses without --download-images"
+        raise UserError(f"{fault} (command line); give both", USAGE)
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"image folder not found ({options.images}); give an existing folder", DATA)
     gap = options.session_gap_minutes
@@ -130,10 +143,10 @@ def _check(options: PrepareOptions) -> None:
 def _write_items(path: Path, data: Database, result: dict[str, str], images: ItemImages | None, summary: PrepareSummary) -> None:
     """Writes items.parquet, in small row groups, so that single images are quick to read."""
     wanted = images is not None and images.wanted
-    link = ("image",) if wanted and images is not None and images.column is not None and not images.binary else ()
+    link = {LINK: images.link} if wanted and images is not None and images.link else {}
     tables = data.batches(select_sql(result, link), GROUP_ROWS)
     first = plain(next(tables))
-    schema = first.schema if not wanted else pa.schema([*(one for one in first.schema if one.name != "__image"), pa.field("image", KIND)])
+    schema = first.schema if not wanted else pa.schema([*(one for one in first.schema if one.name != LINK), pa.field("image", KIND)])
     bare = 0
     with (
         pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer,
@@ -175,12 +188,12 @@ def _write_with_images(
 
     def ids() -> Iterator[tuple[str, str | None]]:
         for table in tables:
-            links = table["__image"].to_pylist() if "__image" in table.column_names else [None] * len(table)
-            kept.append(table.drop_columns("__image") if "__image" in table.column_names else table)
+            links = table[LINK].to_pylist() if LINK in table.column_names else [None] * len(table)
+            kept.append(table.drop_columns(LINK) if LINK in table.column_names else table)
             yield from zip(table["item_id"].to_pylist(), links, strict=True)
 
     size = done = 0
-    for data in images.read(ids(), None):
+    for data in images.read(ids()):
         waiting.append(data)
         size += len(data or b"")
         steps.advance()
@@ -222,7 +235,7 @@ def _seconds(table: pa.Table, events: Events, done: int) -> pa.Table:
 def _preview(data: Database, result: dict[str, str], sql: str, events: Events) -> list[str]:
     """Returns the first three items and sessions, as they would be written, as lines of text."""
     lines = []
-    for table in data.batches(f"{select_sql(result, ())} limit 3", 3):
+    for table in data.batches(f"{select_sql(result, {})} limit 3", 3):
         lines += [
             f"item: {', '.join(f'{key}={str(value)[:60]!r}' for key, value in row.items() if value is not None)}"
             for row in plain(table).to_pylist()

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 from pipeline.core.errors import DATA, UserError
 from pipeline.data.parquet_checks import MAX_ID_BYTES
 from pipeline.data.prepare.columns import NOT_IDS, Columns
@@ -150,7 +152,7 @@ def _load(events: Events, time_format: str | None, where: str | None, limit: int
     if (column := columns.get("timestamp")) is not None:
         clock = find_clock(data, source, column, time_format)
         select["t"] = clock.sql
-        if source.kinds.get(column) not in ("time", "integer"):
+        if source.kinds.get(column) not in ("time", "integer") or source.arrow_type(column) == pa.uint64():
             select["raw_t"] = f"cell(cast({source.ref(column)} as varchar))"
             finish = "* exclude (raw_t), case when t is null then raw_t end as bad"
     if (column := columns.get("position")) is not None and unnest is None:
@@ -196,7 +198,7 @@ def _settle(events: Events, clock: Clock | None) -> None:
     else:
         theirs = events.columns.need("timestamp")
         events.clock, events.unit, notation = settle_unit(data, "log", "t", clock, source, theirs)
-        say(f"{source.path}: times are {notation}" + ("" if events.unit == 1 else ", written in seconds"))
+        say(f"{source.path}: times are {notation}" + ("" if notation == "in seconds" or events.unit == 1 else ", written in seconds"))
         low, high = EARLIEST * events.unit, int((time.time() + AHEAD) * events.unit)
         most = LARGEST_SECOND * events.unit
         count, odd, huge, row = data.one(

@@ -13,6 +13,7 @@ class TableOptions:
     columns: dict[str, str] = field(default_factory=dict)  # our column -> the file's
     encoding: str | None = None  # of files that are not UTF-8
     delimiter: str | None = None
+    quotes: str | None = None  # cells or letters
     names: list[list[str]] = field(default_factory=list)  # of the columns, for files without a header
     where: str | None = None  # SQL over the columns of the log
     time_format: str | None = None

@@ -36,7 +36,7 @@ class Reading:
 
     delimiter: str | None = None
     names: list[list[str]] = field(default_factory=list)  # of the columns, for files without a header
-    quotes: str | None = None  # "letters": quotation marks have no meaning
+    quotes: str | None = None  # "cells" or "letters": quotation marks enclose cells, or have no meaning
     explode: str | None = None  # column with a JSON list of events
     effects: set[str] = field(default_factory=set)  # options that had an effect
 
@@ -139,43 +139,19 @@ class Source:
             except duckdb.Error as error:
                 return error
 
-        letters = relation("", "")
-        if self.reading.quotes == "letters" or not part.quotes:
-            layout.relation = letters
-            if isinstance(fault := rows("", ""), duckdb.Error):
-                raise _csv_error(fault, part)
-            return
-        plain, cells = rows("", ""), rows('"', '"')
-        if isinstance(cells, int) and (isinstance(plain, duckdb.Error) or cells == plain):
+        said = self.reading.quotes if part.quotes else "letters"
+        plain = rows("", "") if said != "cells" else duckdb.Error()
+        cells = rows('"', '"') if said != "letters" else duckdb.Error()
+        if isinstance(plain, int) and (isinstance(cells, duckdb.Error) or (cells != plain and part.tabs)):
+            layout.relation = relation("", "")
+        elif isinstance(cells, int):
             layout.relation, layout.quote = relation('"', '"'), '"'
-            if isinstance(plain, duckdb.Error):
-                self._refuse_swallowed_rows(part, layout)
-        elif isinstance(plain, int):
-            layout.relation = letters
-        elif isinstance(rows('"', "\\"), int):
+            if said != "cells" and cells != plain:
+                _refuse_swallowed_rows(self.data, part, layout, both=isinstance(plain, int))
+        elif said != "letters" and isinstance(rows('"', "\\"), int):
             layout.relation, layout.quote = relation('"', "\\"), '"'
         else:
-            assert isinstance(cells, duckdb.Error)
-            raise _csv_error(cells, part)
-
-    def _refuse_swallowed_rows(self, part: Part, layout: _Layout) -> None:
-        """Refuses a row of several lines each of which would be a row: a quotation mark that is never closed swallows them."""
-        width = len(layout.names)
-        if width < 2:
-            return
-        cells = ", ".join(f"coalesce(c{i}, '')" for i in range(width))
-        lines = f"string_split(concat_ws({quoted(layout.delimiter)}, {cells}), chr(10))"
-        breaks = " or ".join(f"contains(c{i}, chr(10))" for i in range(width))
-        swallowed = f"len(list_filter(l, lambda x: len(string_split(x, {quoted(layout.delimiter)})) = {width})) = len(l)"
-        sql = (
-            f"select l[1] from (select {lines} l from {layout.relation} where {breaks}) where len(l) >= {3 if width == 2 else 2} and "
-            f"{swallowed} limit 1"
-        )
-        if row := self.data.first(sql):
-            start = row[0].split(layout.delimiter)[0]
-            line = next((n for n, text in enumerate(_lines(part), 1) if text.lstrip('"').startswith(start) and text.count('"') % 2), 0)
-            place = f"{part.path} line {line}" if line else part.path
-            raise UserError(f"a quotation mark opens a cell that swallows the next rows ({place}); close it, or double it", DATA)
+            raise _csv_error(cells if said != "letters" else plain, part)  # type: ignore[arg-type]
 
     def _json(self, part: Part, known: Callable[[list[str]], bool]) -> _Layout:
         with part.file.open("rb") as file:
@@ -494,6 +470,34 @@ def _csv_line(part: Part, layout: _Layout, row: int) -> int:
         if cells and rows == row:
             return begin + layout.skip
     return row + layout.skip + 1
+
+
+def _refuse_swallowed_rows(data: Database, part: Part, layout: _Layout, both: bool) -> None:
+    """Refuses a row of several lines each of which would be a row: a quotation mark that is never closed swallows them.
+
+    `both`: whether every line of the file would be a row.
+    """
+    width = len(layout.names)
+    breaks = " or ".join(f"contains(c{i}, chr(10))" for i in range(width))
+    if width < 2 or not data.first(f"select 1 from {layout.relation} where {breaks} limit 1"):
+        return
+    csv.field_size_limit(LINE_BYTES)
+    lines: list[str] = []
+
+    def recorded() -> Iterator[str]:
+        for line in itertools.islice(_lines(part), layout.skip, None):
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(recorded(), delimiter=layout.delimiter)
+    for _ in reader:
+        if len(lines) > (1 if both else 2 if width == 2 else 1) and all(line.count(layout.delimiter) == width - 1 for line in lines):
+            place = f"{part.path} line {layout.skip + reader.line_num - len(lines) + 1}"
+            fault = f"a quotation mark opens a cell of {len(lines)} lines, each of which looks like a row ({place})"
+            raise UserError(
+                f"{fault}; close it or, if it is right, give --quotes cells, or --quotes letters where they have no meaning", DATA
+            )
+        lines.clear()
 
 
 def _pointer(column: str) -> str:

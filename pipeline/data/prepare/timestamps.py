@@ -28,22 +28,20 @@ NAMED_UNITS = {  # --time-format: SQL of milliseconds
     "excel": "round(({x} - 25569) * 86400) * 1000",  # days since 1899-12-30
 }
 DIGITS = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S", 17: "%Y%m%d%H%M%S%g"}  # 20240131 and finer
+TICKS_1970 = 621_355_968 * 10**9  # ticks of 100 ns since the year 1, on which .NET counts
+TICKS = TICKS_1970 + 10**7 * 86_400 * 7_300, TICKS_1970 + 10**7 * 86_400 * 47_000  # 1990 to 2098; as nanoseconds these are of 1990
 CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%g", " %I:%M %p", " %I:%M:%S %p")
-DATES = {
-    "dates, the month first": ("%m/%d/%Y", "%m-%d-%Y", "%m.%d.%Y", "%m/%d/%y"),
-    "dates, the day first": ("%d/%m/%Y", "%d-%m-%Y", "%d.%m.%Y", "%d/%m/%y", "%d.%m.%y"),
+DATES = {  # %y before %Y, which reads 24 as the year 24
+    "dates, the month first": ("%m/%d/%y", "%m/%d/%Y", "%m-%d-%Y", "%m.%d.%Y"),
+    "dates, the day first": ("%d/%m/%y", "%d.%m.%y", "%d/%m/%Y", "%d-%m-%Y", "%d.%m.%Y"),
     "dates with the month in letters": (
-        "%d %b %Y",
-        "%d-%b-%Y",
-        "%d-%b-%y",
-        "%b %d, %Y",
-        "%B %d, %Y",
-        "%d %B %Y",
-        "%a, %d %b %Y",
-        "%d/%b/%Y",
+        *("%d-%b-%y", "%d %b %Y", "%d-%b-%Y", "%d/%b/%Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%a, %d %b %Y"),
     ),
 }
-OTHERS = ("%Y%m%dT%H%M%S", "%Y.%m.%d %H:%M:%S", "%Y.%m.%d", "%a %b %d %H:%M:%S %Y", "%d/%b/%Y:%H:%M:%S")
+OTHERS = (
+    *("%Y%m%dT%H%M%S", "%Y.%m.%d %H:%M:%S", "%Y.%m.%d", "%Y-%m-%d %I:%M:%S %p", "%Y-%m-%d %I:%M %p"),
+    *("%a %b %d %H:%M:%S %Y", "%d/%b/%Y:%H:%M:%S"),
+)
 
 
 @dataclass
@@ -81,8 +79,8 @@ def _patterns(x: str, dates: tuple[str, ...]) -> str:
 
 
 FAMILIES = {"ISO 8601": _iso} | {family: (lambda x, dates=dates: _patterns(x, dates)) for family, dates in DATES.items()}  # type: ignore[misc]
-FAMILIES["other notations"] = lambda x: (
-    f"epoch_us(try_strptime(regexp_replace({x}, '\\s*(UTC|GMT|Z)(?=$| )', ''), [{', '.join(map(quoted, OTHERS))}]))".replace("(?=$| )", "")
+FAMILIES["in a notation of its own"] = lambda x: (
+    f"epoch_us(try_strptime(regexp_replace({x}, '\\s*(UTC|GMT|Z|\\+0000)', ''), [{', '.join(map(quoted, OTHERS))}]))"
 )
 
 
@@ -179,6 +177,8 @@ def settle_unit(data: Database, table: str, column: str, clock: Clock, source: S
         ]
         if share > 1 - FEW:
             return f"epoch_us({parsed})", 10**6, f"days, as {median}" if len(str(median)) == 8 else f"dates and times, as {median}"
+    if TICKS[0] < median < TICKS[1] and clock.scale == 1:
+        return f"({column} - {TICKS_1970})", 10**7, "in ticks of .NET"
     unit = next((unit for unit in UNITS if abs(median) < LARGEST_SECOND * unit), 10**9)
     for other in UNITS:
         if other != unit:
