@@ -9,7 +9,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 NEEDED = (  # and SERVE: the same as in pyproject.toml, which an installed tpad does not have
-    *("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "scipy", "numpy", "pyarrow", "pillow"),
+    *(
+        "torch",
+        "transformers",
+        "accelerate",
+        "peft",
+        "tokenizers",
+        "safetensors",
+        "scipy",
+        "numpy",
+        "pyarrow",
+        "duckdb",
+        "datasets",
+        "fsspec",
+        "pillow",
+    ),
     *("pydantic", "ruamel.yaml", "typer", "rich"),
 )
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # each of them provides the module `faiss`

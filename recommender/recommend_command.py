@@ -11,6 +11,19 @@ from typer import Option
 from pipeline.command_options import RUN, RunFolder
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.process import own_share
+from pipeline.prepare_command import (
+    ColumnNames,
+    Delimiter,
+    Encoding,
+    MappingFile,
+    Memory,
+    Names,
+    Preset,
+    Quotes,
+    TimeFormat,
+    Where,
+    table_options,
+)
 from pipeline.run_folder import say
 
 
@@ -23,13 +36,35 @@ def recommend(
     diversify: Annotated[float, Option(help="Diversity by MMR, from 0 (relevance only) to 1 (diversity only).")] = 0.0,
     new_items: Annotated[float | None, Option(metavar="SHIFT", help="Log-odds added to cold items. Default: sbr.new_items.")] = None,
     at: Annotated[str | None, Option(metavar="TIME", help="Items available then: ISO 8601 (UTC) or Unix seconds. Default: now.")] = None,
-    sessions: Annotated[Path | None, Option(help="A file of sessions (Parquet, CSV or JSONL: session_id, item_id, timestamp).")] = None,
+    sessions: Annotated[list[str] | None, Option(metavar="PATH", help="A log of sessions, as `tpad prepare` reads it; repeatable.")] = None,
     out: Annotated[Path | None, Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
     vectors: Annotated[Path | None, Option(help="With --sessions: Parquet file for the sessions' vectors, of each channel.")] = None,
     engine: Annotated[str | None, Option(metavar="ray", help="With --sessions: rank on a cluster of Ray.")] = None,
+    column: ColumnNames = None,
+    names: Names = None,
+    encoding: Encoding = None,
+    delimiter: Delimiter = None,
+    quotes: Quotes = None,
+    where: Where = None,
+    time_format: TimeFormat = None,
+    preset: Preset = None,
+    mapping: MappingFile = None,
+    memory: Memory = None,
     run: RunFolder = RUN,
 ) -> None:
     """Answer "what next?" for one session, or for a file of them."""
+    sessions = sessions or None
+    reading: dict[str, object] = {
+        "column": column,
+        "names": names,
+        "encoding": encoding,
+        "delimiter": delimiter,
+        "quotes": quotes,
+        "where": where,
+    }
+    reading |= {"time-format": time_format, "preset": preset, "mapping": mapping, "memory": memory}
+    if sessions is None and (option := next((option for option, value in reading.items() if value), None)):
+        raise UserError(f"--{option} has no effect without --sessions (command line); leave it out", USAGE)
     if (sessions is None) != (out is None and vectors is None) or (sessions is not None and session is not None):
         together = "--sessions FILE and --out FILE (or --vectors FILE) go together, without --session"
         raise UserError(f"{together} (command line); see `tpad recommend --help`", USAGE)
@@ -38,6 +73,7 @@ def recommend(
     if engine is not None and (engine != "ray" or out is None or vectors is not None or own_share()[1] > 1):
         alone = "--engine ray is for --sessions FILE --out FILE, without --vectors and without a launcher"
         raise UserError(f"{alone} (command line); see `tpad recommend --help`", USAGE)
+    tables = table_options(column, names, encoding, delimiter, quotes, where, time_format, preset, mapping, memory)
     from recommender.serving.options import check_utf8, parse_filters, parse_time
     from recommender.serving.recommender import Recommender
 
@@ -52,7 +88,7 @@ def recommend(
         moment = int(time.time()) if moment is None and engine else moment  # the same for all workers
         on = run if engine else None
         answers = recommend_file(
-            recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, (number - 1, count), vectors, on
+            recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, (number - 1, count), tables, vectors, on
         )
         if answers.out is not None:
             say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")

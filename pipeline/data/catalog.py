@@ -100,6 +100,15 @@ def _present(file: pq.ParquetFile, folder: Path) -> tuple[np.ndarray, bytes]:
     return np.concatenate(present), b"".join(linked)
 
 
+def _addresses(file: pq.ParquetFile, name: str) -> bool:
+    """Returns whether most of the first values of a column are addresses in the web, from which nothing is learned."""
+    column = next(file.iter_batches(1024, columns=[name], use_threads=False)).column(0)
+    values = pc.list_flatten(column) if inner(column.type) != column.type else column
+    values = values.drop_null().cast(pa.large_string())
+    found = pc.sum(pc.match_substring_regex(values, "^(https?://|\\{.*https?://)")).as_py() or 0
+    return bool(found * 2 > len(values))
+
+
 def _size(path: Path) -> int:
     """Returns the size in bytes; -1 where there is no such file."""
     try:
@@ -129,7 +138,7 @@ class Catalog:
     sha256: str  # of the file, and of the sizes of image files beside it
     item_ids: list[str]
     columns: list[str]  # columns that can be read as text: all but item_id, image, availability and binary ones
-    text_columns: list[str]  # of these, columns of texts or lists of texts
+    text_columns: list[str]  # of these, columns of texts or lists of texts, but not of addresses in the web
     _texts: Mapping[str, pa.Array | _Column] = field(repr=False)
     _images: _Column | None = field(repr=False)
     _present: np.ndarray = field(repr=False)  # (N,) bool: which items have an image
@@ -215,7 +224,9 @@ def plain_text(value: Any) -> str:
         return f"{value:.10g}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {text}" for key, text in ((key, plain_text(part)) for key, part in value.items()) if text)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, tuple):  # of a mapping of names to values
+        return ": ".join(text for text in map(plain_text, value) if text)
+    if isinstance(value, list):
         return ", ".join(text for text in map(plain_text, value) if text)
     return str(value)
 
@@ -254,6 +265,6 @@ def load_catalog(data: Path, stream: bool = False) -> Catalog:
     texts = streamed or {name: table[name].combine_chunks() for name in columns}
     if linked:
         sha256 = hashlib.sha256(sha256.encode() + linked).hexdigest()
-    text_columns = [name for name in columns if is_text(inner(schema.field(name).type))]
+    text_columns = [name for name in columns if is_text(inner(schema.field(name).type)) and not _addresses(file, name)]
     available = read_availability(path, table)
     return Catalog(path, sha256, item_ids, columns, text_columns, texts, image_column, present, available, state, bool(linked))

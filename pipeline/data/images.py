@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.core.errors import DATA, UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")  # of Pillow, which reads others with programs of their own or not safely
 MAX_IMAGE_BYTES = 20 * 1024 * 1024
 MAX_IMAGE_PIXELS = 40_000_000
 MAX_SIDE = 4096  # pixels; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which costs nothing
@@ -20,7 +20,7 @@ class ImageError(UserError):
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Decodes a JPEG, PNG or WebP to RGB: first frame, upright, transparency on white. Raises `ImageError`, which names `where`."""
+    """Decodes an image file to RGB: first frame, upright, transparency on white. Raises `ImageError`, which names `where`."""
     if len(data) > MAX_IMAGE_BYTES:
         raise _bad_image(f"{len(data) / 1e6:.0f} MB, more than {MAX_IMAGE_BYTES // 2**20} MB are not read", where)
     try:
@@ -40,7 +40,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _bad_image("too many pixels to decode safely", where) from None
     except UnidentifiedImageError:
-        raise _bad_image("not a JPEG, PNG or WebP", where) from None
+        raise _bad_image("not a JPEG, PNG, WebP, GIF, AVIF, BMP or TIFF", where) from None
     except Exception as error:  # hostile bytes make the decoders raise almost anything
         raise _bad_image(f"damaged: {error or type(error).__name__}", where) from None
 

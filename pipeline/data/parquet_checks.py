@@ -24,14 +24,14 @@ def raise_duplicate(item_ids: list[str], where: Callable[[int], str]) -> None:
         first[item_id] = row
 
 
-def open_parquet(path: Path, hint: str) -> pq.ParquetFile:
-    """Opens a Parquet file. Raises `UserError` (3); `hint` says what to do about a missing one."""
+def open_parquet(path: Path, hint: str, name: str | None = None) -> pq.ParquetFile:
+    """Opens a Parquet file. Raises `UserError` (3), which names it `name`; `hint` says what to do about a missing one."""
     if not path.is_file():
         raise UserError(f"{path.name} not found ({path}); {hint}", DATA)
     try:
         return parquet_file(path, None)
     except (pa.ArrowException, OSError) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(name or path, error) from None
 
 
 def parquet_file(path: Path, metadata: Any) -> pq.ParquetFile:
@@ -39,7 +39,7 @@ def parquet_file(path: Path, metadata: Any) -> pq.ParquetFile:
     return pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, pre_buffer=False, buffer_size=2**20)
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
+def unreadable(path: Path | str, error: Exception) -> UserError:
     """Returns the error (3) for a damaged Parquet file."""
     return UserError(f"not readable as Parquet: {str(error).rstrip('.')[:200]} ({path}); write the file again", DATA)
 
@@ -59,7 +59,7 @@ def need_columns(path: Path, schema: pa.Schema, wanted: dict[str, Any]) -> None:
 def is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def inner(kind: pa.DataType) -> pa.DataType:

@@ -2,13 +2,14 @@
 `--vectors FILE`, or both.
 
 Several processes (`accelerate launch`) take consecutive ranges of the sessions, without communication, and write one file each,
-`out-00000-of-00002.parquet` and so on, which Parquet readers read as one table. A Parquet file whose events are grouped by session is
-read in pieces, with 8 bytes in memory for each session; any other file is read completely and grouped first.
+`out-00000-of-00002.parquet` and so on, which Parquet readers read as one table. The files are read as `tpad prepare` reads them, and
+grouped out of core.
 """
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +18,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import DATA, USAGE, UserError
+from pipeline.core.errors import DATA, USAGE, UserError, printable
 from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
 from pipeline.core.ray_workers import in_order, on_ray
+from pipeline.data.prepare.database import database
+from pipeline.data.prepare.open_tables import open_tables
+from pipeline.data.prepare.sessionizer import SessionRules, load_events, order_sessions
+from pipeline.data.prepare.table_options import Paths, Report, TableOptions
 from recommender.serving.recommender import Filters, Recommender
 from recommender.serving.session_vectors import vectors_schema, vectors_table
 
-PIECE = 32_768  # events of a Parquet file read at a time
-NEEDED = ("session_id", "item_id")
+PIECE = 32_768  # events read at a time
 SCHEMA = pa.schema([("session_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
 
 
@@ -65,7 +67,7 @@ class BatchSummary:
 
 def recommend_file(
     recommender: Recommender,
-    sessions: Path,
+    sessions: Paths,
     out: Path | None,
     k: int = 10,
     exclude_seen: bool = False,
@@ -74,13 +76,14 @@ def recommend_file(
     new_items: float | None = None,
     at: int | None = None,
     share: tuple[int, int] = (0, 1),
+    tables: TableOptions | None = None,
     vectors: Path | None = None,
     ray_run: Path | None = None,
 ) -> BatchSummary:
     """Writes the k best items of every session in `sessions` to `out`, and their vectors to `vectors`; None: not. Each file is replaced
     atomically at the end.
 
-    Sessions are in the order of their first event, the events of a session in the order of (timestamp, row). `share` (number, count):
+    Sessions are in the order of their first event, the events of a session in that of their times. `share` (number, count):
     only the sessions of this process, to a file named after both; files of another count in the same folder are refused, as a reader
     would get each session twice. `ray_run`: the run of `recommender`, whose model ranks on a cluster of Ray; reading and writing stay
     here, so the file has the same bytes. The other parameters are those of `Recommender.recommend`. Raises `UserError`."""
@@ -89,31 +92,39 @@ def recommend_file(
         raise UserError(f"--out and --vectors are the same file ({out}); give another --vectors", USAGE)
     out = destination(out, sessions, number, processes, "--out")
     vectors = destination(vectors, sessions, number, processes, "--vectors")
-    count, pieces = open_events(sessions)
-    first, last = (count * n // processes for n in (number, number + 1))
+    main, tables, report = out or vectors, tables or TableOptions(), Report()
+    assert main is not None
     popular = unknown = rows = 0
     options = (k, exclude_seen, filters, diversify, new_items, at)
     try:
-        with (
-            parquet_file(out, SCHEMA) as write_ranking,
-            parquet_file(vectors, vectors_schema(recommender.ranker)) as write_vectors,
-            Steps("recommendations" if out else "sessions", last - first, show=number == 0) as shown,
-        ):
-            chunks = session_range(complete_sessions(pieces, recommender, sessions), first, last)
-            if ray_run is None:
-                answers: Iterable[ChunkAnswer] = map(ChunkRanker(recommender, options, out is not None, vectors is not None), chunks)
-            else:
-                answers = in_order(on_ray(load_ranker, (ray_run.absolute(), options), chunks))
-            for answer in answers:
-                popular, unknown = popular + answer.popular, unknown + answer.unknown_events
-                if answer.ranked is not None:
-                    rows += write_ranking(answer.ranked)
-                if answer.vectors is not None:
-                    write_vectors(answer.vectors)
-                shown.advance(by=answer.sessions)
+        with database(main.parent, tables.memory) as data:
+            try:
+                log, _ = open_tables(data, sessions, None, tables, report)
+                count, sql = order_sessions(load_events(data, log, SessionRules(), tables, report))
+            finally:
+                if number == 0:
+                    print(printable("\n".join(report.read_lines())), file=sys.stderr)
+            first, last = (count * n // processes for n in (number, number + 1))
+            with (
+                parquet_file(out, SCHEMA) as write_ranking,
+                parquet_file(vectors, vectors_schema(recommender.ranker)) as write_vectors,
+                Steps("recommendations" if out else "sessions", last - first, show=number == 0) as shown,
+            ):
+                chunks = session_range(complete_sessions(data.batches(sql, PIECE), recommender), first, last)
+                if ray_run is None:
+                    answers: Iterable[ChunkAnswer] = map(ChunkRanker(recommender, options, out is not None, vectors is not None), chunks)
+                else:
+                    answers = in_order(on_ray(load_ranker, (ray_run.absolute(), options), chunks))
+                for answer in answers:
+                    popular, unknown = popular + answer.popular, unknown + answer.unknown_events
+                    if answer.ranked is not None:
+                        rows += write_ranking(answer.ranked)
+                    if answer.vectors is not None:
+                        write_vectors(answer.vectors)
+                    shown.advance(by=answer.sessions)
     except OSError as error:
         written = " and ".join(str(path) for path in (out, vectors) if path is not None)
-        raise environment_error(error, out or vectors or sessions) or UserError(
+        raise environment_error(error, main) or UserError(
             f"cannot write: {error.strerror or error} ({written}); give another file", DATA
         ) from None
     return BatchSummary(out, vectors, last - first, popular, unknown, rows)
@@ -156,7 +167,7 @@ def parquet_file(path: Path | None, schema: pa.Schema) -> Iterator[Callable[[pa.
         yield write
 
 
-def destination(out: Path | None, sessions: Path, number: int, processes: int, option: str) -> Path | None:
+def destination(out: Path | None, sessions: Paths, number: int, processes: int, option: str) -> Path | None:
     """Returns the file that this process writes for an `option`; None: none. Raises `UserError` (2) for an unusable `out`, before any file
     is read."""
     if out is None:
@@ -172,7 +183,7 @@ def destination(out: Path | None, sessions: Path, number: int, processes: int, o
                     f"the folder already has the output of {int(shard[1])} processes ({path}); delete it, or give another {option}", USAGE
                 )
         out = out.with_name(f"{out.stem}-{number:05d}-of-{processes:05d}{out.suffix}")
-    if out.resolve() == sessions.resolve():
+    if out.resolve() in [Path(path).resolve() for path in (sessions if isinstance(sessions, list) else [sessions])]:
         raise UserError(f"{option} and --sessions are the same file ({out}); give another {option}", USAGE)
     return out
 
@@ -198,57 +209,23 @@ def _ranked_table(item_ids: pa.Array, names: list[str], ranked: list[tuple[np.nd
 # --- reading
 
 
-def open_events(path: Path) -> tuple[int, Iterable[pa.Table]]:
-    """Returns the number of sessions, and their events in pieces, grouped by session. Raises `UserError`."""
-    begins, events = [], 0
-    before: str | None = None
-    for piece in read_pieces(path, ["session_id"]):
-        session = _text(piece, "session_id", path, events)
-        if not len(session):
-            continue
-        new = np.concatenate([[before is None or session[0].as_py() != before], pc.not_equal(session[1:], session[:-1])])
-        begins.append(np.fromiter(map(hash, session.filter(pa.array(new)).to_pylist()), np.int64))
-        before, events = session[-1].as_py(), events + len(session)
-    if not events:
-        raise UserError(f"no events ({path}); give one line per event", DATA)
-    hashes = np.concatenate(begins)
-    if len(np.unique(hashes)) == len(hashes):
-        return len(hashes), read_pieces(path, [*NEEDED, "timestamp"])
-    table = pa.concat_tables(read_pieces(path, [*NEEDED, "timestamp"]))
-    session, _, _ = (
-        *(_text(table, name, path) for name in NEEDED),
-        list(_clock(table, path, 0)),
-    )  # checked here: errors name rows of the file
-    coded = session.dictionary_encode()  # numbered by first appearance
-    return len(coded.dictionary), split_table(table.take(pa.array(np.argsort(coded.indices.to_numpy(), kind="stable"))))
-
-
-def split_table(table: pa.Table) -> Iterator[pa.Table]:
-    """Splits a table into pieces of at most `PIECE` rows."""
-    return (pa.Table.from_batches([batch]) for batch in table.to_batches(max_chunksize=PIECE))
-
-
-def complete_sessions(pieces: Iterable[pa.Table], recommender: Recommender, path: Path) -> Iterator[Chunk]:
-    """Yields the sessions of the pieces, also those that continue in the next piece; their events in the order of (timestamp, row)."""
-    rest, done = None, 0
+def complete_sessions(pieces: Iterable[pa.Table], recommender: Recommender) -> Iterator[Chunk]:
+    """Yields the sessions of the pieces, also those that continue in the next piece. The events are in order, session after session."""
+    rest = None
     for piece in pieces:
-        table = piece if rest is None else pa.concat_tables([rest, piece])
-        session = _text(table, "session_id", path, done)
+        table = (piece if rest is None else pa.concat_tables([rest, piece])).combine_chunks()
+        session = table["session_id"].chunk(0)
         begin = np.flatnonzero(np.concatenate([[True], pc.not_equal(session[1:], session[:-1])]))
         if begin[-1]:
-            yield _chunk(table[: begin[-1]], begin, recommender, path, done)
-        rest, done = table[begin[-1] :], done + int(begin[-1])
+            yield _chunk(table[: begin[-1]], begin, recommender)
+        rest = table[begin[-1] :]
     assert rest is not None
-    yield _chunk(rest, np.array([0, len(rest)]), recommender, path, done)
+    yield _chunk(rest, np.array([0, len(rest)]), recommender)
 
 
-def _chunk(table: pa.Table, offsets: np.ndarray, recommender: Recommender, path: Path, before: int) -> Chunk:
-    """`before`: number of events in the file before those of the table, for error messages."""
-    session, item = (_text(table, name, path, before) for name in NEEDED)
-    coded = item.dictionary_encode()
-    rows = np.array([recommender.row.get(i, -1) for i in coded.dictionary.to_pylist()], np.int64)[coded.indices.to_numpy()]
-    order = np.lexsort((*_clock(table, path, before), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))))
-    return Chunk(session.take(pa.array(offsets[:-1])).to_pylist(), rows[order], offsets)
+def _chunk(table: pa.Table, offsets: np.ndarray, recommender: Recommender) -> Chunk:
+    rows = np.array([recommender.row.get(item_id, -1) for item_id in table["item_id"].to_pylist()], np.int64)
+    return Chunk(table["session_id"].take(pa.array(offsets[:-1])).to_pylist(), rows, offsets)
 
 
 def session_range(chunks: Iterable[Chunk], first: int, last: int) -> Iterator[Chunk]:
@@ -259,63 +236,3 @@ def session_range(chunks: Iterable[Chunk], first: int, last: int) -> Iterator[Ch
         done += len(names)
         if begin < end:
             yield Chunk(names[begin:end], rows[offsets[begin] : offsets[end]], offsets[begin : end + 1] - offsets[begin])
-
-
-def _text(table: pa.Table, name: str, path: Path, before: int = 0) -> pa.Array:
-    """Returns a column of ids as text. Raises `UserError` (3) for a missing column or an empty id."""
-    if name not in table.column_names:
-        raise UserError(f"no column {name} ({path}; it has {', '.join(table.column_names)}); give session_id, item_id[, timestamp]", DATA)
-    for column_name in (name, "timestamp"):
-        if table.column_names.count(column_name) > 1:
-            raise UserError(f"column {column_name} is duplicated ({path}); keep one", DATA)
-    column = table[name].combine_chunks()
-    if (empty := pc.index(pc.is_null(column), True).as_py()) >= 0:
-        raise UserError(f"{name} is empty ({path} row {before + empty}); every event needs one", DATA)
-    try:
-        return column.cast(pa.string())
-    except pa.ArrowException:
-        raise UserError(f"ids are neither text nor integers ({path}, {column.type}); fix the column", DATA) from None
-
-
-def _clock(table: pa.Table, path: Path, before: int) -> Iterator[np.ndarray]:
-    """Yields the timestamps, (E,); nothing without such a column. Raises `UserError` (3) for an empty or unusable one."""
-    if "timestamp" not in table.column_names:
-        return
-    column = table["timestamp"]
-    empty = pc.index(pc.is_null(column, nan_is_null=True), True).as_py()
-    if empty >= 0 or not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_timestamp(column.type)):
-        where = f"{path} row {before + empty}" if empty >= 0 else f"{path}, {column.type}"
-        raise UserError(f"timestamp is not a time ({where}); give seconds or milliseconds for every event, or leave the column out", DATA)
-    yield (column if not pa.types.is_timestamp(column.type) else column.cast(pa.int64())).to_numpy()
-
-
-def read_pieces(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Reads a file in pieces: of Parquet the `columns` that exist, of CSV, TSV and JSON lines all columns, completely in memory.
-    Ids in CSV stay text (`007` is not 7). Raises `UserError` (3)."""
-    kind = path.suffix.lower()
-    if path.exists() and not path.is_file():  # a fifo would wait for ever, and is read twice
-        raise UserError(f"not a plain file ({path}); give a file", DATA)
-    try:
-        if kind == ".parquet":
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                names = file.schema_arrow.names
-                selected = [name for name in columns if name in names] if set(NEEDED) <= set(names) else names  # an error names all columns
-                for batch in file.iter_batches(PIECE, columns=selected):
-                    yield pa.Table.from_batches([batch])
-        elif kind in (".csv", ".tsv"):
-            text = pa.csv.ConvertOptions(
-                column_types={"session_id": pa.string(), "item_id": pa.string()},
-                null_values=[""],  # `NA` is an ordinary id
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            )
-            lines = pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",")
-            yield from split_table(pa.csv.read_csv(path, convert_options=text, parse_options=lines))
-        elif kind in (".jsonl", ".ndjson", ".json"):
-            yield from split_table(pa.json.read_json(path))
-        else:
-            raise UserError(f"unknown file type {kind!r} ({path}); give .parquet, .csv, .tsv or .jsonl", DATA)
-    except FileNotFoundError:
-        raise UserError(f"file not found ({path}); give an existing file", DATA) from None
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"not readable: {str(error).splitlines()[0]} ({path}); fix the file", DATA) from None

@@ -149,7 +149,9 @@ def test_position_decides_between_equal_times(tmp_path: Path) -> None:
 
 def test_users_are_cut_into_sessions_at_pauses(tmp_path: Path) -> None:
     minutes = {"u": [0, 10, 40, 71, 80], "v": [75, 76]}
-    events = [{"user_id": user, "item_id": "7", "timestamp": 60 * m} for user, times in minutes.items() for m in reversed(times)]
+    events = [
+        {"user_id": user, "item_id": "7", "timestamp": 1_500_000_000 + 60 * m} for user, times in minutes.items() for m in reversed(times)
+    ]
     run(tmp_path, ITEMS, events)
     assert {name: len(items) for name, items in sessions(tmp_path / "out").items()} == {"u-0": 3, "u-1": 2, "v-0": 2}
     table = pq.read_table(tmp_path / "out" / "sessions.parquet")
@@ -274,7 +276,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         (lambda: run(tmp_path, ITEMS, EVENTS[:2]), ["no session has two"]),
         (lambda: run(tmp_path, ITEMS, [event | {"session_id": None} for event in EVENTS]), ["no event has both session_id"]),
         (lambda: run(tmp_path, ITEMS, [event | {"session_id": "x" * 513} for event in EVENTS]), ["session_id", "512"]),
-        (lambda: run(tmp_path, ITEMS, [event | {"timestamp": True} for event in EVENTS]), ["`timestamp`", "wrong type"]),
+        (lambda: run(tmp_path, ITEMS, [event | {"timestamp": True} for event in EVENTS]), ["`timestamp`", "'true'", "not a time"]),
         (lambda: run(tmp_path, [{"item_id": 1.5, "title": "t"}], EVENTS), ["1.5", "line 1"]),
         (lambda: run(tmp_path, ITEMS, EVENTS, images=tmp_path / "none"), ["image folder not found"]),
         (lambda: run(tmp_path, ITEMS, [EVENTS[0] | {"timestamp": float("inf")}, *EVENTS[1:]], "parquet"), ["not finite", "row 0"]),
