@@ -22,8 +22,9 @@ from pipeline.core.errors import DATA, USAGE, UserError, printable
 from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
 from pipeline.data.prepare.database import database
+from pipeline.data.prepare.events import SessionRules, load_events
 from pipeline.data.prepare.open_tables import open_tables
-from pipeline.data.prepare.sessionizer import SessionRules, load_events, order_sessions
+from pipeline.data.prepare.sessionizer import order_sessions
 from pipeline.data.prepare.table_options import Paths, Report, TableOptions
 from recommender.serving.recommender import Filters, Recommender
 
