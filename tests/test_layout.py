@@ -81,8 +81,9 @@ def test_every_package_says_what_it_is_for_and_does_nothing() -> None:
 
 def test_files_and_objectives_need_no_model_code() -> None:
     for module, path in MODULES.items():
-        if package_of(module) in WITHOUT_MODELS:
-            assert not {name.split(".")[0] for name in imported_at_run_time(path)} & HEAVY, module
+        if package_of(module) in WITHOUT_MODELS:  # a collection of images is read by `datasets`, which is imported then
+            heavy = HEAVY - ({"datasets"} if module == "pipeline.data.prepare.collections" else set())
+            assert not {name.split(".")[0] for name in imported_at_run_time(path)} & heavy, module
 
 
 def imported_at_run_time(path: Path) -> set[str]:

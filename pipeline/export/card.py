@@ -56,7 +56,16 @@ def card(manifest: dict[str, Any]) -> str:
     lengths = "Both vectors have length one" if halves == HALVES else "The vector has length one"
     layers = manifest["layers"]
     early = "" if layers is None else f"\nOnly the first {layers} layers were run: the vectors differ from those of the full model.\n"
-    return f"""# Item embeddings
+    return f"""---
+pretty_name: Item embeddings
+tags: [embeddings, recommendation]
+size_categories: [{_size(manifest["rows"])}]
+configs:
+  - config_name: default
+    data_files: "part-*.parquet"
+---
+
+# Item embeddings
 
 {manifest["rows"]} items. One row an item, in the order of the catalogue, in `part-*.parquet`:
 
@@ -69,7 +78,15 @@ def card(manifest: dict[str, Any]) -> str:
 2504.10538) on the backbone `{manifest["backbone"]}`{revision}, whose licence and limits they inherit, from the columns
 {", ".join(f"`{name}`" for name in manifest["prompts"]["text"])} and the image, by the {manifest["pooling"]}. The transition half
 has seen training sessions only. `manifest.json` has the sha256 of every file here, of the catalogue and of the weights.
+
+`datasets.load_dataset(FOLDER, split="train")` reads this folder as it is.
 {early}"""
+
+
+def _size(rows: int) -> str:
+    """Returns the category of a dataset's size, in the terms of the Hugging Face hub."""
+    limits = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M", 10**8: "10M<n<100M"}
+    return next((name for limit, name in limits.items() if rows < limit), "100M<n<1B")
 
 
 def write_arrays(folder: Path, manifest: dict[str, Any]) -> None:

@@ -25,8 +25,9 @@ from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
 from pipeline.core.ray_workers import in_order, on_ray
 from pipeline.data.prepare.database import database
+from pipeline.data.prepare.events import SessionRules, load_events
 from pipeline.data.prepare.open_tables import open_tables
-from pipeline.data.prepare.sessionizer import SessionRules, load_events, order_sessions
+from pipeline.data.prepare.sessionizer import order_sessions
 from pipeline.data.prepare.table_options import Paths, Report, TableOptions
 from recommender.serving.recommender import Filters, Recommender
 from recommender.serving.session_vectors import vectors_schema, vectors_table

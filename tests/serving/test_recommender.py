@@ -20,8 +20,8 @@ from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, DATA, USAGE, UserError
 from pipeline.data.embeddings import read_embeddings
 from pipeline.data.prepare.database import database
+from pipeline.data.prepare.events import SessionRules, load_events
 from pipeline.data.prepare.open_tables import open_tables
-from pipeline.data.prepare.sessionizer import SessionRules, load_events
 from pipeline.data.prepare.table_options import Report, TableOptions
 from recommender.retrieval.index_tuning import WANTED, check
 from recommender.serving import batch_scorer

@@ -60,7 +60,9 @@ class Database:
         config = {"autoinstall_known_extensions": False, "autoload_known_extensions": False, "allow_community_extensions": False}
         self.connection = duckdb.connect(config=config)  # type: ignore[arg-type]
         self.run("set temp_directory = $1", [str(folder / "spill")])
-        self.run(f"set threads = {self.threads}; set TimeZone = 'UTC'; set python_enable_replacements = false")
+        self.run(
+            f"set threads = {self.threads}; set TimeZone = 'UTC'; set python_enable_replacements = false; set enable_progress_bar = false"
+        )
         if memory is not None:
             self.run(f"set memory_limit = '{int(memory * SHARE)}B'")
         words, blanks = ", ".join(map(quoted, MISSING)), ", ".join(str(ord(blank)) for blank in BLANKS if ord(blank) > 32)

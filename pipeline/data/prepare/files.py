@@ -22,6 +22,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from pipeline.core.errors import DATA, USAGE, UserError
+from pipeline.data.prepare.collections import is_collection, write_collection
 
 KINDS = {
     **dict.fromkeys((".csv", ".tsv", ".tab", ".txt", ".dat", ".data", ".inter", ".item", ".user"), "csv"),
@@ -67,6 +68,11 @@ def find_parts(paths: list[str], folder: Path, encoding: str | None, say: Callab
 
 def _expand(text: str, folder: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Path, dict[str, str]]]:
     """Yields the name, the path and the hive columns of every file of a path."""
+    if is_collection(text):
+        copy = folder / f"collection-{len(list(folder.iterdir()))}.parquet"
+        write_collection(text, copy)
+        yield text, copy, {}
+        return
     if "://" in text:
         yield from _remote(text, folder)
         return

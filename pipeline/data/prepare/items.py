@@ -15,7 +15,7 @@ from pipeline.data.availability import COLUMNS as AVAILABILITY
 from pipeline.data.availability import read_availability
 from pipeline.data.prepare.columns import ITEM_NAMES, Columns
 from pipeline.data.prepare.database import Database, name
-from pipeline.data.prepare.sessionizer import check_ids_sql, id_sql
+from pipeline.data.prepare.events import check_ids_sql, id_sql
 from pipeline.data.prepare.timestamps import find_clock, settle_unit
 
 INTEGER = r"'-?(0|[1-9]\d{0,17})(\.0+)?'"

@@ -4,9 +4,10 @@ from pipeline.core.errors import USAGE, UserError
 from pipeline.data.prepare.columns import EVENT_NAMES, ITEM_NAMES, Columns, check_guesses, is_known, match_items
 from pipeline.data.prepare.database import Database
 from pipeline.data.prepare.files import find_parts
+from pipeline.data.prepare.layouts import Reading
 from pipeline.data.prepare.mapping import Mapping, Side, read_mapping, recognised
 from pipeline.data.prepare.table_options import Paths, Report, TableOptions
-from pipeline.data.prepare.tables import Reading, Source
+from pipeline.data.prepare.tables import Source
 
 
 def open_tables(

@@ -19,10 +19,11 @@ from pipeline.core.progress import Steps
 from pipeline.data.data_folder import ITEMS, SESSIONS, publish_pair
 from pipeline.data.prepare.database import Database, database
 from pipeline.data.prepare.download import Downloads
+from pipeline.data.prepare.events import Events, SessionRules, load_events
 from pipeline.data.prepare.item_images import KIND, ItemImages
 from pipeline.data.prepare.items import load_items, plain, select_sql
 from pipeline.data.prepare.open_tables import open_tables
-from pipeline.data.prepare.sessionizer import Events, SessionRules, build_sessions, load_events
+from pipeline.data.prepare.sessionizer import build_sessions
 from pipeline.data.prepare.table_options import Paths, Report, TableOptions
 
 LINK = "__link"  # column of the paths and addresses of images, which is not written
