@@ -21,7 +21,7 @@ from typer import Option
 from typer.core import TyperGroup
 
 from pipeline.command_options import RUN, ConfigFile, DataFolder, Fresh, Override, RunFolder, following
-from pipeline.core.errors import ENVIRONMENT, USAGE, UserError, printable
+from pipeline.core.errors import ENVIRONMENT, USAGE, UserError, note, printable
 from pipeline.core.process import join_cpu_processes
 from pipeline.export_command import export_embeddings, export_model
 from pipeline.prepare_command import prepare
@@ -51,13 +51,16 @@ class Commands(TyperGroup):
         """Turns a `UserError`, and an error of disk or memory, into its line and exit code. Any other one is a bug, with its traceback."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `| head`
+            drop_stdout()
+            raise SystemExit(128 + signal.SIGPIPE) from None
         except Exception as error:
             line = error if isinstance(error, UserError) else self._environment_error(error)
             if line is None:
                 raise
             if ctx.meta[DEBUG]:
-                traceback.print_exc()
-            typer.echo(f"error: {line}", err=True)
+                note(traceback.format_exc())
+            note(f"error: {line}")
             raise SystemExit(line.code) from None
 
     def _environment_error(self, error: Exception) -> UserError | None:
@@ -154,7 +157,7 @@ def index(
 
         recommender = Recommender.load(run)
         for line in run_check(recommender.index, recommender.sample_rows(), recommender.version.manifest["index"]):
-            typer.echo(line)
+            typer.echo(printable(line))
         return
     with open_run(config, data, run, set_) as (settings, folder):
         from recommender.training.rebuild_index import refresh
@@ -316,17 +319,24 @@ def doctor(run: RunFolder = RUN) -> None:
     examination = examine(run)
     table = Table(box=None, show_header=False, pad_edge=False)
     for fact, value in examination.lines:
-        table.add_row(fact, value)
+        table.add_row(fact, printable(value))
     print_table(table, markup=False)
     if examination.missing:
         raise UserError(f"something is missing (this environment); {'; '.join(examination.missing)}", ENVIRONMENT)
     say("nothing is missing")
 
 
+def drop_stdout() -> None:
+    """Lets what is left for stdout go nowhere, where it cannot be written; else the interpreter tries again at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Runs `tpad`, also under `accelerate launch -m cli` and `torchrun -m cli`. A usage error is one line too; Ctrl-C is 130."""
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"} | dict(os.environ))
     join_cpu_processes()
+    sys.excepthook = lambda *error: note("".join(traceback.format_exception(*error)))  # a bug's traceback may quote a title
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a title may have letters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
@@ -335,16 +345,15 @@ def main() -> None:
         sys.stdout.flush()
         raise SystemExit(code)
     except OSError as error:  # what `Commands` does not see, as --help; or the last bytes of stdout
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again at its end
-        if isinstance(error, BrokenPipeError):  # `| head`
+        drop_stdout()
+        if isinstance(error, BrokenPipeError):
             raise SystemExit(128 + signal.SIGPIPE) from None
-        typer.echo(f"error: cannot write: {(error.strerror or str(error)).lower()} (stdout); give it another place", err=True)
+        note(f"error: cannot write: {(error.strerror or str(error)).lower()} (stdout); give it another place")
         raise SystemExit(ENVIRONMENT) from None
     except UsageError as error:
         message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
         command = error.ctx.command_path if error.ctx else "tpad"  # type: ignore[attr-defined]
-        typer.echo(printable(f"error: {message[0].lower()}{message[1:]} (command line); see `{command} --help`"), err=True)
+        note(f"error: {message[0].lower()}{message[1:]} (command line); see `{command} --help`")
         raise SystemExit(USAGE) from None
 
 

@@ -5,13 +5,12 @@ Heavy modules are imported inside functions, since the command line always impor
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError, printable
+from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError, note
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config
@@ -22,7 +21,7 @@ MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the only one that prints, u
 def say(line: str) -> None:
     """Prints a line to stderr, in the main process."""
     if MAIN_PROCESS:
-        print(printable(line), file=sys.stderr, flush=True)
+        note(line)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.artifact import decoding
-from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.errors import ARTIFACT, UserError, note
 from pipeline.core.files import canonical_json, environment_error, fsync_path, parse_json, read_small, remove, sha256_file
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -85,7 +84,7 @@ class Checkpoints:
                     )
                 return step, tensors, entry["state"]
             except Damaged as reason:
-                print(f"warning: checkpoint is damaged and left out: {reason} ({path})", file=sys.stderr)
+                note(f"warning: checkpoint is damaged and left out: {reason} ({path})")
         return None
 
     @contextmanager

@@ -4,6 +4,8 @@ Everything a user can cause (a bad file, a bad config, a missing artifact, a mis
 any other exception is a bug in tpad and keeps its traceback.
 """
 
+import sys
+
 USAGE = 2  # command line or config
 DATA = 3  # input data
 ARTIFACT = 4  # an artifact is missing, corrupt or does not match
@@ -16,6 +18,11 @@ MOST = 2000  # characters of a line
 def printable(text: str) -> str:
     """Escapes what is not printable, but line ends: titles, ids and names from outside must not give commands to a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def note(line: str) -> None:
+    """Prints a line to stderr, beside the result of a command."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class UserError(Exception):

@@ -1,14 +1,13 @@
 """Reads columns of times: Arrow timestamps of any unit, or integers in seconds or milliseconds."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core.errors import DATA, UserError
+from pipeline.core.errors import DATA, UserError, note
 
 PREPARE = "`tpad prepare` writes such a file"
 MILLISECONDS = 10**11  # a timestamp above is not in seconds (that would be the year 5138) ...
@@ -41,5 +40,5 @@ def read_clock(path: Path, column: pa.ChunkedArray, name: str, rows: np.ndarray 
         row = ticks.argmin() if rows is None else rows[ticks.argmin()]
         raise UserError(f"values of {name} are partly in seconds, partly in milliseconds ({path} row {row}); use one unit", DATA)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"note: values of {name} in {path} are read as milliseconds", file=sys.stderr)
+        note(f"note: values of {name} in {path} are read as milliseconds")
     return ticks, 1000

@@ -7,7 +7,6 @@ bit (`unchanged_rows.py`). With a server (`server_engine.py`) a batch is a reque
 """
 
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.config import ExportConfig
-from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.errors import ARTIFACT, UserError, note
 from pipeline.core.prefetch import ahead
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog
@@ -261,7 +260,7 @@ class Exporter:
         self.stats.encoding += batch.seconds
         self.stats.decoding += batch.decoding
         for fault in batch.faults:
-            print(f"warning: {fault}; {'left out' if self.source.on_bad_image == 'skip' else 'shown as text only'}", file=sys.stderr)
+            note(f"warning: {fault}; {'left out' if self.source.on_bad_image == 'skip' else 'shown as text only'}")
         self.writer.put(self._collect, part, batch, self.model.submit(self._forward, part, batch))
 
     def _forward(self, part: PartInProgress, batch: Batch) -> tuple[dict[str, Tensor], Any]:

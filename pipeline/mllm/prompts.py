@@ -5,7 +5,6 @@ before it: `backbone.pooling`), or an answer the model learns to generate. A mis
 prompt. The paper does not publish its prompts, so wording and order are this project's own.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from string import Formatter
@@ -14,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pipeline.core.config import DataConfig
-from pipeline.core.errors import USAGE, UserError
+from pipeline.core.errors import USAGE, UserError, note
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import ImageError
 from pipeline.mllm.neighbour_titles import Neighbours
@@ -80,7 +79,7 @@ class Prompts:
                 self.catalog.image(row)
                 self._decodes[row] = True
             except ImageError as error:
-                print(f"warning: {error}; shown as text only", file=sys.stderr)
+                note(f"warning: {error}; shown as text only")
                 self._decodes[row] = False
         return self._decodes[row]
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.core.artifact import environment
+from pipeline.core.errors import note
 from pipeline.core.files import canonical_json, remove, replacing, sha256_file
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.core.progress import Steps
@@ -76,7 +77,7 @@ class VisionCache:
         return self._open[path].image(key, number)
 
     def _drop(self, path: Path) -> None:
-        print(f"warning: cached vision features are damaged and left out ({path})", file=sys.stderr)
+        note(f"warning: cached vision features are damaged and left out ({path})")
         self.place = {key: entry for key, entry in self.place.items() if entry[0] != path}
         remove(path)
 

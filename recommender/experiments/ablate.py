@@ -8,7 +8,6 @@ K and T. The command line passes the steps in as `make`, because this package ma
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +23,7 @@ from pipeline.core.checkpoint import seconds_of
 from pipeline.core.config import Config
 from pipeline.core.config_file import altered
 from pipeline.core.distill_config import VariantName
-from pipeline.core.errors import ENVIRONMENT, UserError
+from pipeline.core.errors import ENVIRONMENT, UserError, note
 from pipeline.core.files import read_sealed, write_sealed
 from pipeline.core.process import end_with
 from pipeline.data.embeddings import read_embeddings
@@ -75,7 +74,7 @@ def ablate(config: Config, run: Path, data: Path, variants: Sequence[VariantName
 
 def make_cell(config: Config, run: Path, data: Path, make: Make, cell: Cell) -> Cell:
     """Trains and exports one cell, and probes its vectors."""
-    print(f"cell: {cell.name}", file=sys.stderr)
+    note(f"cell: {cell.name}")
     siblings = sorted(path for path in run.glob(f"*-{cell.seed}") if path.name != cell.name)
     settings, folder = cell.settings(config), run / cell.name
     if cost := make(settings, folder, data, siblings):

@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.core.errors import printable
 from recommender.baselines.registry import BASELINES, MODELS
 from recommender.metrics.evaluator import REFIT_NOTE, BucketMetrics
 from recommender.metrics.significance import Difference
@@ -52,7 +53,7 @@ def print_results(metrics: dict[str, Any]) -> None:
         f"{facts['one_event_sessions_dropped']} of one event left out"
     )
     if (calibration := facts.get("calibration")) is not None and calibration["told"]:
-        print(calibration["told"])
+        print(printable(calibration["told"]))
     print_table(metrics["results"], "Next item, every test position, all items ranked")
     if facts.get("refit"):
         print(REFIT_NOTE)

@@ -6,7 +6,6 @@ stored once and referenced where it is shown.
 """
 
 import base64
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.core.artifact import decoding
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, note
 from pipeline.core.files import json_lines, read_json, replacing
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog
@@ -102,7 +101,7 @@ def write_report(run: Path, data: Path | None, config: str) -> Path:
     try:
         catalog = catalogue_of(recommender.version, data)
     except UserError as error:  # the report is written without images
-        print(f"no images: {error}", file=sys.stderr)
+        note(f"no images: {error}")
     with decoding(recommender.version.path, HINT):
         page = render(run, recommender, ItemImages(catalog, recommender), config)
     path = run / "report.html"

@@ -8,7 +8,9 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD = 65_536  # bytes of a request line and its headers; also of chunk lines and trailers, beyond `FRAME` for each byte of body
-FRAME = 8
+FRAME = 1  # so that a body does not come in millions of chunks
+PIECE = 8192  # bytes that are parsed before others have their turn ...
+MAX_PIPELINE = 16  # ... and requests of a connection that may wait for the answers to earlier ones
 HEAD_SECONDS = 10.0  # from the first byte of a head to its last
 IDLE_SECONDS = 30.0  # from the connection to its first byte
 UNREAD_SECONDS = 30.0  # in which a client may read nothing of an answer that is larger than the buffers of its connection
@@ -29,7 +31,10 @@ class BoundedHeads(HttpToolsProtocol):
             self._silent = False
             self._stop_clock()
         while data and not self.transport.is_closing():
-            piece, data = data, b""
+            piece, data = data[:PIECE], data[PIECE:]
+            if len(self.pipeline) > MAX_PIPELINE:
+                self._refuse("429 Too Many Requests")
+                return
             if self._in_head:
                 if self._head_bytes == MAX_HEAD:
                     self._refuse("431 Request Header Fields Too Large")
@@ -37,7 +42,7 @@ class BoundedHeads(HttpToolsProtocol):
                 if self._late is None:
                     self._late = self.loop.call_later(HEAD_SECONDS, self._refuse, "408 Request Timeout")
                 room = MAX_HEAD - self._head_bytes
-                piece, data = piece[:room], piece[room:]
+                piece, data = piece[:room], piece[room:] + data
                 self._head_bytes += len(piece)
             else:
                 self._frame_bytes += len(piece)

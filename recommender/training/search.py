@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 
 from pipeline.core.artifact import decoding
 from pipeline.core.config import Config, SbrConfig
-from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError
+from pipeline.core.errors import ARTIFACT, ENVIRONMENT, UserError, note
 from pipeline.core.files import canonical_json, read_sealed, remove, write_sealed
 from recommender.baselines.registry import BASELINES, MODELS, build_baseline, chosen
 from recommender.metrics.evaluator import baseline_ranks
@@ -268,7 +268,7 @@ def one_trial(
         state = optuna.trial.TrialState.PRUNED
     except Diverged as reason:
         if accelerator.is_main_process:
-            print(f"{name}: {reason}; the trial counts as 0", file=sys.stderr)
+            note(f"{name}: {reason}; the trial counts as 0")
     accelerator.free_memory()  # it keeps a reference to every prepared model
     accelerator.wait_for_everyone()
     if study is not None:

@@ -7,7 +7,6 @@ epochs and the calibration of its held-out twin.
 
 import hashlib
 import itertools
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from accelerate import Accelerator
 
 from pipeline.core.artifact import Version, decoding, published, stage
 from pipeline.core.config import Config, SbrConfig
-from pipeline.core.errors import ARTIFACT, UserError
+from pipeline.core.errors import ARTIFACT, UserError, note
 from pipeline.core.files import canonical_json, read_json, remove
 from pipeline.data.embeddings import published_in
 from recommender.baselines.registry import BASELINES, MODELS, chosen
@@ -126,9 +125,9 @@ def calibrated_refit(
 def print_notes(version: Version, settings: SbrConfig) -> None:
     """Prints which settings of an up-to-date version only `tpad index` can change."""
     if (built := version.manifest["index"]["setting"]) != settings.index:
-        print(f"note: its index is still {built}; run `tpad index` for sbr.index {settings.index}", file=sys.stderr)
+        note(f"note: its index is still {built}; run `tpad index` for sbr.index {settings.index}")
     if (shift := version.manifest["settings"]["new_items"]) != settings.new_items:
-        print(f"note: its new_items is still {shift}; run `tpad index` for sbr.new_items {settings.new_items}", file=sys.stderr)
+        note(f"note: its new_items is still {shift}; run `tpad index` for sbr.new_items {settings.new_items}")
 
 
 def refit_of(config: Config) -> list[bool]:

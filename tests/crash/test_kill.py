@@ -25,7 +25,7 @@ def prepared(folder: Path) -> Sequence[object]:
 COMMANDS: dict[str, Words] = {
     "index": lambda run: ("index", "--run", run, "--set", "sbr.index=hnsw"),
     "evaluate": lambda run: ("evaluate", "--run", run, "--models", "popularity,ID-only", *SET),
-    "train-sbr": lambda run: ("train-sbr", "--run", run, "--fresh", *SET),
+    "train-sbr": lambda run: ("train-sbr", "--run", run, *SET, "--set", "sbr.lr=1e-3"),
     "report": lambda run: ("report", "--run", run),
     "recommend": lambda run: ("recommend", "--run", run, "--sessions", run / "data" / "sessions.parquet", "--out", run / "ranked.parquet"),
 }
