@@ -48,7 +48,9 @@ def directions(rows: np.ndarray, offsets: np.ndarray, items: int, dim: int) -> n
     basis = np.random.default_rng(0).standard_normal((items, min(dim + OVERSAMPLING, items)), np.float32)
     for _ in range(ITERATIONS):
         basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
-    left, strengths, _ = np.linalg.svd((matrix.T @ basis).T, full_matrices=False)
+    projected = matrix.T @ basis
+    squares, left = np.linalg.eigh((projected.T @ projected).astype(np.float64))  # of a small matrix: its SVD would be one of N lines
+    strengths, left = np.sqrt(np.maximum(squares[::-1], 0)), left[:, ::-1].astype(np.float32)
     vectors = np.zeros((items, dim), np.float32)
     vectors[:, :kept] = (basis @ left[:, :kept]) * np.sqrt(strengths[:kept])
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
