@@ -199,6 +199,9 @@ class PartsConfig(Section):
         default=True, description="repeats: items of the prefix get a weight by how long ago they were seen, and a repeat discount"
     )
     popularity: bool = Field(default=True, description="popularity prior: training count of an item, and its count predicted from content")
+    directions: bool = Field(
+        default=True, description="id vectors start from the main directions of the items' co-occurrence (PPMI), not at random"
+    )
     whitening: bool = Field(
         default=True, description="PCA whitening of the exported vectors, fitted on training items; false: only centred and scaled"
     )

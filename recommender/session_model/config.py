@@ -25,6 +25,7 @@ class Parts:
     companions: int = 3
     repeat: bool = True
     popularity: bool = True
+    directions: bool = True
 
 
 @dataclass(frozen=True)

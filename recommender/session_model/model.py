@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recommender.session_model.channel import Channel
+from recommender.session_model.co_occurrence import directions
 from recommender.session_model.config import LEAST_MASS, LOG_ZERO, REPEAT_DISCOUNT_RATE, ModelConfig, Parts
 from recommender.session_model.losses import log_partition
 from recommender.session_model.negative_sampling import Candidates
@@ -129,6 +130,10 @@ class SessionModel(nn.Module):
         if config.ids:
             self.ids = nn.Embedding(config.items, config.dim)
             nn.init.normal_(self.ids.weight, std=0.1)
+            if config.parts.directions and len(rows) > 1:
+                start = torch.as_tensor(directions(rows, offsets, config.items, config.dim))
+                with torch.no_grad():  # of the same length as the random ones, which items without pairs keep
+                    self.ids.weight.copy_(torch.where(start.any(1, keepdim=True), 0.1 * config.dim**0.5 * start, self.ids.weight))
             self.channels["id"] = Channel(config.dim, config.max_prefix, config.parts)
             for name, steps in pair_steps(config.parts).items():
                 self.pairs[name] = PairCounts(rows, offsets, config.items, config.max_prefix, steps)
