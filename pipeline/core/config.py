@@ -447,7 +447,7 @@ class SbrConfig(Section):
     )
     index: str = Field(
         default="auto",
-        description="item index: flat (exact), hnsw, ivf, a FAISS factory string, or auto, by catalogue size; `tpad index` changes it",
+        description="item index: flat (exact), hnsw, ivf, ivfpq, a FAISS factory string, or auto, by catalogue size; `tpad index` changes it",
     )
     models: list[str] = Field(
         default=["ID-only", "content-only", "full"],

@@ -146,7 +146,7 @@ def _ranked_table(recommender: Recommender, names: list[str], ranked: list[tuple
     return pa.table(
         {
             "session_id": pa.array(names, pa.string()).take(pa.array(np.repeat(np.arange(len(names)), lengths))),
-            "item_id": pa.array(recommender.item_ids, pa.string()).take(pa.array(best)),
+            "item_id": recommender.items["item_id"].take(pa.array(best)).combine_chunks(),
             "rank": pa.array(np.concatenate([np.arange(1, n + 1) for n in lengths]), pa.int32()),
             "score": pa.array(np.concatenate([scores for _, scores in ranked]), pa.float32()),
         },
