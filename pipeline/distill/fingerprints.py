@@ -18,14 +18,16 @@ from pipeline.mllm.tiny_backbone import TOKENIZER
 def fingerprints(config: Config, views: Prompts, train: SessionLog, teacher: Teacher | None, backbone_sha256: str | None) -> list[str]:
     """Hashes everything that the weights depend on: one fingerprint a phase, the last one for the published MLLM.
 
-    The checkpoint interval, the number of processes, the chunk size and the vision cache are left out: they do not change the weights.
+    The checkpoint interval, the number of processes, the chunk size, the vision cache and fused kernels are left out: they do not
+    change the weights.
     """
     chain: dict[str, Any] = {
         "prompts": prompts.VERSION,
         "templates": views.templates.model_dump(),
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
-        "backbone": config.backbone.model_dump(exclude={"path"}) | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
+        "backbone": config.backbone.model_dump(exclude={"path", "kernels"})
+        | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
         "weights": backbone_sha256,
         "dim": config.distill.dim,
         "critic": config.distill.critic.model_dump(),

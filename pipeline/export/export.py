@@ -152,6 +152,7 @@ def plan_export(config: Config, run: Path, data: Path, update: bool, engine: str
             "max_pixels": config.export.max_pixels or trained.max_pixels,
             "attention": config.export.attention or trained.attention,
             "path": config.backbone.path or trained.path,
+            "kernels": config.backbone.kernels,  # this machine need not be that of the training
         }
     )
     catalog = load_catalog(data, stream=True)

@@ -8,7 +8,7 @@ model scores them exactly.
 With a flat index the result is exact: the search stops when the k-th best candidate beats the upper bound of the items outside all lists,
 and otherwise takes a larger M. Any other index (HNSW, IVF, ...) finds most of the candidates in a fraction of the time: when it is
 built, its recall against the exact search is measured, and the smallest search effort that reaches `WANTED` is used from then on. A
-product quantizer (`ivfpq`, `IVF4096,PQ36x4fs`, ...) keeps a few bytes of a vector: enough to find candidates, which the model scores exactly.
+product quantizer (`ivfpq`, `IVF4096,PQ36x4fs`, ...) keeps a few bytes of a vector: enough to find candidates, which the model scores.
 
 A GPU builds the indexes that faiss-gpu supports (not HNSW), and they are saved in their CPU form; no test of this project runs that. This
 module imports faiss and sets its number of threads.
