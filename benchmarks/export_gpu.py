@@ -13,7 +13,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ def forward_only(config: Config, run: Path, data: Path, out: Path) -> dict[str, 
         marks.append(time.perf_counter())
         yield from ready
 
-    def to_the_end(self: exporter.Exporter, names: list[str], wait: bool) -> None:
-        whole(self, names, wait)
+    def to_the_end(self: exporter.Exporter, names: Sequence[str], show: bool = True) -> None:
+        whole(self, names, show)
         marks.append(time.perf_counter())
 
     exporter.ahead, exporter.Exporter.run = all_first, to_the_end  # type: ignore[assignment, method-assign]

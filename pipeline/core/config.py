@@ -148,6 +148,11 @@ class BackboneConfig(Section):
         description="largest image in pixels, to which larger ones are scaled down (Qwen families only); null: the processor's default",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(default="sdpa", description="attention implementation of transformers")
+    kernels: Literal["auto", "liger", "none"] = Field(
+        default="auto",
+        description="fused GPU kernels of liger-kernel for a published backbone (extra `gpu`): where there are any (auto), or else an "
+        "error (liger), or none; not yet run on a GPU",
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass: less memory, more time")
     tiny: TinyConfig = TinyConfig()
 
@@ -265,7 +270,8 @@ class SbrConfig(Section):
     index: str = Field(
         default="auto",
         max_length=100,  # FAISS reads it by recursion
-        description="item index: flat (exact), hnsw, ivf, a FAISS factory string, or auto, by catalogue size; `tpad index` changes it",
+        description="item index: flat (exact), hnsw, ivf, ivfpq, a FAISS factory string, or auto, by catalogue size; `tpad index` "
+        "changes it",
     )
     models: list[str] = Field(
         default=["ID-only", "content-only", "full"],

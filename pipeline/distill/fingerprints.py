@@ -18,7 +18,8 @@ from pipeline.mllm.tiny_backbone import TOKENIZER
 def fingerprints(config: Config, prompts: Prompts, train: SessionLog, teacher: Teacher | None, backbone_sha256: str | None) -> list[str]:
     """Hashes everything that the weights depend on: one fingerprint a phase, the last one for the published MLLM.
 
-    The checkpoint interval, the number of processes, the chunk size and the vision cache are left out: they do not change the weights.
+    The checkpoint interval, the number of processes, the chunk size, the vision cache and fused kernels are left out: they do not
+    change the weights.
     """
     chain: dict[str, Any] = {
         "prompts": PROMPTS_VERSION,
@@ -26,7 +27,7 @@ def fingerprints(config: Config, prompts: Prompts, train: SessionLog, teacher: T
         "seed": config.seed,
         "data": config.data.model_dump(exclude={"protocol", "valid", "test", "max_prefix", "neighbours", "prompts"}),
         # of a local folder the content counts, not its name
-        "backbone": config.backbone.model_dump(exclude={"path", "name"} if backbone_sha256 else {"path"})
+        "backbone": config.backbone.model_dump(exclude={"path", "kernels", "name"} if backbone_sha256 else {"path", "kernels"})
         | ({"tokenizer": TOKENIZER} if config.backbone.name == "tiny" else {}),
         "weights": backbone_sha256,
         "dim": config.distill.dim,

@@ -158,6 +158,7 @@ def _plan(config: Config, root: Path, model: Version, catalog: Catalog, update: 
             "path": config.backbone.path or trained.path,
             # the folder may have moved; `load_mllm` compares its content
             "name": config.backbone.name if settings.get("backbone_sha256") and Path(config.backbone.name).is_dir() else trained.name,
+            "kernels": config.backbone.kernels,  # this machine need not be that of the training
         }
     )
     halves = [half for half in HALVES if half in settings["heads"]]  # an ablation may have one

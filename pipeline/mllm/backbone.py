@@ -26,6 +26,7 @@ from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import environment_error, sha256_file
 from pipeline.data.catalog import Catalog
 from pipeline.mllm.item_vectors import VECTORS, ItemVectors, VectorModel
+from pipeline.mllm.kernels import fuse
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.tiny_backbone import tiny_config, tiny_processor, train_tokenizer
 
@@ -120,6 +121,7 @@ def published_backbone(config: BackboneConfig) -> Backbone:
         raise environment_error(error, Path(name)) or UserError(
             f"cannot load the backbone: {reason} (backbone.name = {name}); give a local folder or a reachable name", ENVIRONMENT
         ) from None
+    fuse(model, config)
     return Backbone(model, tokenizer, image_processor)
 
 

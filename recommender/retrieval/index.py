@@ -7,14 +7,17 @@ model scores them exactly.
 
 With a flat index the result is exact: the search stops when the k-th best candidate beats the upper bound of the items outside all lists,
 and otherwise takes a larger M. Any other index (HNSW, IVF, ...) finds most of the candidates in a fraction of the time: when it is
-built, its recall against the exact search is measured, and the smallest search effort that reaches `WANTED` is used from then on.
+built, its recall against the exact search is measured, and the smallest search effort that reaches `WANTED` is used from then on. A
+product quantizer (`ivfpq`, `IVF4096,PQ36x4fs`, ...) keeps a few bytes of a vector: enough to find candidates, which the model scores.
 
 A GPU builds the indexes that faiss-gpu supports (not HNSW), and they are saved in their CPU form; no test of this project runs that. This
 module imports faiss and sets its number of threads.
 """
 
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import faiss  # type: ignore[import-untyped]
 import numpy as np
@@ -26,7 +29,9 @@ from recommender.session_model.numpy_model import NumpySessionModel, SessionStat
 from recommender.session_model.top_k import first
 
 FLAT_ITEMS = 50_000  # auto: up to this catalogue size a flat index, which is exact ...
-HNSW_ITEMS = 2_000_000  # ... up to this one HNSW, and above IVF, which is faster to build and has less recall
+HNSW_ITEMS = 2_000_000  # ... up to this one HNSW, and above IVF with a product quantizer, in a tenth of the memory and with less recall
+PQ_PIECES = 36  # of a quantized vector, each half a byte
+POINTS = 64  # vectors a list that are looked at to place the lists
 EFFORT = {"efSearch": 64, "nprobe": 16}  # search parameters of HNSW and IVF at an effort of 1
 QUERY_WEIGHT = 0.95  # an inexact index is asked only the heaviest queries that together have this share of a session's weight
 FIRST_LIST = 64  # entries that the first search takes of every query ...
@@ -39,9 +44,10 @@ THREADS = faiss.omp_get_max_threads()  # cores, or OMP_NUM_THREADS
 def factory_of(setting: str, items: int) -> str:
     """Translates `sbr.index` into a string for FAISS's index factory."""
     if setting == "auto":
-        setting = "flat" if items <= FLAT_ITEMS else "hnsw" if items <= HNSW_ITEMS else "ivf"
+        setting = "flat" if items <= FLAT_ITEMS else "hnsw" if items <= HNSW_ITEMS else "ivfpq"
     lists = 2 ** int(math.log2(max(1.0, min(4 * math.sqrt(items), items / 40))))  # FAISS warns of fewer than 40 items a list
-    return {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{lists},Flat"}.get(setting, setting)
+    known = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{lists},Flat", "ivfpq": f"IVF{lists},PQ{PQ_PIECES}x4fs"}
+    return known.get(setting, setting)
 
 
 def empty_index(setting: str, items: int, dim: int) -> faiss.Index:
@@ -64,20 +70,38 @@ def build_indexes(model: NumpySessionModel, setting: str) -> dict[str, faiss.Ind
     indexes = {}
     for (name, vectors), scale in zip(model.vectors.items(), model.channels.scale, strict=True):
         rows = offered(model.priors[name])
-        vectors = np.concatenate([vectors[rows], model.priors[name][rows, None] / scale], 1)
-        index = empty_index(setting, len(vectors), vectors.shape[1])
-        on_gpu = gpus() > 0 and "HNSW" not in factory_of(setting, len(vectors))
+        factory = factory_of(setting, len(rows))
+        width = vectors.shape[1] + 1
+        index = empty_index(setting, len(rows), padded(width, factory))
+        on_gpu = gpus() > 0 and "HNSW" not in factory
+
+        def points(some: np.ndarray, vectors: Any = vectors, scale: float = scale, prior: np.ndarray = model.priors[name]) -> np.ndarray:
+            return pad(np.concatenate([vectors.take(some, 0), prior[some, None] / scale], 1), index.d)  # noqa: B023 (called below)
+
         try:
             index = faiss.index_cpu_to_all_gpus(index) if on_gpu else index
-            index.train(vectors)
-            with Steps(f"index of {name}", len(vectors), show=len(vectors) > ADD_AT_ONCE) as progress:
-                for start in range(0, len(vectors), ADD_AT_ONCE):
-                    index.add(vectors[start : start + ADD_AT_ONCE])
-                    progress.advance(by=len(vectors[start : start + ADD_AT_ONCE]))
+            if not index.is_trained:
+                most = POINTS * (int(lists[1]) if (lists := re.search(r"IVF(\d+)", factory)) else FLAT_ITEMS)
+                index.train(points(np.sort(np.random.default_rng(0).permutation(rows)[:most])))
+            with Steps(f"index of {name}", len(rows), show=len(rows) > ADD_AT_ONCE) as progress:
+                for start in range(0, len(rows), ADD_AT_ONCE):
+                    index.add(points(rows[start : start + ADD_AT_ONCE]))
+                    progress.advance(by=len(rows[start : start + ADD_AT_ONCE]))
         except RuntimeError as error:  # for example: fewer items than lists
             raise _refused(setting, error) from None
         indexes[name] = faiss.index_gpu_to_cpu(index) if on_gpu else index
     return indexes
+
+
+def padded(width: int, factory: str) -> int:
+    """Returns the length of the vectors of an index: a product quantizer cuts them into `PQ_PIECES` pieces of equal length."""
+    return -(-width // PQ_PIECES) * PQ_PIECES if "PQ" in factory else width
+
+
+def pad(vectors: np.ndarray, width: int) -> np.ndarray:
+    """Appends zeros to vectors (P, d), which change no inner product."""
+    missing = width - vectors.shape[1]
+    return np.pad(vectors, ((0, 0), (0, missing))) if missing else vectors
 
 
 def gpus() -> int:
@@ -87,12 +111,12 @@ def gpus() -> int:
 
 def save_indexes(indexes: dict[str, faiss.Index], folder: Path) -> None:
     for name, index in indexes.items():
-        (folder / f"index-{name}.faiss").write_bytes(faiss.serialize_index(index).tobytes())
+        faiss.write_index(index, str(folder / f"index-{name}.faiss"))
 
 
 def load_indexes(folder: Path) -> dict[str, faiss.Index]:
     files = {path.stem.removeprefix("index-"): path for path in folder.glob("index-*.faiss")}
-    return {name: faiss.deserialize_index(np.frombuffer(path.read_bytes(), dtype=np.uint8)) for name, path in files.items()}
+    return {name: faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC) for name, path in files.items()}
 
 
 class ItemIndex:
@@ -100,7 +124,7 @@ class ItemIndex:
 
     def __init__(self, indexes: dict[str, faiss.Index], model: NumpySessionModel, effort: float = 1.0) -> None:
         self.model, self.indexes = model, indexes
-        self.rows = {name: offered(model.priors[name]) for name in indexes}
+        self.rows = {name: offered(model.priors[name]).astype(np.int32) for name in indexes}
         kinds = {type(faiss.downcast_index(index)) for index in indexes.values()}
         self.exact = all(issubclass(kind, faiss.IndexFlat) for kind in kinds)
         self.graph = all(issubclass(kind, faiss.IndexHNSW) for kind in kinds)
@@ -137,7 +161,7 @@ class ItemIndex:
             bounds = [model.priors["popularity"][popular[-1:]] + model.popularity_weight + max(0.0, state.new_items)]
             for name, (query, weights) in queries.items():
                 index = self.indexes[name]
-                log_masses, entries = index.search(query, min(size, index.ntotal), params=search)
+                log_masses, entries = index.search(pad(query, index.d), min(size, index.ntotal), params=search)
                 lists.append(self.rows[name][entries[entries >= 0]])
                 bounds.append(weights + log_masses[:, -1])
             candidates = distinct(np.concatenate(lists))

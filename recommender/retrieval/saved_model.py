@@ -15,6 +15,7 @@ from pipeline.core.files import canonical_json
 from pipeline.data.catalog import Catalog
 from recommender.retrieval.index import ItemIndex, build_indexes, save_indexes
 from recommender.retrieval.index_tuning import describe
+from recommender.retrieval.mapped_files import write_mapped_items
 from recommender.session_model.config import config_of
 from recommender.session_model.model import SessionModel
 from recommender.session_model.numpy_model import NumpySessionModel
@@ -40,8 +41,10 @@ def write_model(
     (folder / "samples.json").write_bytes(canonical_json(samples))
     items = {"item_id": pa.array(catalog.item_ids, pa.string()), "title": catalog.titles, "count": pa.array(counts, pa.int64())}
     items |= catalog.availability.columns() if catalog.availability else {}
-    pq.write_table(pa.table(items), folder / "items.parquet", write_page_checksum=True)
-    pq.write_table(pa.table(catalog.attributes()), folder / "attributes.parquet", write_page_checksum=True)
+    tables = {"items": pa.table(items), "attributes": pa.table(catalog.attributes())}
+    for name, table in tables.items():
+        pq.write_table(table, folder / f"{name}.parquet", write_page_checksum=True)
+    write_mapped_items(folder, tables)
     numpy_model = NumpySessionModel.of(model)
     indexes = build_indexes(numpy_model, setting)
     save_indexes(indexes, folder)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,18 +44,24 @@ class LoadedVersion:
     """Holds one version in memory, with the arrays for searching its items."""
 
     recommender: Recommender
-    texts: list[pa.ChunkedArray]  # titles and item_ids, in lower case
-    lengths: dict[str, np.ndarray]  # half -> (N,) norms of its vectors
     loaded_at: float  # Unix seconds
+
+    @cached_property
+    def texts(self) -> list[pa.ChunkedArray]:
+        """Titles and item_ids, in lower case; made for the first search, as a copy in memory."""
+        names = self.recommender.items
+        return [pc.utf8_lower(text) for text in (pc.coalesce(names["title"], names["item_id"]), names["item_id"])]
+
+    @cached_property
+    def lengths(self) -> dict[str, np.ndarray]:
+        """half -> (N,) norms of its vectors."""
+        return {half: np.maximum(np.linalg.norm(vectors, axis=1), 1e-12) for half, vectors in self.recommender.halves.items()}
 
     @classmethod
     def load(cls, run: Path) -> "LoadedVersion":
         """Loads the published version of a run, which is tried on one session. Raises `UserError`."""
         recommender = Recommender.load(run)
-        names = recommender.items
-        texts = [pc.utf8_lower(text) for text in (pc.coalesce(names["title"], names["item_id"]), names["item_id"])]
-        lengths = {half: np.maximum(np.linalg.norm(vectors, axis=1), 1e-12) for half, vectors in recommender.halves.items()}
-        return cls(recommender, texts, lengths, time.time())
+        return cls(recommender, time.time())
 
     @property
     def version(self) -> str:

@@ -136,7 +136,7 @@ class ChunkRanker:
 
     def __init__(self, recommender: Recommender, options: tuple[Any, ...], ranks: bool, encodes: bool) -> None:
         self.recommender, self.options, self.ranks, self.encodes = recommender, options, ranks, encodes
-        self.item_ids = pa.array(recommender.item_ids, pa.string())
+        self.item_ids = recommender.items["item_id"].combine_chunks()
 
     def __call__(self, chunk: Chunk) -> ChunkAnswer:
         prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from safetensors import safe_open
-from safetensors.numpy import load_file
 
 from pipeline.core.artifact import Version, following
 from pipeline.core.errors import ARTIFACT, USAGE, UserError
@@ -27,6 +25,7 @@ from pipeline.core.files import read_json
 from pipeline.data.availability import ALWAYS, NEVER, read_availability
 from pipeline.data.embeddings import HALVES
 from recommender.retrieval.index import ItemIndex, load_indexes
+from recommender.retrieval.mapped_files import mapped_tensors, names_and_rows, read_items
 from recommender.serving.session_vectors import SessionVectors, session_vectors
 from recommender.session_model.config import ModelConfig, config_of
 from recommender.session_model.numpy_model import NumpySessionModel, SessionState, unit
@@ -82,12 +81,10 @@ class Recommender:
     ) -> None:
         self.config, self.arrays = config, arrays
         self.items = items
-        self.item_ids = items["item_id"].to_pylist()
-        self.titles = [title or item_id for title, item_id in zip(items["title"].to_pylist(), self.item_ids, strict=True)]
-        self.row = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        self.item_ids, self.titles, self.row = names_and_rows(version.path, items)
         # training events, which the model's popularity prior need not follow; not by `to_numpy`, for which pyarrow imports pandas
         counts: np.ndarray = np.from_dlpack(items["count"].combine_chunks())
-        self.by_count = np.argsort(-counts, kind="stable")
+        self.by_count = np.argsort(-counts, kind="stable").astype(np.int32)
         self.log_share = np.log((counts + 1) / (counts + 1).sum()).astype(np.float32)  # plus one: finite for cold items
         self.new_items = float(version.manifest["settings"].get("new_items", 0.0))  # default of a request
         self.availability = read_availability(version.path / "items.parquet", items)
@@ -114,10 +111,9 @@ class Recommender:
         check_embeddings(run, version)
         if "index" not in version.manifest:
             raise UserError(f"index of an older tpad ({version.path}); run `tpad index`", ARTIFACT)
-        items, attributes = (  # not by read_table, which imports pandas too
-            pq.ParquetFile(version.path / f"{name}.parquet", page_checksum_verification=True).read() for name in ("items", "attributes")
-        )
-        recommender = cls(config, load_file(version.path / "model.safetensors"), load_indexes(version.path), items, attributes, version)
+        items, attributes = (read_items(version.path, name) for name in ("items", "attributes"))
+        arrays = mapped_tensors(version.path / "model.safetensors")
+        recommender = cls(config, arrays, load_indexes(version.path), items, attributes, version)
         recommender.check()
         return recommender
 
@@ -246,7 +242,8 @@ class Recommender:
         return ranked
 
     def _popular(self, count: int, allowed: np.ndarray | None, new_items: float) -> ScoredItems:
-        scores, by_score = self.log_share, self.by_count
+        scores: np.ndarray = self.log_share
+        by_score: np.ndarray = self.by_count
         if new_items:
             scores = scores + np.float32(new_items) * ~self.ranker.known
             by_score = np.argsort(-scores, kind="stable")

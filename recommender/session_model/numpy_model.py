@@ -23,6 +23,7 @@ from recommender.session_model.config import LEAST_MASS, LOG_ZERO, MAX_SCALE, RE
 
 Arrays = Mapping[str, np.ndarray]
 
+LARGE_ITEMS = 200_000  # of so many items the vectors are not computed ahead: that would be a copy in memory for each process
 LEAST_LOGIT = -80.0  # exp of a smaller one is a subnormal float32, which takes twenty times as long
 
 
@@ -86,6 +87,26 @@ class NumpyChannels:
         return updated
 
 
+class ChannelVectors:
+    """Computes the vectors of a channel from a table, which may lie in a file, for the rows that are asked for."""
+
+    def __init__(self, table: np.ndarray, project: np.ndarray | None, known: np.ndarray) -> None:
+        """table (N, d); `project` (D, d): of content, which gets a number more that is 1 for a cold item; None: of ids, zero for those."""
+        self.table, self.project, self.known = table, project, known
+        self.shape = len(table), table.shape[1] if project is None else len(project) + 1
+
+    def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Returns the vectors (C, D) or (C, D + 1) of `rows` (C,)."""
+        values, known = self.table.take(rows, axis), self.known.take(rows)[:, None]
+        if self.project is None:
+            warm: np.ndarray = unit(values) * known
+            return warm
+        return np.concatenate([unit(values @ self.project.T), ~known], 1, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
 class NumpyPairCounts:
     """Holds the arrays of a `PairCounts` table, with the index of each item's first entry."""
 
@@ -142,7 +163,7 @@ class NumpySessionModel:
         self.repeat_weights, self.popularity_weight = arrays.get("repeat_weights"), float(arrays["popularity_weight"])
         logits = arrays.get("repeat_discount")
         self.repeat_discount = None if logits is None else 0.5 + 0.5 * np.tanh(0.5 * REPEAT_DISCOUNT_RATE * logits)
-        self.by_popularity = np.argsort(-self.priors["popularity"], kind="stable")
+        self.by_popularity = np.argsort(-self.priors["popularity"], kind="stable").astype(np.int32)
 
     @classmethod
     def of(cls, model: Any) -> "NumpySessionModel":
@@ -215,24 +236,28 @@ class NumpySessionModel:
         return {name: pairs.shares(state.rows, items) for name, pairs in self.pairs.items()}
 
 
-def tables(config: ModelConfig, arrays: Arrays) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Computes `SessionModel.tables` of all items: vectors (N, D) by channel; priors (N,) by channel, and "popularity"."""
+def tables(config: ModelConfig, arrays: Arrays) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Computes `SessionModel.tables`: vectors (N, D) by channel, of many items as `ChannelVectors`; priors (N,) by channel, and
+    "popularity"."""
     known, predicted = arrays["known"], arrays.get("popularity_prior", np.float32(0))
     prior = arrays["prior_share"] + predicted
     log_count = np.where(known, np.log(arrays["counts"] + np.exp(prior)), prior if config.hides_ids else predicted)
     level = -float(np.log(max(int(known.sum()), 1)))
-    vectors, priors = {}, {}
+    vectors: dict[str, Any] = {}
+    priors = {}
     popularity = arrays.get("popularity_exponent", np.float32(0)) * log_count
     if "channels.content.log_scale" in arrays:
-        vectors["content"] = np.concatenate([unit(arrays["content"] @ arrays["project.weight"].T), ~known[:, None]], 1, dtype=np.float32)
+        vectors["content"] = ChannelVectors(arrays["content"], arrays["project.weight"], known)
         priors["content"] = arrays.get("channels.content.popularity_exponent", np.float32(0)) * log_count + level
         popularity = popularity + arrays["cold_weights"][2] * ~known
     else:
         popularity = np.where(known, popularity, np.float32(LOG_ZERO))
     if "channels.id.log_scale" in arrays:
-        vectors["id"] = unit(arrays["ids.weight"]) * known[:, None]
+        vectors["id"] = ChannelVectors(arrays["ids.weight"], None, known)
         id_prior = arrays.get("channels.id.popularity_exponent", np.float32(0)) * log_count + level
         priors["id"] = np.where(known, id_prior, np.float32(LOG_ZERO))
+    if len(known) < LARGE_ITEMS:
+        vectors = {name: computed.take(np.arange(len(known))) for name, computed in vectors.items()}
     greatest = popularity[known].max(initial=LOG_ZERO)
     priors["popularity"] = popularity - (greatest + np.log(np.exp(popularity[known] - greatest).sum()))
     return vectors, priors

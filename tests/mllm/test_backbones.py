@@ -21,13 +21,14 @@ from helpers.items import ITEMS, ROW, Setup, image_of, make
 from helpers.processes import contents, two_processes
 from helpers.runs import PHASES, distill_run, export_run, losses, settings, weights
 from pipeline.core.artifact import OWN_KEYS, open_verified, stage
+from pipeline.core.config import BackboneConfig
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ARTIFACT, ENVIRONMENT, USAGE, UserError
 from pipeline.core.files import write_json
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
 from pipeline.mllm import image_tokens
-from pipeline.mllm.backbone import UNQUANTIZED, build_backbone
+from pipeline.mllm.backbone import UNQUANTIZED, build_backbone, published_backbone
 from pipeline.mllm.model import trainable_state
 from pipeline.mllm.processor import Encoded
 from pipeline.mllm.prompts import PromptPart, Prompts
@@ -334,3 +335,12 @@ def test_the_chat_template_of_the_familys_processor_is_the_one_used(data: Path, 
 )
 def test_a_config_states_the_memory_that_is_computed_for_it(path: Path) -> None:
     assert f"# {memory.line(load_config(path))}\n" in path.read_text(encoding="utf-8")
+
+
+def test_fused_kernels_that_cannot_be_had_are_refused(folders: Path) -> None:
+    config = BackboneConfig(name=str(folders / "qwen3_vl"))
+    published_backbone(config)  # auto: as they are
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"no fused kernels: no GPU \(backbone.kernels\)") as error:
+            published_backbone(config.model_copy(update={"kernels": "liger"}))
+        assert error.value.code == ENVIRONMENT

@@ -1,13 +1,16 @@
 """The index over the item vectors: a flat one is exact."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.session_models import ITEMS, random_model
-from recommender.retrieval.index import ItemIndex, build_indexes
+from recommender.retrieval.index import ItemIndex, build_indexes, load_indexes, save_indexes
+from recommender.session_model.config import ModelConfig
+from recommender.session_model.model import SessionModel
 from recommender.session_model.numpy_model import NumpySessionModel
 
 
@@ -15,6 +18,29 @@ from recommender.session_model.numpy_model import NumpySessionModel
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+def test_a_product_quantizer_finds_candidates_that_the_model_scores_exactly(tmp_path: Path) -> None:
+    """Also after its file was mapped; its vectors of a few bytes are no scores."""
+    rng = np.random.default_rng(0)
+    items, lengths = 2000, np.full(800, 4)
+    rows = (np.repeat(rng.integers(items, size=800), 4) + np.tile(np.arange(4), 800)) % items
+    torch.manual_seed(0)
+    vectors = rng.normal(size=(20, 12))[np.arange(items) % 20] + 0.3 * rng.normal(size=(items, 12))
+    model = SessionModel(ModelConfig(items, 12, True, 16), vectors.astype(np.float32), rows.astype(np.int32), np.cumsum([0, *lengths]))
+    numpy_model = NumpySessionModel.of(model.eval())
+    save_indexes(build_indexes(numpy_model, "IVF16,PQ36x4fs"), tmp_path)
+    index = ItemIndex(load_indexes(tmp_path), numpy_model, effort=4.0)
+    assert not index.exact
+    assert all(found.d % 36 == 0 for found in index.indexes.values())
+    hits = 0
+    for session in rng.integers(items, size=(20, 3)).tolist():
+        state = numpy_model.encode(session)
+        wanted = numpy_model.scores(state, np.arange(items))
+        values, found = index.top(state, 20)
+        np.testing.assert_allclose(values, wanted[found], atol=1e-5)
+        hits += int((values >= np.sort(wanted)[-20] - 1e-4).sum())
+    assert hits / 400 > 0.9
 
 
 @pytest.mark.parametrize("allowed", [None, np.arange(ITEMS) % 3 == 0])
