@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -25,6 +25,10 @@ from pipeline.prepare_command import (
     table_options,
 )
 from pipeline.run_folder import say
+
+if TYPE_CHECKING:
+    from pipeline.data.prepare.table_options import TableOptions
+    from recommender.serving.recommender import Recommender
 
 
 def recommend(
@@ -54,15 +58,8 @@ def recommend(
 ) -> None:
     """Answer "what next?" for one session, or for a file of them."""
     sessions = sessions or None
-    reading: dict[str, object] = {
-        "column": column,
-        "names": names,
-        "encoding": encoding,
-        "delimiter": delimiter,
-        "quotes": quotes,
-        "where": where,
-    }
-    reading |= {"time-format": time_format, "preset": preset, "mapping": mapping, "memory": memory}
+    reading: dict[str, object] = {"column": column, "names": names, "encoding": encoding, "delimiter": delimiter, "quotes": quotes}
+    reading |= {"where": where, "time-format": time_format, "preset": preset, "mapping": mapping, "memory": memory}
     if sessions is None and (option := next((option for option, value in reading.items() if value), None)):
         raise UserError(f"--{option} has no effect without --sessions (command line); leave it out", USAGE)
     if (sessions is None) != (out is None and vectors is None) or (sessions is not None and session is not None):
@@ -79,25 +76,42 @@ def recommend(
 
     check_utf8("--session", session or "")
     moment = None if at is None else parse_time(at)
-    filters = parse_filters(filter_ or [])
+    if moment is None and engine:
+        moment = int(time.time())  # the same for all workers
+    ranking: dict[str, Any] = {"k": k, "exclude_seen": exclude_seen, "filters": parse_filters(filter_ or []), "diversify": diversify}
+    ranking |= {"new_items": new_items, "at": moment}
     recommender = Recommender.load(run)
     if sessions is not None:
-        from recommender.serving.recommend_file import recommend_file
+        answer_file(recommender, sessions, out, vectors, ranking, tables, run if engine else None)
+    else:
+        answer_session(recommender, session, ranking, as_json)
 
-        number, count = own_share()
-        moment = int(time.time()) if moment is None and engine else moment  # the same for all workers
-        on = run if engine else None
-        answers = recommend_file(
-            recommender, sessions, out, k, exclude_seen, filters, diversify, new_items, moment, (number - 1, count), tables, vectors, on
-        )
-        if answers.out is not None:
-            say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")
-        if answers.vectors is not None:
-            say(f"{answers.sessions} sessions, their vectors: {answers.vectors}")
-        if answers.popular or answers.unknown_events:
-            say(f"events of items not in the catalogue, left out: {answers.unknown_events}")
-            say(f"sessions of no other items, which got the most popular ones: {answers.popular}")
-        return
+
+def answer_file(
+    recommender: "Recommender",
+    sessions: list[str],
+    out: Path | None,
+    vectors: Path | None,
+    ranking: dict[str, Any],
+    tables: "TableOptions",
+    ray_run: Path | None,
+) -> None:
+    from recommender.serving.recommend_file import recommend_file
+
+    number, count = own_share()
+    answers = recommend_file(
+        recommender, sessions, out, share=(number - 1, count), tables=tables, vectors=vectors, ray_run=ray_run, **ranking
+    )
+    if answers.out is not None:
+        say(f"{answers.sessions} sessions, {answers.rows} rows: {answers.out}")
+    if answers.vectors is not None:
+        say(f"{answers.sessions} sessions, their vectors: {answers.vectors}")
+    if answers.popular or answers.unknown_events:
+        say(f"events of items not in the catalogue, left out: {answers.unknown_events}")
+        say(f"sessions of no other items, which got the most popular ones: {answers.popular}")
+
+
+def answer_session(recommender: "Recommender", session: str | None, ranking: dict[str, Any], as_json: bool) -> None:
     if session is None:
         items = recommender.samples[0]
         say("a session of the test split:")
@@ -105,7 +119,7 @@ def recommend(
         items = [item for part in session.split(",") if (item := part.strip())]
     if not items:
         raise UserError("--session names no item (command line); give item_ids, e.g. --session a,b,c", USAGE)
-    answer = recommender.recommend(items, k, exclude_seen, filters, diversify, new_items, moment)
+    answer = recommender.recommend(items, **ranking)
     if as_json:
         fields = {"session": items, "items": [i._asdict() for i in answer.items], "unknown": answer.unknown, "fallback": answer.fallback}
         text = json.dumps(fields, ensure_ascii=False)
