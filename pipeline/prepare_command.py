@@ -107,4 +107,6 @@ def prepare(
     typer.echo(printable("\n".join(summary.lines())))
     if not dry_run:
         command, last = ("distill", "") if items else ("train-sbr", " --set 'sbr.models=[ID-only]'")
-        say(f"next: tpad {command} --data {out} --run artifacts/{out.name}{last}")
+        name = out.resolve().name
+        run = out.parent / (name.removesuffix("-data") if name.endswith("-data") else f"{name}-run")
+        say(f"next: tpad {command} --data {out} --run {run}{last}")

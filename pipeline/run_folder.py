@@ -101,7 +101,7 @@ def find_data(data: Path | None, run: Path, begin: "Config | None" = None) -> Pa
         if not data.is_dir():
             raise UserError(f"the data folder of this run is gone ({data}, by {record}); put it back, or give --data", DATA)
     elif begin is None:
-        raise UserError(f"no run here ({run}); run `tpad distill` first, or give another --run", ARTIFACT)
+        raise UserError(f"no run here ({run}); run `tpad distill` first, or give --data or another --run", ARTIFACT)
     else:
         data = run / "data"
         if not data.exists():

@@ -596,7 +596,7 @@ def test_without_timestamps_the_order_is_that_of_the_file(recommender: Recommend
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("s.csv", "visit,item_id\na,b\n", "column `session_id` is missing .*visit, item_id.*--column session_id=NAME"),
+        ("s.csv", "visit,item_id\na,b\n", "no column names the sessions or the users .*visit, item_id.*--column session_id=NAME"),
         ("s.csv", "session_id,item_id\n", "no events"),
         ("s.csv", "session_id,item_id,timestamp\na,item-001,yesterday\n", "'yesterday' is not a time .*line 2"),
         ("s.csv", "session_id,item_id,timestamp\na,item-001,1.5\na,item-002,inf\n", "a time is not finite.*line 3"),

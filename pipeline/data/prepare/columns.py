@@ -20,7 +20,7 @@ ITEM_NAMES = {  # our column -> other names for it, in lower-case letters and di
 }
 EVENT_NAMES = {
     "session_id": "sessionid session usersession gasessionid sid visitid",
-    "user_id": "userid user visitorid userpseudoid fullvisitorid customerid memberid reviewerid clientid uid",
+    "user_id": "userid user visitorid visitor customer client userpseudoid fullvisitorid customerid memberid reviewerid clientid uid",
     "item_id": ITEM_NAMES["item_id"].removesuffix(" id"),
     "timestamp": "timestamp eventtimestamp time ts datetime eventtime unixtime unixreviewtime createdat eventdate date tdat",
     "position": "position pos step sequence order timeframe",
@@ -111,10 +111,14 @@ class Columns:
         """Returns the file's name of our column. Raises `UserError` (3) if the file lacks it."""
         if role not in self.columns:
             source = self.source
-            hint = ", or all columns in order with --names if the first line is no header" if source.kind == "csv" else ""
             fault = f"column `{role}` is missing ({source.path} has {source.some()})"
-            raise UserError(f"{fault}; name it with --column {role}=NAME{hint}", DATA)
+            raise UserError(f"{fault}; name it with --column {role}=NAME{self.headless}", DATA)
         return self.columns[role]
+
+    @property
+    def headless(self) -> str:
+        """What to try where the first line is no header."""
+        return ", or all columns in order with --names if the first line is no header" if self.source.kind == "csv" else ""
 
     def describe(self) -> None:
         """Says which columns are read under other names, and which are not read."""

@@ -103,7 +103,9 @@ def load_events(
                 f"column `timestamp` is missing ({source.path} has {source.some()}); name it with --column timestamp=NAME, or take all of a"
             )
             raise UserError(f"{fault} user's events as one session with --column session_id={columns.need('user_id')}", DATA)
-        columns.need("session_id")
+        if not columns.get("session_id"):
+            names = f"no column names the sessions or the users ({source.path} has {source.some()})"
+            raise UserError(f"{names}; give --column user_id=NAME (cut at pauses) or --column session_id=NAME{columns.headless}", DATA)
     time_format = tables.time_format or columns.side.time_format
     clock = _load(events, time_format, tables.where or columns.side.where, limit)
     if not source.rows:

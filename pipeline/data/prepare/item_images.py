@@ -55,6 +55,7 @@ class ItemImages:
         self.files: dict[str, str] = {}
         self.count = self.others = 0
         self.used: set[str] = set()
+        self.bad = ""  # an item whose image is left out
         if folder is not None:
             self._find_files(folder)
 
@@ -114,7 +115,7 @@ class ItemImages:
                 if isinstance(value, str)
                 else (value, None)
             )
-            where = f"{source.where(row)}" if data is None else source.where(row)
+            where = source.where(row)
             try:
                 if not data:
                     if link and self.downloads is not None and "://" in link:
@@ -124,6 +125,8 @@ class ItemImages:
                         path = link or self.files[item_id]
                         if "://" in path:
                             where += "; --download-images fetches it"
+                        elif self.folder is None and not (root / path).exists():
+                            where += "; --images names the folder of the images"
                         self.used.add(path)
                         where = f"{root / path}, {where}" if (root / path).is_file() else where
                         data = read_image_file(root, path, where)
@@ -133,7 +136,8 @@ class ItemImages:
             except ImageError:
                 if self.on_bad_image == "error":
                     raise
-                self.drop("images that cannot be decoded", 1)
+                self.bad = self.bad or item_id
+                self.drop(f"images that are missing or cannot be decoded (e.g. of {self.bad!r})", 1)
                 yield None
 
     def finish(self, example: str) -> None:

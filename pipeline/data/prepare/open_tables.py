@@ -27,6 +27,9 @@ def open_tables(
     for option in ("delimiter", "names"):
         if getattr(options, option) and option not in effects:
             raise UserError(f"--{option} has no effect (command line): no file fits it; leave it out, or check its value", USAGE)
+    given = options.columns.get("item_id")
+    if given is not None and not any(side.source.has(given) for side in (log, catalogue) if side is not None):
+        raise UserError(f"--column item_id={given}: no such column ({log.source.path} has {log.source.some()}); give one of them", USAGE)
     if catalogue is not None:
         match_items(data, log, catalogue)
     check_guesses(data, log, options.time_format or log.side.time_format)

@@ -130,8 +130,12 @@ def _check(options: PrepareOptions) -> None:
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"image folder not found ({options.images}); give an existing folder", DATA)
     gap = options.session_gap_minutes
-    if (gap is not None and not gap > 0) or options.min_item_count < 1 or options.max_session_length < 0:
-        raise UserError("the session gap and the item count must be positive, the session length not negative (command line)", USAGE)
+    if gap is not None and not gap > 0:
+        raise UserError(f"--session-gap {gap:g} is not positive (command line); give minutes", USAGE)
+    if options.min_item_count < 1:
+        raise UserError(f"--min-item-count {options.min_item_count} is not positive (command line); 1 keeps all items", USAGE)
+    if options.max_session_length < 0:
+        raise UserError(f"--max-session-length {options.max_session_length} is negative (command line); 0 keeps all events", USAGE)
     if options.min_session_length < 2 or 0 < options.max_session_length < options.min_session_length:
         raise UserError("--min-session-length is 2 or more, and not above --max-session-length (command line)", USAGE)
 

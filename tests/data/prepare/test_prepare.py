@@ -244,7 +244,7 @@ def test_a_bad_image_stops_or_is_left_out_as_asked(tmp_path: Path) -> None:
     items = [item | {"image": data} for item, data in zip(ITEMS, [image_file(), image_file(1, "JPEG")[:-60], image_file(2)], strict=True)]
     refused(lambda: run(tmp_path, items, EVENTS, "parquet"), DATA, "image", "items.parquet row 1")
     summary = run(tmp_path, items, EVENTS, "parquet", on_bad_image="text_only")
-    assert (summary.images, summary.dropped) == (2, {"images that cannot be decoded": 1})
+    assert (summary.images, summary.dropped) == (2, {"images that are missing or cannot be decoded (e.g. of '08')": 1})
     assert not load_catalog(tmp_path / "out").has_image(1)
     refused(lambda: run(tmp_path, items, EVENTS, "parquet", on_bad_image="skip"), USAGE, "--on-bad-image skip", "error or text_only")
 
@@ -269,7 +269,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         (lambda: run(tmp_path, [*ITEMS, ITEMS[0] | {"item_id": " "}], EVENTS, "csv"), ["empty", "items.csv line 6"]),
         (lambda: run(tmp_path, [{"title": "t"}], EVENTS), ["`item_id`", "missing", "--column"]),
         (lambda: run(tmp_path, [{"item_id": "7"}], EVENTS), ["`title`", "missing"]),
-        (lambda: run(tmp_path, ITEMS, [{"item_id": "7", "timestamp": 1}]), ["`session_id`", "missing"]),
+        (lambda: run(tmp_path, ITEMS, [{"item_id": "7", "timestamp": 1}]), ["--column session_id=NAME", "missing"]),
         (lambda: run(tmp_path, ITEMS, [{"item_id": "7", "user_id": 1}]), ["`timestamp`", "missing"]),
         (lambda: run(tmp_path, ITEMS, bad_time, "csv"), ["'yesterday'", "log.csv line 4"]),
         (lambda: run(tmp_path, ITEMS, [EVENTS[0] | {"item_id": "x"}]), ["no event is of an item", "'x'"]),
