@@ -49,6 +49,7 @@ from pipeline.mllm.vision_tower import pack_attention
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # arguments: a run folder, item_ids, the training sessions
 
+TEXTS = 20_000  # texts that are counted where they are too long
 LOCK_SECONDS = 10.0  # the workers of a killed process may hold its lock for this long
 
 
@@ -210,7 +211,18 @@ def start(inputs: Inputs, run: Path, group: Group, backbone: Backbone) -> Machin
         backbone.model.requires_grad_(False)
     cache = fill_vision_cache(config, run, backbone, inputs.views, group) if config.distill.vision_cache_gb else None
     encoder = processor_for(config.backbone, backbone, inputs.views.catalog, vision_cache=cache)
+    if accelerator.is_main_process and config.backbone.name != VECTORS:
+        tell_of_cut_texts(encoder, inputs.views)
     return Machinery(group, backbone, encoder, base, metrics)
+
+
+def tell_of_cut_texts(encoder: PromptProcessor, views: Prompts) -> None:
+    """Says how many items' texts are cut, of the first `TEXTS` in a large catalogue."""
+    rows = range(min(len(views.catalog), TEXTS))
+    longest = encoder.config.max_text_tokens
+    if cut := encoder.cut_texts([views.text(row) for row in rows]):
+        of = f"{len(rows):,} items" if len(rows) == len(views.catalog) else f"the first {len(rows):,} items"
+        print(f"note: the texts of {cut:,} of {of} are cut at {longest} tokens; backbone.max_text_tokens raises that", file=sys.stderr)
 
 
 def run_phase(
