@@ -49,6 +49,7 @@ from pipeline.mllm.vision_tower import pack_attention
 
 OpenTeacher = Callable[[Path, list[str], SessionLog], Teacher]  # arguments: a run folder, item_ids, the training sessions
 
+TEXTS = 20_000  # texts that are counted where they are too long
 LOCK_SECONDS = 10.0  # the workers of a killed process may hold its lock for this long
 
 
@@ -210,7 +211,18 @@ def start(inputs: Inputs, run: Path, group: Group, backbone: Backbone) -> Machin
         backbone.model.requires_grad_(False)
     cache = fill_vision_cache(config, run, backbone, inputs.prompts, group) if config.distill.vision_cache_gb else None
     processor = processor_for(config.backbone, backbone, inputs.prompts.catalog, vision_cache=cache)
+    if accelerator.is_main_process and config.backbone.name != VECTORS:
+        tell_of_cut_texts(processor, inputs.prompts)
     return Machinery(group, backbone, processor, base, metrics)
+
+
+def tell_of_cut_texts(processor: PromptProcessor, prompts: Prompts) -> None:
+    """Says how many items' texts are cut, of the first `TEXTS` in a large catalogue."""
+    rows = range(min(len(prompts.catalog), TEXTS))
+    longest = processor.config.max_text_tokens
+    if cut := processor.cut_texts([prompts.text(row) for row in rows]):
+        of = f"{len(rows):,} items" if len(rows) == len(prompts.catalog) else f"the first {len(rows):,} items"
+        note(f"note: the texts of {cut:,} of {of} are cut at {longest} tokens; backbone.max_text_tokens raises that")
 
 
 def run_phase(

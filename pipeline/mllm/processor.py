@@ -101,6 +101,11 @@ class PromptProcessor:
             self._texts[text] = ids
         return ids
 
+    def cut_texts(self, texts: Sequence[str]) -> int:
+        """Returns how many of the texts are longer than `max_text_tokens`."""
+        longer = (text for text in texts if len(text) > self.config.max_text_tokens)  # a token has a character at least
+        return sum(len(self.tokens(" " + text)) > self.config.max_text_tokens for text in longer)
+
     def encode(self, parts: Iterable[PromptPart]) -> Encoded:
         """Returns the sequence of `parts`; an answer ends with the end-of-sequence token."""
         out = Encoded(list(self.head))

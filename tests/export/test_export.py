@@ -300,6 +300,17 @@ def test_int8_and_arrays_are_the_same_vectors(tiny_run: Path, tiny_data: Path, t
     assert "int8" in (folder / "README.md").read_text()
 
 
+def test_datasets_reads_the_folder_as_it_is(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the header of its card, which leaves out the manifest."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    rows = datasets.load_dataset(str(published_folder(tiny_run, "embeddings")), split="train", cache_dir=str(tmp_path))
+    full = read_embeddings(tiny_run / "embeddings")
+    assert rows["item_id"][:] == full.item_ids
+    np.testing.assert_allclose(np.array(rows["knowledge"][:], np.float32), full.knowledge)
+
+
 def test_other_programs_read_the_halves(tiny_run: Path) -> None:
     import duckdb
     import pandas

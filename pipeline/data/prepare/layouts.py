@@ -111,7 +111,10 @@ def _quoting(data: Database, part: Part, reading: Reading, layout: Layout) -> No
         except duckdb.Error as error:
             return error
 
-    said = reading.quotes if part.quotes else "letters"
+    if not part.quotes:
+        layout.relation = relation("", "")
+        return
+    said = reading.quotes
     plain = rows("", "") if said != "cells" else duckdb.Error()
     cells = rows('"', '"') if said != "letters" else duckdb.Error()
     if isinstance(plain, int) and (isinstance(cells, duckdb.Error) or (cells != plain and part.tabs)):

@@ -11,16 +11,17 @@ from pipeline.data.prepare.events import CONTROL, Events, SessionRules
 from pipeline.data.prepare.timestamps import FEW
 
 LONG_SESSION = 86_400  # seconds; a session column whose sessions often last longer names visits of weeks
+SAMPLE = 1_000_000  # events, about, from which shares and pauses are estimated for a message
 LARGE_SHARE = 0.1  # of the log, in one session or of one user, is pointed out
 
 
 def key_sessions(events: Events) -> str:
     """Returns SQL of the events with the key `k` of their session: a session id of several users is joined with the user."""
     data, source = events.data, events.columns.source
-    selected = "select {k} as k, {u} as u, i, {t} as t, {o} log.rowid as p from log {join} where {usable}"
+    selected = "select {k} as k, {u} i, {t} as t, {o} log.rowid as p from log {join} where {usable}"
     values = {
         "k": "g",
-        "u": "u" if "u" in events.fields else "g",
+        "u": "u, " if "u" in events.fields else "",
         "t": events.clock or "0",
         "o": "o, " if "o" in events.fields else "",
         "join": "",
@@ -52,7 +53,7 @@ def key_sessions(events: Events) -> str:
                 raise UserError(
                     f"session ids of several users cannot be joined with them without doubt ({source.path}); make them unique", DATA
                 )
-            values["u"] = "log.u"
+            values["u"] = "log.u, "
             sign = {"-": "user-session"}.get(sign, f"user{sign}session")
             events.say(f"{source.path}: {count:,} session ids have several users (e.g. {str(example)!r}): a session is one of {sign}")
     return selected.format(**values)
@@ -143,10 +144,11 @@ def _name_sessions(events: Events, condition: str) -> None:
     """Makes the table `sessions` of those in `kept`; the parts of a user, or of a session that is cut, are numbered."""
     numbered = f"row_number() over (partition by k order by {'start, ' * events.timed}first) - 1"
     parts = "true" if events.group == "user_id" else "count(*) over (partition by k) > 1"
+    user = "arg_min(u, p) filter (u is not null)" if "u" in events.fields else "k"
     session_id = f"case when {parts} then concat(k, '-', {numbered}) else cast(k as varchar) end"
     events.data.run(
         f"create or replace table sessions as select *, {session_id} as session_id from (select k, n, count(*) as length, min(t) as start, "
-        f"max(t) as ending, min(p) as first, arg_min(u, p) filter (u is not null) as u from kept group by k, n {condition})"
+        f"max(t) as ending, min(p) as first, {user} as u from kept group by k, n {condition})"
     )
 
 
@@ -203,11 +205,12 @@ def _known_items(events: Events, catalogue: bool, rules: SessionRules) -> int:
 
 def _point_out(events: Events) -> None:
     """Says when one session or user has a large share of the log."""
+    rows = events.columns.source.rows
     for column, role in (("g", events.group), ("u", "user_id")):
         if column in events.fields:
             total, groups, top, most = events.data.one(
                 f"select sum(c), count(*), arg_max(x, c), max(c) from (select {column} x, count(*) c from log where {column} is not "
-                f"null group by 1)"
+                f"null and rowid % {max(1, rows // SAMPLE)} = 0 group by 1)"
             )
             if total and groups >= 10 and most > LARGE_SHARE * total and most > 10 * total / groups:
                 theirs = events.columns.need(role)
@@ -243,7 +246,7 @@ def _longer_gap(events: Events) -> str:
     """Says what to give where cutting leaves single events."""
     sql = (
         f"select median(pause) from (select {events.clock} - lag({events.clock}) over (partition by g order by {events.clock}) as "
-        f"pause from log where {events.usable}) where pause > 0"
+        f"pause from log where {events.usable} and hash(g) % {max(1, events.columns.source.rows // SAMPLE)} = 0) where pause > 0"
     )
     pause = (events.data.one(sql)[0] or 0) / events.unit / 60
     some = f" (half of the pauses are longer than {pause:,.0f} minutes)" if pause else ""

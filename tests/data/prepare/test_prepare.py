@@ -269,7 +269,7 @@ def test_errors_name_the_line_and_write_nothing(tmp_path: Path) -> None:
         (lambda: run(tmp_path, [*ITEMS, ITEMS[0] | {"item_id": " "}], EVENTS, "csv"), ["empty", "items.csv line 6"]),
         (lambda: run(tmp_path, [{"title": "t"}], EVENTS), ["`item_id`", "missing", "--column"]),
         (lambda: run(tmp_path, [{"item_id": "7"}], EVENTS), ["`title`", "missing"]),
-        (lambda: run(tmp_path, ITEMS, [{"item_id": "7", "timestamp": 1}]), ["--column session_id=NAME", "missing"]),
+        (lambda: run(tmp_path, ITEMS, [{"item_id": "7", "timestamp": 1}]), ["--column session_id=NAME", "--column user_id=NAME"]),
         (lambda: run(tmp_path, ITEMS, [{"item_id": "7", "user_id": 1}]), ["`timestamp`", "missing"]),
         (lambda: run(tmp_path, ITEMS, bad_time, "csv"), ["'yesterday'", "log.csv line 4"]),
         (lambda: run(tmp_path, ITEMS, [EVENTS[0] | {"item_id": "x"}]), ["no event is of an item", "'x'"]),
