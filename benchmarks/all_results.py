@@ -93,7 +93,10 @@ def keep(
     version = json.loads((folder / "current").read_text(encoding="utf-8"))["version"]
     path = folder / version / "metrics.json"
     rest = [model for model in allowed(log) if model not in among]
-    command = " ".join(["tpad evaluate", *map(str, options), "--protocol", protocol, "--seeds", str(chosen.seeds)])
+    anywhere = {str(run): f"artifacts/{name}", str(chosen.data / name): f"data/{name}"}  # as docs/results.md names the folders
+    command = " ".join(
+        ["tpad evaluate", *(anywhere.get(str(word), str(word)) for word in options), f"--protocol {protocol} --seeds {chosen.seeds}"]
+    )
     table = name if protocol == "time" else f"{name}-{protocol}"
     note = [] if not rest else ["--note", f"{NOTE}{', '.join(rest)}."]
     words = ["keep", table, path, "--command", command, "--section", log.section, "--title", TITLES[protocol], *note]

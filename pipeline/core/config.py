@@ -205,7 +205,7 @@ class PartsConfig(Section):
     )
     popularity: bool = Field(default=True, description="popularity prior: training count of an item, and its count predicted from content")
     directions: bool = Field(
-        default=True, description="id vectors start from the main directions of the items' co-occurrence (PPMI), not at random"
+        default=True, description="in ID-only, id vectors start from the main directions of the items' co-occurrence (PPMI), not at random"
     )
     whitening: bool = Field(
         default=True, description="PCA whitening of the exported vectors, fitted on training items; false: only centred and scaled"

@@ -17,7 +17,7 @@ from accelerate.utils import patch_environment
 from pipeline.core.artifact import locked, published, stage
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
-from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
+from pipeline.core.errors import ENVIRONMENT, USAGE, UserError, note
 from pipeline.core.metrics_log import MetricsLog, flat
 from pipeline.core.prefetch import telling_of_dead_workers
 from pipeline.core.process import keep_freed_memory

@@ -130,7 +130,7 @@ class SessionModel(nn.Module):
         if config.ids:
             self.ids = nn.Embedding(config.items, config.dim)
             nn.init.normal_(self.ids.weight, std=0.1)
-            if config.parts.directions and len(rows) > 1:
+            if config.parts.directions and not config.content_dim and len(rows) > 1:  # beside content they cost: docs/experiments.md
                 start = torch.as_tensor(directions(rows, offsets, config.items, config.dim))
                 with torch.no_grad():  # of the same length as the random ones, which items without pairs keep
                     self.ids.weight.copy_(torch.where(start.any(1, keepdim=True), 0.1 * config.dim**0.5 * start, self.ids.weight))

@@ -55,4 +55,6 @@ def test_id_vectors_start_from_the_directions_and_others_at_random() -> None:
     assert (np.linalg.norm(weights[~paired], axis=1) > 0.05).all()
     torch.manual_seed(0)
     random = SessionModel(ModelConfig(ITEMS, 0, True, 16, parts=Parts(directions=False)), None, rows, offsets)
+    beside_content = SessionModel(ModelConfig(ITEMS, 4, True, 16), np.random.default_rng(0).normal(size=(ITEMS, 4)), rows, offsets)
+    assert not np.allclose(beside_content.ids.weight.detach().numpy()[paired], weights[paired])
     assert not np.allclose(random.ids.weight.detach().numpy()[paired], weights[paired])
