@@ -7,6 +7,7 @@ epochs and the calibration of its held-out twin.
 
 import hashlib
 import itertools
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from accelerate import Accelerator
 
 from pipeline.core.artifact import Version, decoding, published, stage
+from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, UserError, note
 from pipeline.core.files import canonical_json, read_json, remove
@@ -74,6 +76,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             with decoding(current.path, "run `tpad train-sbr --fresh`"):
                 metrics = read_json(current.path / "metrics.json")
                 if accelerator.is_main_process:
+                    clear_finished(folder / "checkpoints", dict(zip(itertools.product(names, seeds), prints, strict=True)))
                     print_results(metrics)
                     print_notes(current, config.sbr)
             return SbrSummary(current, False, metrics)
@@ -108,6 +111,15 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             version = published(run / "sbr", "sbr") or _missing(run)
             metrics = read_json(version.path / "metrics.json")
         return SbrSummary(version, True, metrics)
+
+
+def clear_finished(folder: Path, prints: dict[tuple[str, int], str]) -> None:
+    """Removes the checkpoints of a published training whose process was killed before it did. `prints`: fingerprints by name and seed."""
+    for (name, seed), fingerprint in prints.items():
+        for end in ("", "-refit"):
+            Checkpoints(folder / f"{name}-{seed}{end}", fingerprint).clear_finished()
+    with suppress(OSError):
+        folder.rmdir()  # unless it holds others
 
 
 def calibrated_refit(
