@@ -131,16 +131,6 @@ class Checkpoints:
             for leftover in [*self.folder.glob(".step-*.tmp"), *(self.folder / f"step-{n:06d}" for n in self._steps()[self.keep :])]:
                 remove(leftover)
 
-    def clear_finished(self) -> None:
-        """Removes the folder of a training that is finished and published, as its killed process would have; not one of other settings."""
-        with suppress(Damaged):
-            prints = [_read_state(self.folder / f"step-{n:06d}", n)["fingerprint"] for n in self._steps() if self._is_whole(n)]
-            if self.folder.is_dir() and all(str(found).startswith(self.fingerprint) for found in prints):
-                remove(self.folder)
-
-    def _is_whole(self, step: int) -> bool:
-        return (self.folder / f"step-{step:06d}" / STATE).is_file()
-
     def clear(self) -> None:
         """Removes every checkpoint, of any settings."""
         for step in self._steps():
