@@ -42,7 +42,8 @@ CONFIGURATION = f"""\
 Settings are a YAML file, given with `--config`. Every key can be left out and then has its default, which is that of the sample shop with
 the tiny backbone on a CPU ([configs/shop.yaml](../configs/shop.yaml) has all of them). `--set sbr.epochs=5` changes one setting and
 goes before the file. An unknown key or a wrong value is an error that names the file and the line. The run folder keeps the settings it
-was last used with in `config.yaml`, and later commands on it use them.
+was last used with in `config.yaml`, and later commands on it use them. A relative path in a settings file is relative to the folder of
+that file; one of `--set`, to the working folder.
 """
 CLI = f"""\
 # Command line

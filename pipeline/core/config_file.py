@@ -77,7 +77,8 @@ def check_seal(path: Path) -> None:
     """Refuses settings that a command has written and something has changed since. Raises `UserError` (2)."""
     with suppress(OSError, UnicodeDecodeError):  # `load_config` has the better message
         first, _, rest = read_small(path).decode("utf-8").partition("\n")
-        if first.startswith(SEAL) and first != f"{SEAL}{hashlib.sha256(rest.encode()).hexdigest()}":
+        written_by_tpad = first.startswith(SEAL) or (not rest and SEAL.startswith(first))  # the latter: cut in its first line
+        if written_by_tpad and first != f"{SEAL}{hashlib.sha256(rest.encode()).hexdigest()}":
             raise UserError(f"the settings of the run were changed or damaged ({path}); restore it, or give your own as --config", USAGE)
 
 

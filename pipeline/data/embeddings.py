@@ -123,8 +123,6 @@ def _embeddings(version: Version, hint: str) -> Embeddings:
         parts = [(p["name"], p["rows"]) for p in version.manifest["parts"]]
         halves = halves_of(version.manifest)
         schema = embeddings_schema(dim, dtype, halves)
-        if not all(isinstance(version.manifest[key], str) for key in ("catalogue_sha256", "sessions_sha256")):
-            raise TypeError("sha256")
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(f"manifest lacks or has a wrong {error}", version.path / MANIFEST, hint) from None
     if not parts or rows != sum(n for _, n in parts):

@@ -27,7 +27,7 @@ class Neighbours:
         self.config = config
         embeddings = read_embeddings(Path(config.run) / "embeddings")
         self.sha256 = embeddings.version.manifest_sha256
-        if embeddings.version.manifest["sessions_sha256"] != sessions_sha256:
+        if embeddings.version.manifest.get("sessions_sha256") != sessions_sha256:
             raise UserError(
                 f"the embeddings of the neighbours were distilled from other training sessions (data.neighbours.run = {config.run}); "
                 "name a run over the same data, data.valid and data.test",

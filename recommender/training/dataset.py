@@ -85,7 +85,7 @@ def load_training_data(
         split = replace(split, train=log)
     if window is not None:
         split = split_window(log, config.data, *window)
-    if embeddings is not None and manifest["sessions_sha256"] != allowed.ids_sha256():
+    if embeddings is not None and manifest.get("sessions_sha256") != allowed.ids_sha256():
         raise UserError(
             f"embeddings were distilled from other training sessions ({run / 'embeddings'}, {data}); "
             "run `tpad distill` and `tpad export-embeddings` with the same data, data.protocol, data.valid and data.test",
@@ -110,7 +110,7 @@ def newest_session(log: SessionLog) -> list[int | str]:
 def check_catalogue(embeddings: Embeddings, catalog: Catalog, run: Path) -> None:
     """Checks that the embeddings are of this catalogue. Raises `UserError` (4)."""
     manifest, skipped = embeddings.version.manifest, set(embeddings.version.manifest.get("skipped", []))
-    if manifest["catalogue_sha256"] != catalog.sha256 or embeddings.item_ids != [i for i in catalog.item_ids if i not in skipped]:
+    if manifest.get("catalogue_sha256") != catalog.sha256 or embeddings.item_ids != [i for i in catalog.item_ids if i not in skipped]:
         where = f"{run / 'embeddings'}, {catalog.path}"
         raise UserError(f"embeddings are of another catalogue ({where}); run `tpad export-embeddings`", ARTIFACT)
 

@@ -7,6 +7,7 @@ epochs and the calibration of its held-out twin.
 
 import hashlib
 import itertools
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from pipeline.core.artifact import Version, decoding, published, stage
 from pipeline.core.config import Config, SbrConfig
 from pipeline.core.errors import ARTIFACT, UserError, note
-from pipeline.core.files import canonical_json, read_json, remove
+from pipeline.core.files import canonical_json, read_json, remove, write_json
 from pipeline.data.embeddings import published_in
 from recommender.baselines.registry import BASELINES, MODELS, chosen
 from recommender.metrics.evaluator import BucketMetrics, buckets_of, cases_table, collect_results, read_ceiling
@@ -71,14 +72,19 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         prints = [model_fingerprint(name, seed, settings[name], inputs) for name in names for seed in seeds]
         prints += [baseline_fingerprint(name, drawn, inputs) for name, drawn in of_counts.items() if drawn]
         fingerprint = hashlib.sha256(canonical_json([prints, refit_of(config)])).hexdigest()
-        current = published(run / "sbr", "sbr")
+        current, finished = published(run / "sbr", "sbr"), folder / "checkpoints" / "finished.json"
         if current is not None and current.manifest.get("fingerprint") == fingerprint and not fresh:
             with decoding(current.path, "run `tpad train-sbr --fresh`"):
                 metrics = read_json(current.path / "metrics.json")
                 if accelerator.is_main_process:
+                    with suppress(OSError, ValueError):
+                        if read_json(finished) == fingerprint:  # killed before it removed its checkpoints
+                            remove(finished.parent)
                     print_results(metrics)
                     print_notes(current, config.sbr)
             return SbrSummary(current, False, metrics)
+        if accelerator.is_main_process:
+            remove(finished)
         buckets = buckets_of(windows[2], inputs.counts)
         runs: dict[str, list[BucketMetrics]] = {}
         ranks: dict[str, np.ndarray] = {}  # name -> (cases,), with the first seed
@@ -102,6 +108,7 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             summary = best.calibration.summary() if MODELS[to_publish].content else ""
             metrics["facts"] |= {"refit": config.sbr.refit, "calibration": best.calibration._asdict() | {"told": summary}}
             cases = cases_table(windows[2], inputs.split.test, inputs.catalog.item_ids, ranks)
+            write_json(finished, fingerprint)
             version = publish(run, settings[to_publish], source, model, metrics, cases, fingerprint, best)
             remove(folder / "checkpoints")
             print_results(metrics)

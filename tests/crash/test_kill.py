@@ -116,3 +116,19 @@ def test_an_export_killed_at_some_calls(distilled: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_an_export_killed_at_every_call(distilled: Path, tmp_path: Path) -> None:
     print(killed_and_repeated(distilled, tmp_path, exported, every, is_fixed))
+
+
+@pytest.mark.slow
+def test_a_distillation_killed_at_every_call(distilled: Path, tmp_path: Path) -> None:
+    """Every call, so every checkpoint of every phase."""
+    base = tmp_path / "base"
+    shutil.copytree(distilled / "data", base / "data")
+    words = [word for setting in SETTINGS for word in ("--set", setting)]
+    count = killed_and_repeated(
+        base,
+        tmp_path,
+        lambda run: ("distill", "--run", run, "--data", run / "data", *words),
+        every,
+        lambda name: name.startswith("mllm/"),  # checkpoints hold the seconds of their training
+    )
+    print(count)
