@@ -259,7 +259,7 @@ class Recommender:
         score_all = count <= FULL_SCORING_ITEMS and (self.index.exact or items is not None)
         if TORCH and score_all and len(wanted) >= BATCH_SESSIONS:
             return {n: (*best, None) for n, best in self.batch_scorer.best(sessions, wanted, items, new_items)}
-        candidates = np.arange(count) if items is None else items
+        candidates = items if items is not None else np.arange(count if score_all else 0)
         ranked: dict[int, ScoredItems] = {}
         for n, most in wanted.items():
             read = self.ranker.encode(sessions[n], new_items)

@@ -114,7 +114,8 @@ class NumpyPairCounts:
         self.keys, self.counts, self.totals, self.distinct = (pairs[name] for name in ("keys", "counts", "totals", "distinct"))
         self.recency, self.evidence = pairs["recency"], pairs["evidence"]
         self.items = len(self.totals)
-        self.begin = np.searchsorted(self.keys, np.arange(self.items + 1) * self.items)
+        begin = np.searchsorted(self.keys, np.arange(self.items + 1) * self.items)
+        self.begin = begin.astype(np.int32) if len(self.keys) < 2**31 else begin  # half the memory, which every process has of its own
         self.discount = 1 / (1 + float(np.exp(-pairs["discount"])))
 
     def weights(self, rows: np.ndarray, back: np.ndarray) -> np.ndarray:
