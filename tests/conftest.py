@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 LONG = ("test_fsdp", "test_train_sbr", "test_docs", "test_backbones", "test_distill", "test_search", "test_ablate", "test_transfer")
-LONG += ("test_refit", "test_update")
+LONG += ("test_refit", "test_update", "test_kill")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
