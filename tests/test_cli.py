@@ -182,8 +182,12 @@ def test_a_file_of_sessions_gets_the_answers_of_single_calls(run: Path, answer: 
     out = tmp_path / "out.parquet"
     done = tpad("recommend", "--run", run, "--sessions", path, "--out", out, "-k", "5")
     assert (done.returncode, done.stdout) == (0, "")
-    assert re.fullmatch(r"recommendations: 2/2, [0-9.]+/s", done.stderr.splitlines()[0])
-    assert done.stderr.splitlines()[1:] == [
+    lines = done.stderr.splitlines()
+    read = [line for line in lines if line.startswith("read: ")]
+    progress, *told = lines[len(read) :]
+    assert read[:2] == [f"read: {path}: 5 rows", f"read: {path}: times are in seconds"]
+    assert re.fullmatch(r"recommendations: 2/2, [0-9.]+/s", progress)
+    assert told == [
         f"2 sessions, 10 rows: {out}",
         "events of items not in the catalogue, left out: 1",
         "sessions of no other items, which got the most popular ones: 1",

@@ -1,6 +1,7 @@
 """Logs the metrics of every distillation step to metrics.jsonl and to accelerate's trackers."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ class MetricsLog:
 
 def rewrite_lines(path: Path, keeps: Callable[[dict[str, Any]], bool]) -> None:
     """Replaces a log by its lines that `keeps`; without those that a kill or a flipped bit has damaged."""
+    if not os.path.lexists(path):
+        return
     try:
         lines = json_lines(path)
     except OSError as error:

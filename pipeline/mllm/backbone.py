@@ -68,7 +68,8 @@ def adapted(backbone: Backbone, config: BackboneConfig) -> Backbone:
     """Adds LoRA adapters (fp32) to the language model and freezes the rest; without `lora`, every weight trains."""
     if config.lora is not None:
         drawn = {name: weight.detach().clone() for name, weight in backbone.model.named_parameters()} if config.name == "tiny" else {}
-        backbone = replace(backbone, frozen_sha256=None if config.quantize else sampled_sha256(backbone.model), drawn=drawn)
+        unknown = config.quantize or next(backbone.model.parameters()).is_meta  # a model without weights, to count its memory
+        backbone = replace(backbone, frozen_sha256=None if unknown else sampled_sha256(backbone.model), drawn=drawn)
         targets = _targets(backbone.model, config.lora.targets)
         backbone.model.requires_grad_(False)
         lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets)

@@ -2,10 +2,8 @@
 
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.core.files import remove_leftovers, scratch_folder
 
+SPILL = ".prepare-"  # begins the name of the folder of what does not fit into memory
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 SMALLEST_MEMORY = 256 * 10**6
 SHARE = 0.55  # of the memory of the process; the rest is for batches on their way in and out, and for the allocator
@@ -135,20 +135,17 @@ class Database:
 def database(beside: Path, memory: str | None) -> Iterator[Database]:
     """Opens a database whose temporary files are in the nearest existing folder of `beside`, and removes them at the end."""
     limit = memory_bytes(memory)
-    folder = next((path for path in (beside, *beside.absolute().parents) if path.is_dir()), Path())
-    try:
-        spill = Path(tempfile.mkdtemp(prefix=".prepare-", dir=folder))
-    except OSError as error:
-        reason = f"cannot write: {error.strerror or error} ({folder}); give a folder with room that you may write in"
-        raise UserError(reason, ENVIRONMENT) from None
-    try:
-        data = Database(spill, limit)
+    folder, above = [path for path in (beside.absolute(), *beside.absolute().parents, Path("/")) if path.is_dir()][:2]
+    with ExitStack() as stack:
         try:
-            yield data
-        finally:
-            data.connection.close()
-    finally:
-        shutil.rmtree(spill, ignore_errors=True)
+            remove_leftovers(above, SPILL)  # of a killed one that began before `folder` was there
+            spill = stack.enter_context(scratch_folder(folder, SPILL))
+        except OSError as error:
+            reason = f"cannot write: {error.strerror or error} ({folder}); give a folder with room that you may write in"
+            raise UserError(reason, ENVIRONMENT) from None
+        data = Database(spill, limit)
+        stack.callback(data.connection.close)
+        yield data
 
 
 def memory_bytes(text: str | None) -> int | None:
