@@ -86,7 +86,8 @@ def killed_and_repeated(
         assert done.returncode == 0, (fatal, done.stderr)
         found = contents(copy)
         assert found.keys() == wanted.keys(), (fatal, found.keys() ^ wanted.keys())
-        assert [name for name in wanted if same(name) and found[name] != wanted[name]] == [], fatal
+        changed = [name for name in wanted if same(name) and found[name] != wanted[name]]
+        assert not changed, (fatal, changed)
         shutil.rmtree(copy)
         killed += 1
     return killed
