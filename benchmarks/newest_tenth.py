@@ -122,9 +122,9 @@ def nightly(config: Config, data: Path, work: Path) -> dict[str, object]:
         "first training seconds": round(update_began - began, 1),
         "update seconds": round(update_seconds, 1),
         "training anew seconds": round(full_seconds, 1),
-        "share of the time": update_seconds / full_seconds,
+        "update / training anew, seconds": update_seconds / full_seconds,
         **found,
-        "loss HR@20": 1 - found["updated HR@20"] / found["trained anew HR@20"],
+        "HR@20 lost by the update, share": 1 - found["updated HR@20"] / found["trained anew HR@20"],
     }
 
 
