@@ -102,7 +102,7 @@ def prepare(
         run_import(options, summary)
     except UserError:
         if lines := summary.read_lines():
-            say(printable("\n".join(lines)))
+            say("\n".join(lines))
         raise
     typer.echo(printable("\n".join(summary.lines())))
     if not dry_run:

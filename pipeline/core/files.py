@@ -166,19 +166,6 @@ def _create_locked(path: Path, folder: bool) -> int:
         os.close(handle)  # another process took it for a leftover before it was locked
 
 
-@contextmanager
-def scratch_folder(parent: Path, start: str) -> Iterator[Path]:
-    """Yields a new folder `start`... in `parent`, which is removed at the end, as are those that killed processes have left."""
-    remove_leftovers(parent, start)
-    folder = parent / f"{start}{secrets.token_hex(4)}"
-    lock = _create_locked(folder, folder=True)
-    try:
-        yield folder
-    finally:
-        remove(folder)
-        os.close(lock)
-
-
 def remove_leftovers(parent: Path, start: str, end: str = "") -> None:
     """Removes the files and folders `start`...`end` in a folder that no living process holds a lock on."""
     for name in os.listdir(parent):

@@ -3,7 +3,6 @@
 The phases are in `phases.py`, the training loop in `trainer.py`.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -197,7 +196,7 @@ def join_and_build(inputs: Inputs, run: Path) -> tuple[Group, Backbone]:
     if shard and group.world > 1:
         share = fsdp.shard(backbone.model, accelerator.device, group.world)
         if accelerator.is_main_process:
-            print(f"FSDP: each of {group.world} processes holds {share:.0%} of the backbone's weights", file=sys.stderr)
+            note(f"FSDP: each of {group.world} processes holds {share:.0%} of the backbone's weights")
     return group, backbone
 
 

@@ -1,7 +1,6 @@
 """Embeds all items between two phases, on all processes, resumable."""
 
 import math
-import sys
 import time
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.checkpoint import SAVE_SECONDS, Checkpoints
+from pipeline.core.errors import note
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.core.progress import Steps
@@ -42,10 +42,9 @@ def feature_table(mllm: Mllm, phase: Phase, head: str, checkpoints: Checkpoints)
             if stop:
                 raise interrupt.exit()
     if main and (alike := float(table.mean(0).square().sum())) > ALIKE:  # of unit vectors: the mean of all cosines
-        print(
+        note(
             f"warning: the {head} features of two items have a cosine of {alike:.3f} on average, so that they hardly tell items apart "
-            f"({phase.name}); see that the texts and images differ (data.text), or take more steps (distill.{phase.name}.steps)",
-            file=sys.stderr,
+            f"({phase.name}); see that the texts and images differ (data.text), or take more steps (distill.{phase.name}.steps)"
         )
     return table
 

@@ -1,11 +1,11 @@
 """Runs a frozen vision tower over every image of the catalogue before training (`distill.vision_cache_gb`)."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.core.config import Config
+from pipeline.core.errors import note
 from pipeline.distill.process_group import Group
 from pipeline.mllm.backbone import Backbone
 from pipeline.mllm.item_images import ItemImages
@@ -18,7 +18,7 @@ def fill_vision_cache(config: Config, run: Path, backbone: Backbone, prompts: Pr
     """Runs the vision tower once for every image of the catalogue, each process for its share; None where the tower trains."""
     if not is_frozen(backbone.model):
         if group.rank == 0:
-            print("note: the vision tower trains, so its output is not cached (distill.vision_cache_gb)", file=sys.stderr)
+            note("note: the vision tower trains, so its output is not cached (distill.vision_cache_gb)")
         return None
     cache = VisionCache(run / "vision", backbone, config.backbone.max_pixels)
     images = ItemImages(config.backbone, backbone, prompts.catalog, memory_bytes=0)

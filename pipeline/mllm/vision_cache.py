@@ -9,7 +9,6 @@ mistaken for the old one. Images that are no longer in the catalogue keep their 
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ class VisionCache:
                     shard.append({name: t.cpu() for name, t in features.pack().items()} | _names(fresh))
                     grown = sum(t.nbytes for t in shard[-1].values())
                     if grown > room:
-                        print(f"note: the vision cache is full after {progress.done} of {len(rows)} images", file=sys.stderr)
+                        note(f"note: the vision cache is full after {progress.done} of {len(rows)} images")
                         shard.pop()
                         break
                     room, size = room - grown, size + grown

@@ -5,11 +5,10 @@ A block computes x + sigmoid(W x) * f(norm(x)), for self-attention and then for 
 candidates are drawn by popularity with a logQ correction, where the paper draws 256 uniformly.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.baselines.sasrec import BLOCKS
+from recommender.baselines.sasrec import CausalStack
 
 WIDER = 4  # the inner layer of SwiGLU, relative to `dim`
 
@@ -40,16 +39,8 @@ class LiGRBlock(nn.Module):
         return gated
 
 
-class ESASRec(nn.Module):
-    """Encodes a session by LiGR blocks over its items and their positions."""
+class ESASRec(CausalStack):
+    """Encodes a session by LiGR blocks."""
 
     def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
-        super().__init__()
-        self.positions = nn.Parameter(0.1 * torch.randn(max_prefix, dim))
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(LiGRBlock(dim, dropout) for _ in range(BLOCKS)))
-
-    def forward(self, states: Tensor, rows: Tensor) -> Tensor:
-        """states (B, L, D), rows (B, L) -> session vectors (B, L, D)"""
-        vectors: Tensor = self.blocks(self.dropout(states * states.shape[-1] ** 0.5 + self.positions[: rows.shape[1]]))
-        return vectors
+        super().__init__(lambda: LiGRBlock(dim, dropout), dim, max_prefix, dropout, norm=False)

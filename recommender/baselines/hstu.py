@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recommender.baselines.sasrec import BLOCKS
+from recommender.baselines.sasrec import CausalStack
 from recommender.session_model.ops import causal, steps_back
 
 
@@ -33,18 +33,8 @@ class TransductionUnit(nn.Module):
         return updated
 
 
-class HSTU(nn.Module):
-    """Encodes a session by transduction units over its items and their positions."""
+class HSTU(CausalStack):
+    """Encodes a session by transduction units."""
 
     def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
-        super().__init__()
-        self.positions = nn.Parameter(0.1 * torch.randn(max_prefix, dim))
-        self.dropout = nn.Dropout(dropout)
-        self.units = nn.Sequential(*(TransductionUnit(dim, max_prefix, dropout) for _ in range(BLOCKS)))
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, states: Tensor, rows: Tensor) -> Tensor:
-        """states (B, L, D), rows (B, L) -> session vectors (B, L, D)"""
-        states = states * states.shape[-1] ** 0.5 + self.positions[: rows.shape[1]]
-        vectors: Tensor = self.norm(self.units(self.dropout(states)))
-        return vectors
+        super().__init__(lambda: TransductionUnit(dim, max_prefix, dropout), dim, max_prefix, dropout)

@@ -6,6 +6,8 @@ with `sbr.loss: gbce`, the loss of gSASRec (Petrov and Macdonald, RecSys 2023); 
 padded on the right.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,18 +38,25 @@ class Block(nn.Module):
         return updated
 
 
-class SASRec(nn.Module):
-    """Encodes a session by causal self-attention over its items and their positions."""
+class CausalStack(nn.Module):
+    """Encodes a session by `BLOCKS` causal blocks, which `block` makes, over its items and their positions; then a layer norm, or none."""
 
-    def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
+    def __init__(self, block: Callable[[], nn.Module], dim: int, max_prefix: int, dropout: float, norm: bool = True) -> None:
         super().__init__()
         self.positions = nn.Parameter(0.1 * torch.randn(max_prefix, dim))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(Block(dim, dropout) for _ in range(BLOCKS)))
-        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.Sequential(*(block() for _ in range(BLOCKS)))
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, states: Tensor, rows: Tensor) -> Tensor:
         """states (B, L, D), rows (B, L) -> session vectors (B, L, D)"""
         states = states * states.shape[-1] ** 0.5 + self.positions[: rows.shape[1]]
         vectors: Tensor = self.norm(self.blocks(self.dropout(states)))
         return vectors
+
+
+class SASRec(CausalStack):
+    """Encodes a session by causal self-attention."""
+
+    def __init__(self, dim: int, max_prefix: int, dropout: float) -> None:
+        super().__init__(lambda: Block(dim, dropout), dim, max_prefix, dropout)

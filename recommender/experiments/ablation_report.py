@@ -6,7 +6,6 @@ sessions (`significance.paired_bootstrap`) and does not include the variation be
 
 import csv
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.artifact import decoding, open_verified
 from pipeline.core.config import Config
+from pipeline.core.errors import note
 from pipeline.core.files import read_sealed, replacing
 from recommender.metrics.ranks import case_values
 from recommender.metrics.results_table import Figure, Row, format_difference, table
@@ -129,7 +129,7 @@ def draw(rows: Mapping[str, Row], path: Path) -> None:
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
-        print("no plot without matplotlib: install the extra `ablate`, and start again", file=sys.stderr)
+        note("no plot without matplotlib: install the extra `ablate`, and start again")
         return
     metrics = [metric for metric in ("HR@10", "cold HR@20") if metric in rows["full"]]
     shown = {name: row for name, row in rows.items() if name != "full"}

@@ -8,7 +8,6 @@ grouped out of core.
 
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import DATA, USAGE, UserError, printable
+from pipeline.core.errors import DATA, USAGE, UserError, note
 from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
 from pipeline.core.ray_workers import in_order, on_ray
@@ -104,7 +103,7 @@ def recommend_file(
                 count, sql = order_sessions(load_events(data, log, SessionRules(), tables, report))
             finally:
                 if number == 0:
-                    print(printable("\n".join(report.read_lines())), file=sys.stderr)
+                    note("\n".join(report.read_lines()))
             first, last = (count * n // processes for n in (number, number + 1))
             with (
                 parquet_file(out, SCHEMA) as write_ranking,

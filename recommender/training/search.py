@@ -9,7 +9,6 @@ is valid for one set of data and of initial settings. The best settings are writ
 
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -230,7 +229,7 @@ def one_trial(
             study.enqueue_trial(BASELINES[name].defaults if name in BASELINES else {key: getattr(config.sbr, key) for key in around})
         trial = study.ask(around)
         drawn = trial.params
-        print(f"{name}: trial {number + 1}, {', '.join(f'{key} {value:.4g}' for key, value in drawn.items())}", file=sys.stderr)
+        note(f"{name}: trial {number + 1}, {', '.join(f'{key} {value:.4g}' for key, value in drawn.items())}")
     drawn = _agree(drawn)
     reported: list[float] = []
 

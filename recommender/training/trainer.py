@@ -7,7 +7,6 @@ float32.
 """
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch import Tensor
 from pipeline.core.artifact import locked
 from pipeline.core.checkpoint import SAVE_SECONDS, Checkpoints, pack_optimizer, unpack_optimizer
 from pipeline.core.config import Config, SbrConfig
-from pipeline.core.errors import USAGE, UserError
+from pipeline.core.errors import USAGE, UserError, note
 from pipeline.core.interrupt import Interrupt
 from pipeline.core.process import keep_freed_memory
 from pipeline.core.progress import Steps
@@ -235,7 +234,7 @@ def drop_stale(checkpoints: Checkpoints, name: str, seed: int, fresh: bool) -> N
     if fresh:
         checkpoints.clear()
     elif checkpoints.drop_others():  # without a question to the user, as a training takes minutes
-        print(f"note: {name} (seed {seed}) is trained anew: its checkpoint is of other settings or data, and dropped", file=sys.stderr)
+        note(f"note: {name} (seed {seed}) is trained anew: its checkpoint is of other settings or data, and dropped")
 
 
 def status(loss: float, metric: str, scores: list[float]) -> str:

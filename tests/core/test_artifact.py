@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.artifacts import publish
 from pipeline.core import artifact
 from pipeline.core.artifact import Version, open_verified, published, stage
 from pipeline.core.errors import ARTIFACT, UserError
@@ -18,14 +19,6 @@ from pipeline.data.embeddings import HALVES, Dtype, embeddings_schema, read_embe
 
 HINT = "run `tpad export-embeddings` first"
 REPOSITORY = Path(__file__).parents[2]
-
-
-def publish(root: Path, text: str = "content", keep: int = 2, kind: str = "mllm") -> Version:
-    with stage(root, kind) as staging:
-        (staging.path / "adapter").mkdir()
-        (staging.path / "adapter" / "weights.bin").write_text(text * 50)
-        (staging.path / "notes.txt").write_text(text)
-        return staging.publish({"backbone": "tiny", "text": text}, keep=keep)
 
 
 def table(rows: int = 2500, dim: int = 8, dtype: Dtype = "float32", first: int = 0) -> pa.Table:

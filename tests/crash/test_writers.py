@@ -11,20 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.artifacts import publish
 from pipeline.core import artifact
-from pipeline.core.artifact import Version, open_verified, stage
+from pipeline.core.artifact import open_verified, stage
 from pipeline.core.errors import ENVIRONMENT, UserError
 
 HINT = "run `tpad distill` first"
 REPOSITORY = Path(__file__).parents[2]
-
-
-def publish(root: Path, text: str = "content", keep: int = 2, kind: str = "mllm") -> Version:
-    with stage(root, kind) as staging:
-        (staging.path / "adapter").mkdir()
-        (staging.path / "adapter" / "weights.bin").write_text(text * 50)
-        (staging.path / "notes.txt").write_text(text)
-        return staging.publish({"backbone": "tiny", "text": text}, keep=keep)
 
 
 def files_of(root: Path) -> list[Path]:

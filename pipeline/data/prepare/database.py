@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
-from pipeline.core.files import remove_leftovers, scratch_folder
+from pipeline.core.files import remove_leftovers, temporary_folder
 
 SPILL = ".prepare-"  # begins the name of the folder of what does not fit into memory
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -139,7 +139,7 @@ def database(beside: Path, memory: str | None) -> Iterator[Database]:
     with ExitStack() as stack:
         try:
             remove_leftovers(above, SPILL)  # of a killed one that began before `folder` was there
-            spill = stack.enter_context(scratch_folder(folder, SPILL))
+            spill = stack.enter_context(temporary_folder(folder, SPILL))
         except OSError as error:
             reason = f"cannot write: {error.strerror or error} ({folder}); give a folder with room that you may write in"
             raise UserError(reason, ENVIRONMENT) from None

@@ -6,7 +6,7 @@ items that have nothing but ids.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -46,7 +46,6 @@ class PrepareOptions:
     min_item_count: int = 1  # events of items with fewer events are dropped
     max_session_length: int = 0  # longest session in events, of which the last are kept; 0: no limit
     on_bad_image: OnBadImage = "error"
-    columns: dict[str, str] = field(default_factory=dict)  # our column -> the file's
     min_session_length: int = 2
     collapse_repeats: bool = False
     table: TableOptions = field(default_factory=TableOptions)
@@ -85,7 +84,7 @@ def prepare(options: PrepareOptions, summary: PrepareSummary | None = None) -> P
     summary = summary or PrepareSummary()
     summary.out = options.out
     limit = PREVIEW_ROWS if options.dry_run else None
-    tables = replace(options.table, columns={**options.table.columns, **options.columns})
+    tables = options.table
     with database(options.out, tables.memory) as data:
         log, items = open_tables(data, options.sessions, options.items, tables, summary)
         result = load_items(data, items, limit, summary.say) if items is not None else {}

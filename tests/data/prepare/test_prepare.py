@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.core.errors import DATA, ENVIRONMENT, USAGE, UserError
 from pipeline.data.catalog import load_catalog
 from pipeline.data.prepare.prepare import PrepareOptions, PrepareSummary, prepare
+from pipeline.data.prepare.table_options import TableOptions
 from pipeline.data.session_log import load_sessions
 
 ITEMS = [
@@ -49,8 +50,10 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def run(folder: Path, items: list[dict[str, Any]], events: list[dict[str, Any]], kind: str = "jsonl", **options: Any) -> PrepareSummary:
-    out = options.pop("out", folder / "out")
-    return prepare(PrepareOptions(write(folder / f"items.{kind}", items), write(folder / f"log.{kind}", events), out, **options))
+    out, table = options.pop("out", folder / "out"), TableOptions(columns=options.pop("columns", {}))
+    return prepare(
+        PrepareOptions(write(folder / f"items.{kind}", items), write(folder / f"log.{kind}", events), out, table=table, **options)
+    )
 
 
 def sessions(out: Path) -> dict[str, list[str]]:
