@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,14 @@ ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what the launche
 LORA = ["backbone.lora.rank=2", "backbone.lora.dropout=0.0"]
 
 
+# settings under which a process writes and follows a teacher too, in other numbers of batches than the other one
+OPTIONS = ["distill.transfer.summary=1", "distill.transfer.summary_tokens=3", "distill.align.token_distill=0.5"]
+
+
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings under which a process embeds, writes and follows a teacher too, in other numbers of batches than the other one."""
     folder = save_backbone(tmp_path_factory.mktemp("backbones") / "qwen3_vl", "qwen3_vl")
-    words = ["transfer.items=3", "transfer.summary=1", "transfer.summary_tokens=3", "align.token_distill=0.5", "chunk=5"]
-    words += [f"{phase}.{setting}" for phase in PHASES for setting in ("steps=4", "lr=1e-4")]
+    words = ["transfer.items=3", "chunk=5", *(f"{phase}.{setting}" for phase in PHASES for setting in ("steps=4", "lr=1e-4"))]
     return [f"backbone.name={folder}", *LORA, "export.token_budget=120", *(f"distill.{word}" for word in words)]
 
 
@@ -39,7 +42,11 @@ def in_pieces(run: Path, data: Path, *more: str) -> None:
     distill_run(run, data, *more)
 
 
-def test_killed_and_resumed_in_pieces_a_run_is_what_one_process_makes(more: list[str], tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), pytest.param(OPTIONS, marks=pytest.mark.slow)])
+def test_killed_and_resumed_in_pieces_a_run_is_what_one_process_makes(
+    more: list[str], options: Sequence[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    more = [*more, *options]
     alone, run = tmp_path / "alone", tmp_path / "run"
     distill_run(alone, tiny_data, *more)
     one, other = pair(in_pieces, run, tiny_data, *more)

@@ -56,12 +56,26 @@ FORK.set_forkserver_preload(
 
 def tpad(*args: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own that begins with everything imported."""
+    return tpad_stopped(None, str.isspace, *args, cwd=cwd)
+
+
+def tpad_stopped(
+    by: signal.Signals | None, reached: Callable[[str], object], *args: object, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """The same; it gets the signal `by` as soon as `reached` holds of what it has said on stderr."""
     words = [*map(str, args)]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = FORK.Process(target=_run, args=(words, cwd, out, err))
-        process.start()
-        process.join(900)
+        out.touch()
+        err.touch()
+        process = start(_run, words, cwd, out, err)
+        deadline = time.monotonic() + 900
+        while by and time.monotonic() < deadline and process.is_alive():
+            if reached(err.read_text()):
+                os.kill(int(process.pid or 0), by)
+                break
+            time.sleep(0.005)
+        process.join(max(0, deadline - time.monotonic()))
         process.kill()
         process.join()
         return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from helpers.server import Server, serving
 from recommender.serving import bounded_heads, middleware
 from recommender.serving.server import serve
 
-P99 = 0.25  # seconds that others wait at most
+P99 = 0.25  # seconds that others wait at most, on a machine of its own
+SHARED = 1.0  # and on one where other tests run
+BOUNDS = [SHARED, pytest.param(P99, marks=pytest.mark.slow)]
 POST = b"POST /recommend HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
 BODY = b'{"session": []}'
 WHOLE = POST + b"content-length: 15\r\n\r\n" + BODY
@@ -31,8 +33,8 @@ def server(shop: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def others_wait_little(server: Server, asks: Callable[[], object] | None = None) -> Iterator[None]:
-    """Asks all the while what others ask, and checks how long they wait."""
+def others_wait_little(server: Server, most: float = SHARED) -> Iterator[None]:
+    """Asks all the while what others ask, and checks how long they wait: all but one in a hundred less than `most` seconds."""
     waits: list[float] = []
     stop = threading.Event()
 
@@ -51,7 +53,8 @@ def others_wait_little(server: Server, asks: Callable[[], object] | None = None)
         time.sleep(0.02)
     stop.set()
     user.join()
-    assert np.percentile(waits, 99) < P99 * 4, np.percentile(waits, [50, 90, 99])  # of a machine that tests share
+    print(f"{len(waits)} requests of others; seconds of 50, 90 and 99 %: {np.percentile(waits, [50, 90, 99]).round(4).tolist()}")
+    assert np.percentile(waits, 99) < most
 
 
 def connect(server: Server) -> socket.socket:
@@ -94,12 +97,13 @@ FLOODS = {
 }
 
 
+@pytest.mark.parametrize("most", BOUNDS)
 @pytest.mark.parametrize("name", FLOODS)
-def test_a_flood_ends_and_others_wait_little(server: Server, name: str) -> None:
+def test_a_flood_ends_and_others_wait_little(server: Server, name: str, most: float) -> None:
     """Eighty megabytes as fast as the service takes them: it soon takes no more, and meanwhile answers others."""
     begin, piece = FLOODS[name]
     pieces = piece * (1_000_000 // len(piece))
-    with others_wait_little(server), connect(server) as client:
+    with others_wait_little(server, most), connect(server) as client:
         client.settimeout(2)
         taken = send(client, begin) and sum(send(client, pieces) for _ in range(80))
         assert taken < 60
@@ -201,13 +205,14 @@ def hurried(shop: Path) -> Iterator[Server]:
     process.join()
 
 
-def test_bodies_that_dribble_do_not_hold_the_places(hurried: Server) -> None:
+@pytest.mark.parametrize("most", BOUNDS)
+def test_bodies_that_dribble_do_not_hold_the_places(hurried: Server, most: float) -> None:
     """As many as there are places, a byte now and then: others are answered, and each dribble ends."""
     slow = [connect(hurried) for _ in range(middleware.MAX_AT_ONCE)]
     for client in slow:
         send(client, POST + b"content-length: 15\r\n\r\n{")
     time.sleep(0.6)
-    with others_wait_little(hurried):
+    with others_wait_little(hurried, most):
         for _ in range(4):
             time.sleep(0.25)
             for client in slow:

@@ -4,21 +4,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_train_sbr import SCRIPT, copy_inputs, weights
+from test_train_sbr import copy_inputs, weights
 from typer.testing import CliRunner
 
 import cli
 from helpers.fake_embeddings import publish_embeddings, write_data
-from helpers.processes import ENVIRONMENT, ROOT
+from helpers.processes import tpad_stopped
 from helpers.runs import SETTINGS as DISTILLING
 from helpers.server import serving
 from pipeline.core.artifact import open_verified
@@ -123,13 +120,13 @@ def test_another_setting_of_refit_is_not_up_to_date(held_out: Path, tmp_path: Pa
 
 def test_a_run_stopped_in_the_refit_goes_on_to_the_same_bytes(refitted: Path, tmp_path: Path) -> None:
     run, log = copy_inputs(refitted, tmp_path), tmp_path / "sbr-train" / "metrics.jsonl"
-    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), *SETTINGS]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=ENVIRONMENT)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and '"full, refit"' in log.read_text()):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
+    words = [word for setting in SETTINGS for word in ("--set", setting)]
+    stopped = tpad_stopped(
+        signal.SIGTERM,
+        lambda said: log.exists() and '"full, refit"' in log.read_text(),
+        *("train-sbr", "--run", run, "--data", run / "data", *words),
+    )
+    assert stopped.returncode == 143
     assert not (run / "sbr" / "current").exists()
     checkpoints = {path.parent.name for path in (run / "sbr-train" / "checkpoints").glob("*/step-*")}
     assert checkpoints == {"ID-only-0", "full-0", "full-0-refit"}

@@ -2,9 +2,7 @@
 
 import json
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from helpers.fake_embeddings import publish_embeddings, write_data
+from helpers.processes import tpad_stopped
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from pipeline.core.errors import ENVIRONMENT, UserError
@@ -22,18 +21,8 @@ from recommender.metrics.evaluator import baseline_ranks
 from recommender.training.dataset import load_training_data
 from recommender.training.train import train_sbr
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = ["sbr.dim=8", "sbr.epochs=2", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[GRU4Rec, full]"]
 TRIALS = 5  # one more than the pruner waits for
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from pipeline.core.config_file import load_config
-from recommender.training.train import train_sbr
-torch.set_num_threads(1)
-train_sbr(load_config(None, sys.argv[4:]), Path(sys.argv[1]), Path(sys.argv[2]), trials=int(sys.argv[3]))
-"""
 
 
 def settings(*more: str) -> Config:
@@ -105,16 +94,10 @@ def test_a_search_out_of_time_keeps_what_it_has(tmp_path: Path) -> None:
 
 def kill_at(run: Path, trials: int, said: str, times: int = 1) -> None:
     """Kills a search in a separate process once that many lines on stderr begin so."""
-    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), str(trials), *SETTINGS]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stderr is not None
-    for line in process.stderr:
-        times -= line.startswith(said)
-        if times == 0:
-            time.sleep(0.05)
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
+    words = [word for setting in SETTINGS for word in ("--set", setting)]
+    command = "train-sbr", "--run", run, "--data", run / "data", "--search", trials, *words
+    done = tpad_stopped(signal.SIGKILL, lambda err: sum(line.startswith(said) for line in err.splitlines()) >= times, *command)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_a_search_killed_and_one_added_to_a_killed_training_end_like_an_undisturbed_one(searched: Path, tmp_path: Path) -> None:

@@ -1,12 +1,9 @@
 """Tests `train_sbr` on a small run: results, files, refusals, and that a killed run resumes."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.fake_embeddings import DIM, GROUPS, publish_embeddings, write_data
+from helpers.processes import tpad_stopped, two_processes
 from pipeline.core.artifact import locked
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
@@ -25,17 +23,7 @@ from recommender.retrieval.saved_model import load_model
 from recommender.serving.recommender import Recommender
 from recommender.training.train import train_sbr
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = ["sbr.dim=16", "sbr.epochs=6", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[SASRec, ID-only, content-only, full]"]
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from pipeline.core.config_file import load_config
-from recommender.training.train import train_sbr
-torch.set_num_threads(1)
-train_sbr(load_config(None, sys.argv[3:]), Path(sys.argv[1]), Path(sys.argv[2]))
-"""
 
 
 def settings(*more: str) -> Config:
@@ -158,17 +146,16 @@ def test_a_loss_that_is_not_finite_is_one_clear_line(trained: Path, tmp_path: Pa
     assert not (run / "sbr" / "current").exists()
 
 
+def trained_until(by: signal.Signals, reached: Callable[[], object], run: Path, *more: str) -> int | None:
+    """Trains in a process of its own, which gets the signal as soon as `reached` holds. Returns its exit code."""
+    words = [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
+    return tpad_stopped(by, lambda said: reached(), "train-sbr", "--run", run, "--data", run / "data", *words).returncode
+
+
 def kill_in(run: Path, model: str) -> None:
     """Trains in a separate process, which is killed as soon as this model has a checkpoint."""
-    command = [sys.executable, "-c", SCRIPT, str(run), str(run / "data"), *SETTINGS]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and process.poll() is None:
-        if list((run / "sbr-train" / "checkpoints" / f"{model}-0").glob("step-*/state.json")):
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL
+    checkpoints = run / "sbr-train" / "checkpoints" / f"{model}-0"
+    assert trained_until(signal.SIGKILL, lambda: list(checkpoints.glob("step-*/state.json")), run) == -signal.SIGKILL
     assert not (run / "sbr" / "current").exists()
 
 
@@ -212,14 +199,8 @@ def test_sigterm_in_the_middle_of_an_epoch_loses_no_step(trained: Path, tmp_path
     more = ["sbr.models=[full]", "sbr.epochs=2", "sbr.batch=4"]
     whole, stopped = copy_inputs(trained, tmp_path / "whole"), copy_inputs(trained, tmp_path / "stopped")
     train_sbr(settings(*more), whole, whole / "data")
-    command = [sys.executable, "-c", SCRIPT, str(stopped), str(stopped / "data"), *SETTINGS, *more]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     log = stopped / "sbr-train" / "metrics.jsonl"
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
+    assert trained_until(signal.SIGTERM, lambda: log.exists() and log.stat().st_size, stopped, *more) == 143
     (checkpoint,) = (stopped / "sbr-train" / "checkpoints" / "full-0").iterdir()
     assert 0 < int(checkpoint.name.removeprefix("step-")) < 80  # of the first epoch
     train_sbr(settings(*more), stopped, stopped / "data")
@@ -281,13 +262,7 @@ def test_a_model_of_an_older_format_is_one_clear_line(trained: Path, tmp_path: P
 
 def test_two_processes_take_the_steps_of_one(trained: Path, tmp_path: Path) -> None:
     run = copy_inputs(trained, tmp_path)
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(run), str(run / "data"), *SETTINGS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    two_processes(train_sbr, settings(), run, run / "data")
     losses = {}
     for name, folder in (("one", trained), ("two", run)):
         lines = [json.loads(line) for line in (folder / "sbr-train" / "metrics.jsonl").read_text().splitlines()]

@@ -3,9 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from typer.testing import CliRunner
 
 import cli
 from helpers.fake_embeddings import publish_embeddings, write_data
-from helpers.processes import ENVIRONMENT, ROOT, contents
+from helpers.processes import contents, tpad_stopped
 from pipeline.core.artifact import open_verified
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
@@ -33,15 +30,6 @@ from recommender.training.update import update_sbr
 
 SETTINGS = ["sbr.dim=8", "sbr.epochs=4", "sbr.batch=32", "sbr.lr=0.01", "sbr.models=[full]"]
 OLD = 320  # sessions before the night; none has one of the eight cold items
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from pipeline.core.config_file import load_config
-from recommender.training.update import update_sbr
-torch.set_num_threads(1)
-update_sbr(load_config(None, sys.argv[2:]), Path(sys.argv[1]), Path(sys.argv[1]) / "data")
-"""
 
 
 def settings(*more: str) -> Config:
@@ -222,13 +210,9 @@ def test_a_stopped_update_goes_on_to_the_same_bytes(trained: Path, every: dict[s
     more = "sbr.batch=4"  # steps enough to be stopped between two
     update_sbr(settings(more), whole, whole / "data")
     log = stopped / "sbr-train" / "metrics.jsonl"
-    command = [sys.executable, "-c", SCRIPT, str(stopped), *SETTINGS, more]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=ENVIRONMENT)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None and '"update"' not in log.read_text():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
+    words = [word for setting in (*SETTINGS, more) for word in ("--set", setting)]
+    command = "train-sbr", "--update", "--run", stopped, "--data", stopped / "data", *words
+    assert tpad_stopped(signal.SIGTERM, lambda said: '"update"' in log.read_text(), *command).returncode == 143
     (checkpoint,) = (stopped / "sbr-train" / "checkpoints" / "update").glob("step-*")
     assert 0 < int(checkpoint.name.removeprefix("step-")) < 180
     assert json.loads((stopped / "sbr" / "current").read_bytes())["version"] == "v0001"
