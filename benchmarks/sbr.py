@@ -14,9 +14,11 @@ import argparse
 import itertools
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,12 +26,13 @@ import numpy as np
 import torch
 from srgnn_reference import SRGNN, samples_of
 
+from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.config_file import load_config
 from recommender.metrics.evaluator import model_ranks
 from recommender.metrics.ranks import summarise, target_ranks
-from recommender.session_model.windows import PAD, DeviceWindows, batches, cases_of, pack, prefixes_of
-from recommender.training.trainer import build_model, build_optimizer, make_accelerator, schedule, set_rate, share_sampled, train_step
+from recommender.session_model.windows import PAD, batches, cases_of, pack, prefixes_of
+from recommender.training.trainer import Training, build_model, make_accelerator
 
 PREFIX, CONTENT = 20, 128
 SRGNN_BATCH, RECBOLE_BATCH = 100, 2048  # samples, by default
@@ -68,25 +71,20 @@ class Ours:
 
     def __init__(self, name: str, config: Config, inputs: Any, accelerator: Any, epochs: int = 1000) -> None:
         self.model = build_model(name, 0, config, inputs).to(accelerator.device)
-        self.settings, self.accelerator = config.sbr, accelerator
-        self.optimizer, _ = build_optimizer(self.model, self.settings)
-        train = inputs.split.train
-        self.windows = DeviceWindows(pack(train.rows, train.offsets, PREFIX, PREFIX // 2), accelerator.device)
-        self.share = share_sampled(self.settings, inputs.counts)
-        self.epochs = epochs
+        self.settings = config.sbr.model_copy(update={"epochs": epochs})
+        train, folder = inputs.split.train, Path(tempfile.mkdtemp())
+        windows, checkpoints = pack(train.rows, train.offsets, PREFIX, PREFIX // 2), Checkpoints(folder / "checkpoints", "")
+        self.training = Training(name, 0, self.model, self.settings, windows, inputs.counts, None, accelerator, folder, checkpoints)
         self.work = self.steps()
 
     def steps(self) -> Iterator[int]:
         """Cases of each step."""
-        total = self.epochs * -(-len(self.windows) // self.settings.batch)
-        number = itertools.count()
-        for epoch in range(self.epochs):
+        windows = self.training.windows
+        for epoch in range(self.settings.epochs):
             self.model.train()
-            for step, which in enumerate(batches(len(self.windows), self.settings.batch, 0, epoch)):
-                set_rate(self.optimizer, self.settings.lr * schedule(next(number), total))
-                draw = (0, epoch, step)
-                train_step(self.model, self.model, self.optimizer, self.windows, which, draw, self.accelerator, self.settings, self.share)
-                yield int(self.windows.cases[which].sum())
+            for step, which in enumerate(batches(len(windows), self.settings.batch, 0, epoch)):
+                self.training.step(which, epoch, step)
+                yield int(windows.cases[which].sum())
 
 
 class Peer:
@@ -165,7 +163,7 @@ def train(chosen: argparse.Namespace) -> None:
         names(chosen), [(128, "auto"), (128, "softmax"), (100, "auto"), (100, "softmax"), (25, "auto")]
     ):
         ours = Ours(name, settings(chosen, f"sbr.batch={batch}", f"sbr.loss={loss}"), inputs, accelerator)
-        work[f"{name}, batch {batch} sessions, {'all' if ours.share is None else ours.settings.negatives} items"] = ours.work
+        work[f"{name}, batch {batch} sessions, {'all' if ours.training.share is None else ours.settings.negatives} items"] = ours.work
     for each in work.values():
         next(each)
     rounds = [{name: rate(each, chosen.seconds) for name, each in work.items()} for _ in range(chosen.rounds)]

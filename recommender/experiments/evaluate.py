@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,51 @@ def evaluate(
 
     Returns the published version, its report, and which models were left out and why (empty: none). `against`: the model that the others
     are compared with (None: full, else ID-only). `fresh`: evaluates again. Raises `UserError`."""
+    plan = make_plan(config, run, data, protocol, names, against)
+    target = run / "evaluation" / protocol
+    current = published(target, "evaluation")
+    if current is not None and current.manifest.get("fingerprint") == plan.fingerprint and not fresh:
+        with decoding(current.path, "run `tpad evaluate --fresh`"):
+            return current, (current.path / "report.md").read_text(encoding="utf-8"), plan.left_out
+    test = EvaluationCases(plan.inputs, config.data.max_prefix)
+    results, ranks = rank_all(plan, test, run / "evaluation-train" / protocol, fresh)
+    rows = {name: row_of(runs) for name, runs in sorted(results.items(), key=lambda entry: ROWS.index(entry[0]))}
+    if plan.reference is not None:
+        compare(rows, ranks, plan.reference, test.cluster)
+    searched = budget([*plan.baselines, *plan.models], plan.config, plan.inputs, run)
+    report = markdown(protocol, test, plan.inputs, rows, ranks, len(plan.seeds), plan.reference, plan.left_out, searched)
+    metrics = {
+        "protocol": protocol,
+        "facts": test.facts,
+        "seeds": list(plan.seeds),
+        "against": plan.reference,
+        "left_out": plan.left_out,
+        "search": searched,
+        "results": {name: dict(zip(("mean", "std"), average(runs), strict=True)) | {"seeds": len(runs)} for name, runs in results.items()},
+        "differences": {name: {m: f.against._asdict() for m, f in row.items() if f.against is not None} for name, row in rows.items()},
+        "spread": {name: recommended_spread(by_seed) for name, by_seed in ranks.items() if protocol != PAPER_MAX},
+        "speed": {name: speed(by_seed, test) for name, by_seed in ranks.items()},
+    }
+    cases = None if protocol == PAPER_MAX else ranks_table(test, plan.inputs, ranks, plan.seeds)
+    return publish(target, report, metrics, cases, {"fingerprint": plan.fingerprint, "protocol": protocol}), report, plan.left_out
+
+
+class Plan(NamedTuple):
+    """What an evaluation evaluates, and with which settings."""
+
+    protocol: str
+    config: Config
+    inputs: TrainingData
+    left_out: str  # which models, and why; empty: none
+    reference: str | None  # the model that the others are compared with
+    seeds: range
+    baselines: dict[str, dict[str, float]]  # settings by name
+    models: dict[str, Config]  # the same of the trained models
+    fingerprint: str
+
+
+def make_plan(config: Config, run: Path, data: Path, protocol: str, names: Sequence[str] | None, against: str | None) -> Plan:
+    """Decides what is evaluated; the parameters are those of `evaluate`. Raises `UserError`."""
     data_settings = config.data.model_copy(update={"protocol": "time" if protocol == PAPER_MAX else protocol})
     config = config.model_copy(update={"data": data_settings})
     inputs, neural, left_out = open_inputs(config, run, data, names)
@@ -61,49 +106,34 @@ def evaluate(
         raise UserError(f"{PAPER_MAX} compares no models (--against {against}); omit it", USAGE)
     reference = None if protocol == PAPER_MAX else chosen_reference(against, [*baselines, *neural])
     seeds = range(config.seed, config.seed + config.sbr.seeds)
-    settings = settings_for(neural, config, inputs, run)
-    of_counts = baseline_settings(baselines, config, inputs, run)
+    models, of_counts = settings_for(neural, config, inputs, run), baseline_settings(baselines, config, inputs, run)
     if protocol == PAPER_MAX:  # its maximum is over all epochs
-        settings = {name: with_settings(model, {"patience": model.sbr.epochs}) for name, model in settings.items()}
-    prints = [inputs.fingerprint, *(model_fingerprint(name, seed, settings[name], inputs) for name in neural for seed in seeds)]
+        models = {name: with_settings(model, {"patience": model.sbr.epochs}) for name, model in models.items()}
+    prints = [inputs.fingerprint, *(model_fingerprint(name, seed, models[name], inputs) for name in neural for seed in seeds)]
     prints += [baseline_fingerprint(name, of_counts[name], inputs) for name in baselines]
     fingerprint = hashlib.sha256(canonical_json([protocol, prints, reference])).hexdigest()
-    target = run / "evaluation" / protocol
-    current = published(target, "evaluation")
-    if current is not None and current.manifest.get("fingerprint") == fingerprint and not fresh:
-        with decoding(current.path, "run `tpad evaluate --fresh`"):
-            return current, (current.path / "report.md").read_text(encoding="utf-8"), left_out
-    accelerator, work = single_process(), run / "evaluation-train" / protocol
-    test = EvaluationCases(inputs, config.data.max_prefix)
+    return Plan(protocol, config, inputs, left_out, reference, seeds, of_counts, models, fingerprint)
+
+
+def rank_all(
+    plan: Plan, test: EvaluationCases, work: Path, fresh: bool
+) -> tuple[dict[str, list[BucketMetrics]], dict[str, list[SeedResult]]]:
+    """Ranks the test cases by every model with every seed. Returns metrics and ranks by model; paper-max has no ranks of trained ones."""
+    accelerator = single_process()
     with alone(work, accelerator):
         if fresh:
             clear(work)
-        results, ranks = rank_baselines(of_counts, inputs, test, work.with_name(config.data.protocol))  # paper-max has those of time
-        for name in neural:
-            if protocol == PAPER_MAX:
-                results[name] = [best_on_test(name, seed, settings[name], inputs, test, accelerator, work) for seed in seeds]
+        # paper-max has the baselines of time
+        stored = work.with_name(plan.config.data.protocol)
+        ranks = {name: [rank_baseline(name, drawn, plan.inputs, test, stored)] for name, drawn in plan.baselines.items()}
+        results = {name: [summarise_buckets(by_seed[0].ranks, test.buckets)] for name, by_seed in ranks.items()}
+        for name, config in plan.models.items():
+            if plan.protocol == PAPER_MAX:
+                results[name] = [best_on_test(name, seed, config, plan.inputs, test, accelerator, work) for seed in plan.seeds]
             else:
-                ranks[name] = [rank_model(name, seed, settings[name], inputs, test, accelerator, work) for seed in seeds]
+                ranks[name] = [rank_model(name, seed, config, plan.inputs, test, accelerator, work) for seed in plan.seeds]
                 results[name] = [summarise_buckets(result.ranks, test.buckets) for result in ranks[name]]
-    rows = {name: row_of(runs) for name, runs in sorted(results.items(), key=lambda entry: ROWS.index(entry[0]))}
-    if reference is not None:
-        compare(rows, ranks, reference, test.cluster)
-    searched = budget([*baselines, *neural], config, inputs, run)
-    report = markdown(protocol, test, inputs, rows, ranks, len(seeds), reference, left_out, searched)
-    metrics = {
-        "protocol": protocol,
-        "facts": test.facts,
-        "seeds": list(seeds),
-        "against": reference,
-        "left_out": left_out,
-        "search": searched,
-        "results": {name: dict(zip(("mean", "std"), average(runs), strict=True)) | {"seeds": len(runs)} for name, runs in results.items()},
-        "differences": {name: {m: f.against._asdict() for m, f in row.items() if f.against is not None} for name, row in rows.items()},
-        "spread": {name: recommended_spread(by_seed) for name, by_seed in ranks.items() if protocol != PAPER_MAX},
-        "speed": {name: speed(by_seed, test) for name, by_seed in ranks.items()},
-    }
-    cases = None if protocol == PAPER_MAX else ranks_table(test, inputs, ranks, seeds)
-    return publish(target, report, metrics, cases, {"fingerprint": fingerprint, "protocol": protocol}), report, left_out
+    return results, ranks
 
 
 def single_process() -> Accelerator:
@@ -119,14 +149,6 @@ def clear(work: Path) -> None:
     for path in list(work.iterdir()):
         if path.name != LOCK:
             remove(path)
-
-
-def rank_baselines(
-    settings: Mapping[str, Mapping[str, float]], inputs: TrainingData, test: EvaluationCases, work: Path
-) -> tuple[dict[str, list[BucketMetrics]], dict[str, list[SeedResult]]]:
-    """Returns the metrics and the ranks of the baselines, by name; `settings` are theirs."""
-    ranks = {name: [rank_baseline(name, drawn, inputs, test, work)] for name, drawn in settings.items()}
-    return {name: [summarise_buckets(by_seed[0].ranks, test.buckets)] for name, by_seed in ranks.items()}, ranks
 
 
 def ranks_table(test: EvaluationCases, inputs: TrainingData, ranks: Mapping[str, Sequence[SeedResult]], seeds: Sequence[int]) -> pa.Table:

@@ -218,61 +218,86 @@ def one_trial(
     minutes: float | None,
 ) -> None:
     """Runs the next trial of the study, which only the main process holds. A training that diverges scores 0."""
-    import optuna
-
-    drawn: dict[str, Any] = {}
     began, left = time.monotonic(), math.inf
+    trial, drawn = None, {}
     if study is not None:
-        around, number, left = space(name, config.sbr), len(finished(study)), seconds_left(study, minutes)
-        study.sampler = optuna.samplers.TPESampler(seed=config.seed + number)  # the draw depends only on the earlier trials
-        if number == 0:
-            study.enqueue_trial(BASELINES[name].defaults if name in BASELINES else {key: getattr(config.sbr, key) for key in around})
-        trial = study.ask(around)
+        left = seconds_left(study, minutes)
+        trial = next_trial(study, name, config)
         drawn = trial.params
-        note(f"{name}: trial {number + 1}, {', '.join(f'{key} {value:.4g}' for key, value in drawn.items())}")
     drawn = _agree(drawn)
+    scores: list[float] = []
+    value: float | None = None
+    if name not in BASELINES:
+        changed = with_settings(config, drawn)
+        folder = folder / f"{name}-{model_fingerprint(name, config.seed, changed, inputs)[:16]}"
+        value, scores = train_trial(trial, name, changed, inputs, windows, accelerator, folder, began + left)
+    elif study is not None:
+        scorer = build_baseline(name, inputs.split.train, len(inputs.counts), drawn)
+        value = summarise(baseline_ranks(scorer, windows[1], available=inputs.available_in_validation))[config.sbr.select]
+    accelerator.wait_for_everyone()
+    if study is not None and trial is not None:
+        end_trial(study, trial, drawn, scores, value, began)
+        if name not in BASELINES:
+            remove(folder)
+
+
+def next_trial(study: "Study", name: str, config: Config) -> "Trial":
+    """Draws the settings of the next trial; those of the config come first."""
+    from optuna.samplers import TPESampler
+
+    around, number = space(name, config.sbr), len(finished(study))
+    study.sampler = TPESampler(seed=config.seed + number)  # the draw depends only on the earlier trials
+    if number == 0:
+        study.enqueue_trial(BASELINES[name].defaults if name in BASELINES else {key: getattr(config.sbr, key) for key in around})
+    trial = study.ask(around)
+    note(f"{name}: trial {number + 1}, {', '.join(f'{key} {value:.4g}' for key, value in trial.params.items())}")
+    return trial
+
+
+def train_trial(
+    trial: "Trial | None",
+    name: str,
+    config: Config,
+    inputs: TrainingData,
+    windows: tuple[Windows, Windows],
+    accelerator: Accelerator,
+    folder: Path,
+    until: float,
+) -> tuple[float | None, list[float]]:
+    """Trains a model with the settings of a trial, until `until` (monotonic seconds). Returns its best score, 0 for a training that
+    diverges and None for one that was stopped early, and the scores of its epochs."""
+    from optuna import TrialPruned
+
     reported: list[float] = []
 
     class OutOfTime(Exception):
         pass
 
     def watch(scores: list[float]) -> None:
-        stop, late = False, time.monotonic() - began > left
-        if study is not None:
+        stop, late = False, time.monotonic() > until
+        if trial is not None:
             for step in range(len(reported), len(scores)):
                 trial.report(scores[step], step)
             stop = trial.should_prune()
         reported[:] = scores
         stop, late = _agree((stop, late))
         if stop:
-            raise optuna.TrialPruned
+            raise TrialPruned
         if late:
             raise OutOfTime
 
-    if name in BASELINES:
-        if study is not None:
-            score = build_baseline(name, inputs.split.train, len(inputs.counts), drawn)
-            value = summarise(baseline_ranks(score, windows[1], available=inputs.available_in_validation))[config.sbr.select]
-            end_trial(study, trial, drawn, [], value, began)
-        accelerator.wait_for_everyone()
-        return
-    changed = with_settings(config, drawn)
-    trial_folder = folder / f"{name}-{model_fingerprint(name, config.seed, changed, inputs)[:16]}"
-    state, value = optuna.trial.TrialState.COMPLETE, 0.0
     try:
         with suppress(OutOfTime):
-            train_model(name, config.seed, changed, inputs, windows, accelerator, trial_folder, False, watch)
-        value = max(reported)
-    except optuna.TrialPruned:
-        state = optuna.trial.TrialState.PRUNED
+            train_model(name, config.seed, config, inputs, windows, accelerator, folder, False, watch)
+        return max(reported), reported
+    except TrialPruned:
+        return None, reported
     except Diverged as reason:
         if accelerator.is_main_process:
             note(f"{name}: {reason}; the trial counts as 0")
-    accelerator.free_memory()  # it keeps a reference to every prepared model
-    accelerator.wait_for_everyone()
-    if study is not None:
-        end_trial(study, trial, drawn, reported, value if state.name == "COMPLETE" else None, began)
-        remove(trial_folder)
+        return 0.0, reported
+    finally:
+        accelerator.free_memory()  # it keeps a reference to every prepared model
 
 
 def end_trial(study: "Study", trial: "Trial", drawn: dict[str, Any], scores: list[float], value: float | None, began: float) -> None:

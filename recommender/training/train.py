@@ -6,7 +6,6 @@ epochs and the calibration of its held-out twin.
 """
 
 import hashlib
-import itertools
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,11 +28,13 @@ from recommender.metrics.results_table import print_results
 from recommender.retrieval.index import empty_index
 from recommender.retrieval.saved_model import write_model
 from recommender.session_model.model import SessionModel
+from recommender.session_model.windows import Windows
 from recommender.training.calibration import Calibration, apply
 from recommender.training.dataset import SAME_VECTORS, TrainingData, load_training_data, model_fingerprint, newest_session
 from recommender.training.search import baseline_fingerprint, baseline_settings, forget, need_optuna, search, settings_for
 from recommender.training.trainer import Trained, alone, gather_ranks, make_accelerator, refit_model, train_model
 
+FINISHED = "finished.json"  # among the checkpoints: the fingerprint of what is being published
 SAMPLES = 200  # test sessions stored with the model: for trials, for the report, to measure the index
 
 
@@ -66,45 +67,24 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
         windows = inputs.windows(config.data.max_prefix)
         if trials:
             search(config, inputs, windows[:2], accelerator, run, trials, minutes)
-        seeds = range(config.seed, config.seed + config.sbr.seeds)
-        settings = settings_for(names, config, inputs, run)
-        of_counts = baseline_settings(BASELINES, config, inputs, run)
-        prints = [model_fingerprint(name, seed, settings[name], inputs) for name in names for seed in seeds]
-        prints += [baseline_fingerprint(name, drawn, inputs) for name, drawn in of_counts.items() if drawn]
-        fingerprint = hashlib.sha256(canonical_json([prints, refit_of(config)])).hexdigest()
-        current, finished = published(run / "sbr", "sbr"), folder / "checkpoints" / "finished.json"
+        settings, of_counts = settings_for(names, config, inputs, run), baseline_settings(BASELINES, config, inputs, run)
+        check_index(to_publish, settings[to_publish].sbr, items)  # of a search
+        fingerprint = fingerprint_of(config, settings, of_counts, inputs)
+        current, finished = published(run / "sbr", "sbr"), folder / "checkpoints" / FINISHED
         if current is not None and current.manifest.get("fingerprint") == fingerprint and not fresh:
-            with decoding(current.path, "run `tpad train-sbr --fresh`"):
-                metrics = read_json(current.path / "metrics.json")
-                if accelerator.is_main_process:
-                    with suppress(OSError, ValueError):
-                        if read_json(finished) == fingerprint:  # killed before it removed its checkpoints
-                            remove(finished.parent)
-                    print_results(metrics)
-                    print_notes(current, config.sbr)
-            return SbrSummary(current, False, metrics)
+            return SbrSummary(current, False, up_to_date(current, config.sbr, finished, accelerator))
         if accelerator.is_main_process:
             remove(finished)
         buckets = buckets_of(windows[2], inputs.counts)
-        runs: dict[str, list[BucketMetrics]] = {}
-        ranks: dict[str, np.ndarray] = {}  # name -> (cases,), with the first seed
-        best: Trained | None = None
-        check_index(to_publish, settings[to_publish].sbr, items)
-        for name, seed in itertools.product(names, seeds):
-            trained = train_model(name, seed, settings[name], inputs, windows[:2], accelerator, folder, fresh)
-            test_ranks = gather_ranks(trained.model, windows[2], accelerator, inputs.available)
-            ranks.setdefault(name, test_ranks)
-            runs.setdefault(name, []).append(summarise_buckets(test_ranks, buckets))
-            if name == to_publish and best is None:
-                best = trained
-        assert best is not None and isinstance(best.model, SessionModel) and best.calibration is not None
+        results, ranks, best = train_all(settings, to_publish, inputs, windows, buckets, accelerator, folder, fresh)
+        assert isinstance(best.model, SessionModel) and best.calibration is not None
         model, source = best.model, inputs
         if config.sbr.refit:
             source = load_training_data(config, run, data, everything=True)
             model = calibrated_refit(to_publish, settings[to_publish], source, accelerator, folder, fresh, best)
         if accelerator.is_main_process:
             ceiling = read_ceiling(data, config.data)
-            metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, runs, ceiling, inputs.available, of_counts)
+            metrics = collect_results(inputs.split, inputs.counts, windows[2], buckets, results, ceiling, inputs.available, of_counts)
             summary = best.calibration.summary() if MODELS[to_publish].content else ""
             metrics["facts"] |= {"refit": config.sbr.refit, "calibration": best.calibration._asdict() | {"told": summary}}
             cases = cases_table(windows[2], inputs.split.test, inputs.catalog.item_ids, ranks)
@@ -117,6 +97,55 @@ def train_sbr(config: Config, run: Path, data: Path, fresh: bool = False, trials
             version = published(run / "sbr", "sbr") or _missing(run)
             metrics = read_json(version.path / "metrics.json")
         return SbrSummary(version, True, metrics)
+
+
+def fingerprint_of(config: Config, settings: dict[str, Config], of_counts: dict[str, dict[str, float]], inputs: TrainingData) -> str:
+    """Hashes what decides the figures and the published model: data, and the settings of the models and of searched baselines."""
+    seeds = range(config.seed, config.seed + config.sbr.seeds)
+    prints = [model_fingerprint(name, seed, settings[name], inputs) for name in settings for seed in seeds]
+    prints += [baseline_fingerprint(name, drawn, inputs) for name, drawn in of_counts.items() if drawn]
+    return hashlib.sha256(canonical_json([prints, refit_of(config)])).hexdigest()
+
+
+def up_to_date(version: Version, settings: SbrConfig, finished: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """Prints the results of a version that already has these inputs and settings, and returns them."""
+    with decoding(version.path, "run `tpad train-sbr --fresh`"):
+        metrics: dict[str, Any] = read_json(version.path / "metrics.json")
+        if accelerator.is_main_process:
+            with suppress(OSError, ValueError):
+                if read_json(finished) == version.manifest["fingerprint"]:  # killed before it removed its checkpoints
+                    remove(finished.parent)
+            print_results(metrics)
+            print_notes(version, settings)
+    return metrics
+
+
+def train_all(
+    settings: dict[str, Config],
+    to_publish: str,
+    inputs: TrainingData,
+    windows: tuple[Windows, Windows, Windows],
+    buckets: dict[str, np.ndarray],
+    accelerator: Accelerator,
+    folder: Path,
+    fresh: bool,
+) -> tuple[dict[str, list[BucketMetrics]], dict[str, np.ndarray], Trained]:
+    """Trains every model with every seed, and ranks the test cases once.
+
+    Returns the metrics by model, a list over the seeds; the ranks (cases,) with the first seed; the model `to_publish` with that seed."""
+    results: dict[str, list[BucketMetrics]] = {}
+    ranks: dict[str, np.ndarray] = {}
+    best: Trained | None = None
+    for name, config in settings.items():
+        for seed in range(config.seed, config.seed + config.sbr.seeds):
+            trained = train_model(name, seed, config, inputs, windows[:2], accelerator, folder, fresh)
+            test_ranks = gather_ranks(trained.model, windows[2], accelerator, inputs.available)
+            ranks.setdefault(name, test_ranks)
+            results.setdefault(name, []).append(summarise_buckets(test_ranks, buckets))
+            if name == to_publish and best is None:
+                best = trained
+    assert best is not None
+    return results, ranks, best
 
 
 def calibrated_refit(

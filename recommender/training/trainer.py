@@ -33,7 +33,7 @@ from pipeline.data.availability import Availability
 from recommender.baselines.registry import MODELS, Model
 from recommender.baselines.sasrec import SASRec
 from recommender.baselines.sequence_model import SequenceModel
-from recommender.metrics.evaluator import Limits, limits_of, model_ranks
+from recommender.metrics.evaluator import limits_of, model_ranks
 from recommender.metrics.ranks import NotANumber, summarise
 from recommender.session_model.config import ModelConfig, Parts
 from recommender.session_model.model import SessionModel
@@ -115,22 +115,8 @@ def train_model(
         except NotANumber:
             raise Diverged(f"scores hold NaN ({name}, after epoch {epoch}); lower sbr.lr", USAGE) from None
 
-    progress = fit(
-        name,
-        seed,
-        model,
-        settings,
-        inputs.available,
-        inputs.counts,
-        windows[0],
-        accelerator,
-        checkpoints,
-        folder,
-        fresh,
-        settings.epochs,
-        validate,
-        watch,
-    )
+    training = Training(name, seed, model, settings, windows[0], inputs.counts, inputs.available, accelerator, folder, checkpoints, fresh)
+    progress = fit(training, settings.epochs, validate, watch)
     calibration = calibrate(model, valid, ranks) if isinstance(model, SessionModel) and watch is None else None
     return Trained(model, 1 + progress.scores.index(max(progress.scores)), calibration, progress.seconds)
 
@@ -143,90 +129,141 @@ def refit_model(
     model = build_model(name, seed, config, inputs)
     fingerprint = f"{model_fingerprint(name, seed, config, inputs)} {epochs}"
     checkpoints = Checkpoints(folder / "checkpoints" / f"{name}-{seed}-refit", fingerprint)
-    train = inputs.windows(config.data.max_prefix)[0]
-    limits, counts = inputs.available, inputs.counts
-    fit(f"{name}, refit", seed, model, config.sbr, limits, counts, train, accelerator, checkpoints, folder, fresh, epochs)
+    windows = inputs.windows(config.data.max_prefix)[0]
+    training = Training(
+        f"{name}, refit", seed, model, config.sbr, windows, inputs.counts, inputs.available, accelerator, folder, checkpoints, fresh
+    )
+    fit(training, epochs)
     return model
 
 
-def fit(
-    name: str,
-    seed: int,
-    model: Model,
-    settings: SbrConfig,
-    available: Availability | None,
-    counts: np.ndarray,
-    windows: Windows,
-    accelerator: Accelerator,
-    checkpoints: Checkpoints,
-    folder: Path,
-    fresh: bool,
-    epochs: int,
-    validate: Callable[[int], float] | None = None,
-    watch: Watch | None = None,
-) -> Progress:
+def fit(training: "Training", epochs: int, validate: Callable[[int], float] | None = None, watch: Watch | None = None) -> Progress:
     """Trains the model for at most `epochs` epochs of the schedule, and leaves it with the weights of the best epoch by `validate`, or of
-    the last without it. `counts` (N,): training events of the items. Raises `Diverged`."""
-    if accelerator.is_main_process:
-        checkpoints.tidy()
-        drop_stale(checkpoints, name, seed, fresh)
-    accelerator.wait_for_everyone()
-    with warnings.catch_warnings():  # torch 2.13 renamed the argument, which accelerate does not know yet
-        warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
-        wrapped = accelerator.prepare(model)
-    optimizer, names = build_optimizer(model, settings)
-    progress = Progress(weights_of(model))
-    if (checkpoint := checkpoints.newest()) is not None:
-        with checkpoints.resuming():
-            restore(model, optimizer, names, checkpoint[1], checkpoint[2], progress)
-        if watch is not None and progress.scores:
-            watch(progress.scores)
-    train, limits = DeviceWindows(windows, accelerator.device), limits_of(available, accelerator.device)
-    share = share_sampled(settings, counts)
-    steps = math.ceil(len(train) / settings.batch)  # of an epoch
-    log = LossLog(folder / "metrics.jsonl", name, seed, progress.step, steps, accelerator)
-    saved = time.monotonic()
-    began = saved - progress.seconds
+    the last without it. Raises `Diverged`."""
+    progress, accelerator, log = training.progress, training.accelerator, training.log
+    if watch is not None and progress.scores:
+        watch(progress.scores)
     with (
         Interrupt() as interrupt,
-        Steps(f"{name} (seed {seed})", epochs * steps, progress.step, accelerator.is_main_process) as shown,
+        Steps(f"{training.name} (seed {training.seed})", epochs * training.steps, progress.step, accelerator.is_main_process) as shown,
     ):
         while not progress.over:
-            epoch, begin = divmod(progress.step, steps)
-            model.train()
-            for number, which in enumerate(batches(len(train), settings.batch, seed, epoch)):
-                if number < begin:
+            epoch, done = divmod(progress.step, training.steps)
+            training.model.train()
+            for number, which in enumerate(batches(len(training.windows), training.settings.batch, training.seed, epoch)):
+                if number < done:
                     continue
-                set_rate(optimizer, settings.lr * schedule(progress.step, steps * settings.epochs))
-                log.add(train_step(wrapped, model, optimizer, train, which, (seed, epoch, number), accelerator, settings, share, limits))
-                progress.step += 1
-                shown.advance(status(log.last, settings.select, progress.scores if validate is not None else []))
-                if log.due and number + 1 < steps:
+                log.add(training.step(which, epoch, number))
+                shown.advance(status(log.last, training.settings.select, progress.scores if validate is not None else []))
+                if log.due and number + 1 < training.steps:
                     log.write()
                     stopped = interrupt.agreed(accelerator)
-                    progress.seconds = time.monotonic() - began
-                    if accelerator.is_main_process and (stopped or time.monotonic() - saved > SAVE_SECONDS):
-                        save(checkpoints, model, optimizer, names, progress)
-                        saved = time.monotonic()
+                    training.save(only_if_due=not stopped)
                     if stopped:
                         raise interrupt.exit()
             log.write()
-            score = float(epoch) if validate is None else validate(epoch)
-            if score > max(progress.scores, default=-1.0):
-                progress.best = weights_of(model)
-            progress.scores.append(score)
-            waited = epoch - progress.scores.index(max(progress.scores))
-            progress.over = epoch + 1 >= epochs or waited >= settings.patience
-            progress.seconds = time.monotonic() - began
-            if accelerator.is_main_process:
-                save(checkpoints, model, optimizer, names, progress)
-                saved = time.monotonic()
+            training.end_epoch(float(epoch) if validate is None else validate(epoch), epochs)
+            training.save()
             if interrupt.agreed(accelerator):
                 raise interrupt.exit()
             if watch is not None:
                 watch(progress.scores)
-    model.load_state_dict(progress.best, strict=False)
+    training.model.load_state_dict(progress.best, strict=False)
     return progress
+
+
+class Training:
+    """A model in training: its windows, optimiser, log and progress, which go on from the newest checkpoint; and one step at a time.
+
+    `counts` (N,): training events of the items. `available`: when each item is, so that it is a negative only then; None: always.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        model: Model,
+        settings: SbrConfig,
+        windows: Windows,
+        counts: np.ndarray,
+        available: Availability | None,
+        accelerator: Accelerator,
+        folder: Path,
+        checkpoints: Checkpoints,
+        fresh: bool = False,
+    ) -> None:
+        self.name, self.seed, self.model, self.settings = name, seed, model, settings
+        self.accelerator, self.checkpoints = accelerator, checkpoints
+        if accelerator.is_main_process:
+            checkpoints.tidy()
+            drop_stale(checkpoints, name, seed, fresh)
+        accelerator.wait_for_everyone()
+        with warnings.catch_warnings():  # torch 2.13 renamed the argument, which accelerate does not know yet
+            warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+            self.wrapped = accelerator.prepare(model)
+        self.optimizer, self.names = build_optimizer(model, settings)
+        self.progress = Progress(weights_of(model))
+        if (checkpoint := checkpoints.newest()) is not None:
+            with checkpoints.resuming():
+                self._restore(*checkpoint[1:])
+        self.windows, self.limits = DeviceWindows(windows, accelerator.device), limits_of(available, accelerator.device)
+        self.share = share_sampled(settings, counts)
+        self.steps = math.ceil(len(self.windows) / settings.batch)  # of an epoch
+        self.log = LossLog(folder / "metrics.jsonl", name, seed, self.progress.step, self.steps, accelerator)
+        self.saved = time.monotonic()
+        self.began = self.saved - self.progress.seconds
+
+    def step(self, which: np.ndarray, epoch: int, number: int) -> Tensor:
+        """Trains one step on the windows `which`, split among the processes; returns the share of this process in the mean loss, ().
+
+        All draws are seeded by the seed of the training, `epoch` and `number`, the step of the epoch."""
+        accelerator, settings = self.accelerator, self.settings
+        set_rate(self.optimizer, settings.lr * schedule(self.progress.step, self.steps * settings.epochs))
+        rows, targets, times = self.windows.take(which)
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        seed = np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        known = self.model.draw_known(generator)
+        drawn = draw_candidates(self.model, torch.cat([rows, targets]), targets, settings, self.share, generator)
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            losses = self.wrapped(
+                rows[mine], targets[mine], known, drawn.within(self.limits), generator, None if times is None else times[mine]
+            )
+        total: Tensor = losses.float().sum() / int(self.windows.cases[which].sum())
+        self.optimizer.zero_grad()
+        accelerator.backward(total * accelerator.num_processes)  # processes average their gradients
+        self.optimizer.step()
+        self.progress.step += 1
+        return total.detach()
+
+    def end_epoch(self, score: float, epochs: int) -> None:
+        """Takes up the score of the epoch that ends; the training is over after `epochs`, or when none is better for `sbr.patience`."""
+        progress = self.progress
+        if score > max(progress.scores, default=-1.0):
+            progress.best = weights_of(self.model)
+        progress.scores.append(score)
+        waited = len(progress.scores) - 1 - progress.scores.index(max(progress.scores))
+        progress.over = len(progress.scores) >= epochs or waited >= self.settings.patience
+
+    def save(self, only_if_due: bool = False) -> None:
+        """Saves a checkpoint, from the main process; `only_if_due`: if the last one is some time ago."""
+        self.progress.seconds = time.monotonic() - self.began
+        if not self.accelerator.is_main_process or (only_if_due and time.monotonic() - self.saved <= SAVE_SECONDS):
+            return
+        moments, optimizer = pack_optimizer(self.optimizer, self.names)
+        now, best = weights_of(self.model), self.progress.best
+        tensors = {f"now/{name}": weight for name, weight in now.items()} | {f"best/{name}": weight for name, weight in best.items()}
+        self.checkpoints.save(self.progress.step, tensors | moments, self.progress.state | {"optimizer": optimizer})
+        self.saved = time.monotonic()
+
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"now/{name}"].view(parameter.shape))  # not broadcast
+        unpack_optimizer(self.optimizer, self.names, tensors, state["optimizer"])
+        best = {name: tensors[f"best/{name}"].to(p.device) for name, p in self.model.named_parameters()}
+        seconds = state.get("seconds", 0.0)  # a checkpoint of an older tpad has none
+        self.progress = Progress(best, state["step"], state["scores"], state["over"], seconds)
 
 
 def drop_stale(checkpoints: Checkpoints, name: str, seed: int, fresh: bool) -> None:
@@ -314,36 +351,6 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train_step(
-    wrapped: torch.nn.Module,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    train: DeviceWindows,
-    which: np.ndarray,
-    draw: tuple[int, int, int],
-    accelerator: Accelerator,
-    settings: SbrConfig,
-    share: Tensor | None,
-    limits: Limits | None = None,
-) -> Tensor:
-    """Trains one step on the windows `which`, split among the processes; returns the share of this process in the mean loss, ().
-
-    `draw`: (seed, epoch, step), the seed of all draws. `share` (N,): result of `share_sampled`. `limits`: an item is a negative only while
-    it is available."""
-    rows, targets, times = train.take(which)
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
-    known = model.draw_known(generator)
-    candidates = draw_candidates(model, torch.cat([rows, targets]), targets, settings, share, generator).within(limits)
-    with torch.autocast(rows.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        losses = wrapped(rows[mine], targets[mine], known, candidates, generator, None if times is None else times[mine])
-    total: Tensor = losses.float().sum() / int(train.cases[which].sum())
-    optimizer.zero_grad()
-    accelerator.backward(total * accelerator.num_processes)  # processes average their gradients
-    optimizer.step()
-    return total.detach()
-
-
 def gather_ranks(model: Model, windows: Windows, accelerator: Accelerator, available: Availability | None) -> np.ndarray:
     """Returns `model_ranks` of all windows, which are split among the processes."""
     bounds = np.linspace(0, len(windows), accelerator.num_processes + 1).astype(int)
@@ -355,28 +362,3 @@ def gather_ranks(model: Model, windows: Windows, accelerator: Accelerator, avail
 def weights_of(model: Model) -> dict[str, Tensor]:
     """Returns a copy of the parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def save(checkpoints: Checkpoints, model: Model, optimizer: torch.optim.Optimizer, names: list[str], progress: Progress) -> None:
-    """Saves a checkpoint."""
-    moments, packed = pack_optimizer(optimizer, names)
-    tensors = {f"now/{n}": w for n, w in weights_of(model).items()} | {f"best/{n}": w for n, w in progress.best.items()} | moments
-    checkpoints.save(progress.step, tensors, progress.state | {"optimizer": packed})
-
-
-def restore(
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    names: list[str],
-    tensors: dict[str, Tensor],
-    state: dict[str, Any],
-    progress: Progress,
-) -> None:
-    """Restores the model, its optimiser and `progress` from a checkpoint."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"now/{name}"].view(parameter.shape))  # not broadcast
-    unpack_optimizer(optimizer, names, tensors, state["optimizer"])
-    progress.best = {name: tensors[f"best/{name}"].to(p.device) for name, p in model.named_parameters()}
-    progress.step, progress.scores, progress.over = state["step"], state["scores"], state["over"]
-    progress.seconds = state.get("seconds", 0.0)  # a checkpoint of an older tpad has none

@@ -23,7 +23,7 @@ from recommender.metrics.ranks import case_values
 from recommender.session_model.windows import cases_of, training_windows
 from recommender.training.dataset import newest_session
 from recommender.training.rebuild_index import Current, open_current
-from recommender.training.trainer import alone, fit, make_accelerator
+from recommender.training.trainer import Training, alone, fit, make_accelerator
 
 LEAST_SESSIONS = 10  # new sessions: of fewer, a tenth is less than one session
 REPLAY = 4  # old sessions in the training for each new one
@@ -68,7 +68,8 @@ def update_sbr(config: Config, run: Path, data: Path) -> Updated:
         prefix = model.config.max_prefix
         windows = training_windows(train, prefix, limits is not None)
         checkpoints = Checkpoints(folder / "checkpoints" / "update", fingerprint)
-        fit("update", config.seed, model, settings, limits, counts, windows, accelerator, checkpoints, folder, False, EPOCHS)
+        training = Training("update", config.seed, model, settings, windows, counts, limits, accelerator, folder, checkpoints)
+        fit(training, EPOCHS)
         cases = cases_of(checked, prefix, limits is not None)
         after, earlier = (case_values(model_ranks(ranker, cases, available=limits), config.sbr.select) for ranker in (model, published))
         gain, error = float((after - earlier).mean()), float((after - earlier).std()) / len(after) ** 0.5

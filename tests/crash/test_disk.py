@@ -57,7 +57,7 @@ def limited(words: Sequence[object], most: int, answer: Path) -> Told:
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_room_at_some_byte(run: Path, tmp_path: Path, name: str, times: int) -> None:
+def test_no_room_at_some_byte(run: Path, tmp_path: Path, name: str, times: int, record_property: Callable[[str, object], None]) -> None:
     """Limits from some bytes to the size of the largest file that the command writes."""
     plain = shutil.copytree(run, tmp_path / "plain")
     assert tpad_here(*COMMANDS[name](plain)).code == 0
@@ -76,3 +76,4 @@ def test_no_room_at_some_byte(run: Path, tmp_path: Path, name: str, times: int) 
         shutil.rmtree(copy)
         failed += 1
     assert failed
+    record_property("full disks", failed)

@@ -96,8 +96,8 @@ def test_killed_at_some_calls(trained: Path, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_at_every_call(trained: Path, tmp_path: Path, name: str) -> None:
-    print(name, killed_and_repeated(trained, tmp_path, COMMANDS[name], every, is_fixed))
+def test_killed_at_every_call(trained: Path, tmp_path: Path, name: str, record_property: Callable[[str, object], None]) -> None:
+    record_property("kills", killed_and_repeated(trained, tmp_path, COMMANDS[name], every, is_fixed))
 
 
 def is_fixed(name: str) -> bool:
@@ -114,12 +114,12 @@ def test_an_export_killed_at_some_calls(distilled: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_an_export_killed_at_every_call(distilled: Path, tmp_path: Path) -> None:
-    print(killed_and_repeated(distilled, tmp_path, exported, every, is_fixed))
+def test_an_export_killed_at_every_call(distilled: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    record_property("kills", killed_and_repeated(distilled, tmp_path, exported, every, is_fixed))
 
 
 @pytest.mark.slow
-def test_a_distillation_killed_at_every_call(distilled: Path, tmp_path: Path) -> None:
+def test_a_distillation_killed_at_every_call(distilled: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """Every call, so every checkpoint of every phase."""
     base = tmp_path / "base"
     shutil.copytree(distilled / "data", base / "data")
@@ -131,4 +131,4 @@ def test_a_distillation_killed_at_every_call(distilled: Path, tmp_path: Path) ->
         every,
         lambda name: name.startswith("mllm/"),  # checkpoints hold the seconds of their training
     )
-    print(count)
+    record_property("kills", count)

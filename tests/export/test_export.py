@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -155,8 +156,11 @@ def a_version_or_another(run: Path, stop: threading.Event, seen: list[str]) -> N
 
 
 @pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.slow)])
-def test_however_often_it_is_killed_the_bytes_are_those_of_a_quiet_run(tiny_run: Path, tiny_data: Path, tmp_path: Path, kills: int) -> None:
+def test_however_often_it_is_killed_the_bytes_are_those_of_a_quiet_run(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, kills: int, record_property: Callable[[str, object], None]
+) -> None:
     """A reader sees the old version or the new one, nothing between."""
+    record_property("kills", kills)
     small = "export.shard_rows=4"
     undisturbed, run = model_only(tiny_run, tmp_path / "undisturbed"), model_only(tiny_run, tmp_path / "run")
     for folder in (undisturbed, run):

@@ -1,7 +1,7 @@
 """Random command lines, files of settings and contracts: nothing but a `UserError` comes of them."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
+
+
+@pytest.fixture(autouse=True)
+def tell_times(times: int, record_property: Callable[[str, object], None]) -> None:
+    record_property("random inputs", times)
 
 
 def drawn(examples: int) -> settings:
