@@ -164,9 +164,7 @@ class Exporter:
                 yield running.popleft()
         yield from running
 
-    def _loaded_batches(
-        self, pool: Executor, names: Sequence[str], idle: Callable[[], bool]
-    ) -> Iterator[tuple[PartInProgress, Batch]]:
+    def _loaded_batches(self, pool: Executor, names: Sequence[str], idle: Callable[[], bool]) -> Iterator[tuple[PartInProgress, Batch]]:
         """Yields the batches of the parts `names`, in two stages, each of which runs ahead of the next one:
 
         1. measure: hash the content of each row and count its tokens, in `pool`, in pieces; cut the measured part into batches;
