@@ -320,8 +320,8 @@ def doctor(run: RunFolder = RUN) -> None:
     """Say what is installed, what the machine has, and what tpad will use of it and why."""
     from rich.table import Table
 
+    from pipeline.core.printed_table import print_table
     from recommender.doctor import examine
-    from recommender.serving.printed_answer import print_table
 
     examination = examine(run)
     table = Table(box=None, show_header=False, pad_edge=False)

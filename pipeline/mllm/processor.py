@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from pipeline.core.config import BackboneConfig
 from pipeline.data.catalog import Catalog
 from pipeline.mllm.backbone import Backbone
-from pipeline.mllm.item_images import IMAGE_CACHE_BYTES, ItemImages
+from pipeline.mllm.item_images import IMAGE_CACHE_BYTES, ModelImages
 from pipeline.mllm.prompts import PromptPart
 from pipeline.mllm.vision_cache import VisionCache
 from pipeline.mllm.vision_tower import ImageInput, join
@@ -73,7 +73,7 @@ class PromptProcessor:
     ) -> None:
         self.config, self.catalog = config, catalog
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
-        self.images = ItemImages(config, backbone, catalog, cache_bytes, vision_cache)
+        self.images = ModelImages(config, backbone, catalog, cache_bytes, vision_cache)
         self.backbone_processor, self.family = self.images.backbone_processor, self.images.family
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         self._words: dict[str, list[int]] = {}
