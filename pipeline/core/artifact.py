@@ -210,10 +210,10 @@ def settle(root: Path, keep: int = 2) -> None:
     with suppress(UserError, OSError), locked(root):
         finish_publication(root)
         remove_leftovers(root, ".", ".tmp")
-        _prune(root, _numbers(root))
-        if (current := _current_number(root)) is not None:  # versions above it are those that the user has gone back from
-            numbers = _numbers(root)
-            _prune(root, [*[n for n in numbers if n > current], *[n for n in numbers if n <= current][:keep]])
+        current, numbers = _current_number(root), _numbers(root)
+        if current is not None:  # versions above it are those that the user has gone back from
+            numbers = [*[n for n in numbers if n > current], *[n for n in numbers if n <= current][:keep]]
+        _prune(root, numbers)
 
 
 def _prune(root: Path, numbers: list[int]) -> None:

@@ -194,7 +194,7 @@ class Recommender:
     def rank(
         self,
         sessions: list[list[int]],
-        k: int,
+        k: int = 10,
         exclude_seen: bool = False,
         filters: Filters | None = None,
         diversify: float = 0.0,
