@@ -63,6 +63,12 @@ class Commands(TyperGroup):
             note(f"error: {line}")
             raise SystemExit(line.code) from None
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Lists the commands with all of their first lines, which click would cut to one line of the terminal."""
+        commands = [(name, self.commands[name].get_short_help_str(limit=1000)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(commands)
+
     def _environment_error(self, error: Exception) -> UserError | None:
         from pipeline.core.files import environment_error
 
@@ -228,7 +234,8 @@ def make_run(settings: "Config", run: Path, data: Path, siblings: Sequence[Path]
 @app.command()
 def evaluate(
     protocol: Annotated[
-        str | None, Option(metavar="time|user-hash|cold-items|last-out|paper-max", help="The split. Default: data.protocol.")
+        str | None,
+        Option(metavar="NAME", help="The split: time, user-hash, cold-items, last-out or paper-max. Default: data.protocol."),
     ] = None,
     models: Annotated[str | None, Option(metavar="A,B,...", help="Models and baselines. Default: all of them.")] = None,
     windows: Annotated[int, Option(metavar="N", min=0, help="Evaluate at N cut-off times in the log: mean and spread.")] = 0,
@@ -313,8 +320,8 @@ def doctor(run: RunFolder = RUN) -> None:
     """Say what is installed, what the machine has, and what tpad will use of it and why."""
     from rich.table import Table
 
+    from pipeline.core.printed_table import print_table
     from recommender.doctor import examine
-    from recommender.serving.printed_answer import print_table
 
     examination = examine(run)
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -107,12 +107,13 @@ def write_model(run: Path, data: Path, config: Config) -> None:
 
 def tpad(config: Config, run: Path, data: Path, out: Path, update: bool = False) -> dict[str, Any]:
     found = export(config, run, data, update)
-    work = found.work
-    vectors = read_embeddings(run / "embeddings") if found.rows <= 50_000 else None
+    assert found.version is not None
+    work, items = found.work, found.version.manifest["rows"]
+    vectors = read_embeddings(run / "embeddings") if items <= 50_000 else None
     if vectors is not None:
         np.save(out, np.concatenate([vectors.knowledge, vectors.transition], axis=1))
     return {
-        "items": found.rows,
+        "items": items,
         "running": work.seconds,  # without the loading before and the publishing after it
         "padding": work.padding,
         "computing": work.computing,

@@ -58,8 +58,9 @@ def report_export(exported: "Exported") -> None:
     if exported.version is None:
         say(f"{exported.left} of {exported.parts} parts are left, for the other shards or `tpad export-embeddings`")
         return
-    size = f"{exported.rows} items x ({' + '.join(f'{exported.dim} {half}' for half in halves_of(exported.version.manifest))})"
-    say(f"{size}: {exported.version.path}{'' if exported.made else ' (up to date)'}")
+    manifest = exported.version.manifest
+    halves = " + ".join(f"{manifest['dim']} {half}" for half in halves_of(manifest))
+    say(f"{manifest['rows']} items x ({halves}): {exported.version.path}{'' if exported.made else ' (up to date)'}")
 
 
 def parse_shard(shard: str) -> tuple[int, int]:

@@ -1,7 +1,10 @@
 """`tpad prepare`: the options, and what is printed."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -12,30 +15,26 @@ from pipeline.run_folder import say
 if TYPE_CHECKING:
     from pipeline.data.prepare.table_options import TableOptions
 
-# of `tpad recommend --sessions` too
-ColumnNames = Annotated[list[str] | None, Option(metavar="OURS=THEIRS", help="A column's name, e.g. item_id=movieId; repeatable.")]
-Names = Annotated[list[str] | None, Option(metavar="A,B,C", help="The columns in order, for files without a header; repeatable.")]
-Encoding = Annotated[str | None, Option(help="Encoding of the text files that are not UTF-8, e.g. cp1252.")]
-Delimiter = Annotated[str | None, Option(help="What parts the cells of a text file. Default: seen from its first line.")]
-Quotes = Annotated[str | None, Option(metavar="cells|letters", help="Quotation marks enclose cells, or have no meaning. Default: seen.")]
-Where = Annotated[str | None, Option(metavar="SQL", help="Only these events, by the log's own columns: \"event = 'view'\".")]
-TimeFormat = Annotated[str | None, Option(help="Notation of the times: seconds, ..., days, excel, or a pattern like %d/%m/%Y %H:%M.")]
-Preset = Annotated[str | None, Option(metavar="NAME", help="Read a known data set: a file of configs/data, e.g. movielens.")]
-MappingFile = Annotated[Path | None, Option("--mapping", metavar="FILE", help="Read as this YAML file says; see configs/data.")]
-Memory = Annotated[str | None, Option(metavar="SIZE", help="Most memory to use, e.g. 4GB. Larger logs go through the disk.")]
+Tables = partial["TableOptions"]
 
 
 def table_options(
-    column: list[str] | None,
-    names: list[str] | None,
-    encoding: str | None,
-    delimiter: str | None,
-    quotes: str | None,
-    where: str | None,
-    time_format: str | None,
-    preset: str | None,
-    mapping: Path | None,
-    memory: str | None,
+    column: Annotated[list[str] | None, Option(metavar="OURS=THEIRS", help="A column's name, e.g. item_id=movieId; repeatable.")] = None,
+    names: Annotated[
+        list[str] | None, Option(metavar="A,B,C", help="The columns in order, for files without a header; repeatable.")
+    ] = None,
+    encoding: Annotated[str | None, Option(help="Encoding of the text files that are not UTF-8, e.g. cp1252.")] = None,
+    delimiter: Annotated[str | None, Option(help="What parts the cells of a text file. Default: seen from its first line.")] = None,
+    quotes: Annotated[
+        str | None, Option(metavar="cells|letters", help="Quotation marks enclose cells, or have no meaning. Default: seen.")
+    ] = None,
+    where: Annotated[str | None, Option(metavar="SQL", help="Only these events, by the log's own columns: \"event = 'view'\".")] = None,
+    time_format: Annotated[
+        str | None, Option(help="Notation of the times: seconds, ..., days, excel, or a pattern like %d/%m/%Y %H:%M.")
+    ] = None,
+    preset: Annotated[str | None, Option(metavar="NAME", help="Read a known data set: a file of configs/data, e.g. movielens.")] = None,
+    mapping: Annotated[Path | None, Option(metavar="FILE", help="Read as this YAML file says; see configs/data.")] = None,
+    memory: Annotated[str | None, Option(metavar="SIZE", help="Most memory to use, e.g. 4GB. Larger logs go through the disk.")] = None,
 ) -> "TableOptions":
     """Returns how the user's tables are read. Raises `UserError` (2)."""
     from pipeline.data.prepare.table_options import TableOptions
@@ -49,6 +48,22 @@ def table_options(
     return TableOptions(columns, encoding, delimiter, quotes, lists, where, time_format, preset, mapping, memory)
 
 
+def reads_tables(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `table_options`, in place of its parameter `tables`, which is their `partial`."""
+    own, options = (inspect.signature(function).parameters for function in (command, table_options))
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        command(**{name: given[name] for name in own if name != "tables"}, tables=partial(table_options, **{n: given[n] for n in options}))
+
+    all_options = [option for name in own for option in (options.values() if name == "tables" else [own[name]])]
+    parameters = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in all_options]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {option.name: option.annotation for option in parameters}
+    return with_options
+
+
+@reads_tables
 def prepare(
     sessions: Annotated[list[str], Option(metavar="PATH", help="Log of events: a file, folder, pattern or address; repeatable.")],
     out: Annotated[Path, Option(help="Folder to write items.parquet and sessions.parquet to.")],
@@ -56,15 +71,8 @@ def prepare(
     images: Annotated[Path | None, Option(help="Folder of item_id.jpg (.png, ...), or of the image column's paths.")] = None,
     download_images: Annotated[bool, Option("--download-images", help="Fetch the images of a column of addresses, into --out.")] = False,
     allow_private_addresses: Annotated[bool, Option("--allow-private-addresses", help="Fetch from your own network too.")] = False,
-    column: ColumnNames = None,
-    names: Names = None,
-    encoding: Encoding = None,
-    delimiter: Delimiter = None,
-    quotes: Quotes = None,
-    where: Where = None,
-    time_format: TimeFormat = None,
-    preset: Preset = None,
-    mapping: MappingFile = None,
+    *,
+    tables: Tables,
     session_gap: Annotated[
         float | None, Option(help="Minutes of pause that begin a session. Default: 30 where only users are named.")
     ] = None,
@@ -73,11 +81,9 @@ def prepare(
     max_session_length: Annotated[int, Option(help="Keep the last so many events of a session; 0: all.")] = 0,
     collapse_repeats: Annotated[bool, Option("--collapse-repeats", help="Keep one of equal items in a row.")] = False,
     on_bad_image: Annotated[str, Option(metavar="error|text_only", help="Stop at a broken image, or leave it out.")] = "error",
-    memory: Memory = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the first items and sessions of a sample, and write nothing.")] = False,
 ) -> None:
     """Turn your own tables and images into a data folder, and report what was read and dropped, and why."""
-    tables = table_options(column, names, encoding, delimiter, quotes, where, time_format, preset, mapping, memory)
     from pipeline.data.prepare.prepare import PrepareOptions, PrepareSummary
     from pipeline.data.prepare.prepare import prepare as run_import
 
@@ -92,7 +98,7 @@ def prepare(
         on_bad_image,  # type: ignore[arg-type]
         min_session_length=min_session_length,
         collapse_repeats=collapse_repeats,
-        table=tables,
+        table=tables(),
         dry_run=dry_run,
         download_images=download_images,
         allow_private=allow_private_addresses,

@@ -11,19 +11,7 @@ from typer import Option
 from pipeline.command_options import RUN, RunFolder
 from pipeline.core.errors import USAGE, UserError
 from pipeline.core.process import own_share
-from pipeline.prepare_command import (
-    ColumnNames,
-    Delimiter,
-    Encoding,
-    MappingFile,
-    Memory,
-    Names,
-    Preset,
-    Quotes,
-    TimeFormat,
-    Where,
-    table_options,
-)
+from pipeline.prepare_command import Tables, reads_tables
 from pipeline.run_folder import say
 
 if TYPE_CHECKING:
@@ -31,6 +19,7 @@ if TYPE_CHECKING:
     from recommender.serving.recommender import Recommender
 
 
+@reads_tables
 def recommend(
     session: Annotated[str | None, Option(help="item_ids, oldest first: a,b,c. Default: a session of the test split.")] = None,
     k: Annotated[int, Option("-k", min=1, help="How many items.")] = 10,
@@ -44,24 +33,14 @@ def recommend(
     out: Annotated[Path | None, Option(help="With --sessions: the Parquet file to write (session_id, item_id, rank, score).")] = None,
     vectors: Annotated[Path | None, Option(help="With --sessions: Parquet file for the sessions' vectors, of each channel.")] = None,
     engine: Annotated[str | None, Option(metavar="ray", help="With --sessions: rank on a cluster of Ray.")] = None,
-    column: ColumnNames = None,
-    names: Names = None,
-    encoding: Encoding = None,
-    delimiter: Delimiter = None,
-    quotes: Quotes = None,
-    where: Where = None,
-    time_format: TimeFormat = None,
-    preset: Preset = None,
-    mapping: MappingFile = None,
-    memory: Memory = None,
+    *,
+    tables: Tables,
     run: RunFolder = RUN,
 ) -> None:
     """Answer "what next?" for one session, or for a file of them."""
     sessions = sessions or None
-    reading: dict[str, object] = {"column": column, "names": names, "encoding": encoding, "delimiter": delimiter, "quotes": quotes}
-    reading |= {"where": where, "time-format": time_format, "preset": preset, "mapping": mapping, "memory": memory}
-    if sessions is None and (option := next((option for option, value in reading.items() if value), None)):
-        raise UserError(f"--{option} has no effect without --sessions (command line); leave it out", USAGE)
+    if sessions is None and (option := next((name for name, value in tables.keywords.items() if value), None)):
+        raise UserError(f"--{option.replace('_', '-')} has no effect without --sessions (command line); leave it out", USAGE)
     if (sessions is None) != (out is None and vectors is None) or (sessions is not None and session is not None):
         together = "--sessions FILE and --out FILE (or --vectors FILE) go together, without --session"
         raise UserError(f"{together} (command line); see `tpad recommend --help`", USAGE)
@@ -70,7 +49,7 @@ def recommend(
     if engine is not None and (engine != "ray" or out is None or vectors is not None or own_share()[1] > 1):
         alone = "--engine ray is for --sessions FILE --out FILE, without --vectors and without a launcher"
         raise UserError(f"{alone} (command line); see `tpad recommend --help`", USAGE)
-    tables = table_options(column, names, encoding, delimiter, quotes, where, time_format, preset, mapping, memory)
+    reading = tables()
     from recommender.serving.options import check_utf8, parse_filters, parse_time
     from recommender.serving.recommender import Recommender
 
@@ -82,7 +61,7 @@ def recommend(
     ranking |= {"new_items": new_items, "at": moment}
     recommender = Recommender.load(run)
     if sessions is not None:
-        answer_file(recommender, sessions, out, vectors, ranking, tables, run if engine else None)
+        answer_file(recommender, sessions, out, vectors, ranking, reading, run if engine else None)
     else:
         answer_session(recommender, session, ranking, as_json)
 

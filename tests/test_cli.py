@@ -19,8 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from PIL import Image
 
+import cli
 from helpers.processes import ENVIRONMENT, ITEMS, ROOT, SET, command, contents, tpad, tpad_from_nothing
 from helpers.server import publish_again
 from pipeline.core.artifact import OWN_KEYS, open_verified, stage
@@ -495,6 +497,21 @@ def test_help_takes_under_half_a_second() -> None:
         assert done.returncode == 0
         assert all(name in done.stdout for name in (*CHAIN, "prepare"))
     assert min(took) < 0.5
+
+
+def test_help_cuts_no_text_in_a_narrow_terminal() -> None:
+    group: Any = typer.main.get_command(cli.app)
+
+    def helped(name: str, width: int) -> str:
+        with group.make_context("tpad", ["doctor"], max_content_width=width, terminal_width=width) as context:
+            command = group.commands.get(name, group)
+            return str(command.get_help(context))
+
+    for name in ("", *group.commands):
+        narrow, wide = helped(name, 50), helped(name, 400)
+        assert max(map(len, narrow.splitlines())) <= 50
+        assert "".join(narrow.split()) == "".join(wide.split())
+    assert all(command.get_short_help_str(1000) in helped("", 400) for command in group.commands.values())
 
 
 def test_titles_and_ids_give_no_commands_to_the_terminal(run: Path, tmp_path: Path) -> None:

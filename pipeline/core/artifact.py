@@ -155,8 +155,7 @@ def clear_leftovers(root: Path, *exceptions: Path) -> None:
         for leftover in root.glob(pattern):
             if leftover not in exceptions:
                 remove(leftover)
-    for leftover in root.glob(".pruned-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _prune(root, _numbers(root))
     fsync_path(root)  # old files must be gone for good before new ones take their names
 
 
@@ -191,13 +190,10 @@ def _current_number(root: Path) -> int | None:
 
 def finish_publication(root: Path) -> None:
     """Makes a version current whose writer was killed between its rename and the update of `current`. The caller holds the lock."""
-    try:
+    complete = False
+    with suppress(OSError, ValueError):  # no NEXT: nothing to finish; no manifest: killed before the rename
         name, digest = _pointer(read_small(root / NEXT))
         complete = hashlib.sha256(read_small(root / name / MANIFEST)).hexdigest() == digest
-    except FileNotFoundError:
-        complete = False  # of NEXT: nothing to finish; of the manifest: killed before the rename
-    except (OSError, ValueError):
-        complete = False
     if complete:
         os.replace(root / NEXT, root / CURRENT)
     else:
@@ -214,20 +210,18 @@ def settle(root: Path, keep: int = 2) -> None:
     with suppress(UserError, OSError), locked(root):
         finish_publication(root)
         remove_leftovers(root, ".", ".tmp")
-        for leftover in root.glob(".pruned-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        if (current := _current_number(root)) is not None:  # versions above it are those that the user has gone back from
-            numbers = _numbers(root)
-            _prune(root, [*[n for n in numbers if n > current], *[n for n in numbers if n <= current][:keep]])
+        current, numbers = _current_number(root), _numbers(root)
+        if current is not None:  # versions above it are those that the user has gone back from
+            numbers = [*[n for n in numbers if n > current], *[n for n in numbers if n <= current][:keep]]
+        _prune(root, numbers)
 
 
 def _prune(root: Path, numbers: list[int]) -> None:
     """Removes all versions but `numbers`. Each is renamed first, so that no reader sees an incomplete one."""
-    for number in _numbers(root):
-        if number not in numbers:
-            pruned = root / f".pruned-{number}"
-            os.rename(root / f"v{number:04d}", pruned)
-            shutil.rmtree(pruned, ignore_errors=True)  # the new version is published; the next writer tries again
+    for number in set(_numbers(root)) - set(numbers):
+        os.rename(root / f"v{number:04d}", root / f".pruned-{number}")
+    for pruned in root.glob(".pruned-*"):
+        shutil.rmtree(pruned, ignore_errors=True)  # the new version is published; the next writer tries again
 
 
 # ---------------------------------------------------------------- reading

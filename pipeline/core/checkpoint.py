@@ -6,7 +6,6 @@ every process may load.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.artifact import decoding
 from pipeline.core.errors import ARTIFACT, UserError, note
-from pipeline.core.files import canonical_json, environment_error, fsync_path, parse_json, read_small, remove, sha256_file
+from pipeline.core.files import canonical_json, environment_error, fsync_path, read_sealed, remove, sha256_file, write_sealed
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 SAVE_SECONDS = 120.0  # between two checkpoints of a long stretch
@@ -146,10 +145,7 @@ class Checkpoints:
         save_file(_separate(tensors), folder / TENSORS)
         fsync_path(folder / TENSORS)
         entry = {"step": step, "fingerprint": self.fingerprint, "tensors_sha256": sha256_file(folder / TENSORS), "state": state}
-        digest = hashlib.sha256(canonical_json(entry)).hexdigest()
-        (folder / STATE).write_bytes(canonical_json({"entry": entry, "sha256": digest}))
-        fsync_path(folder / STATE)
-        fsync_path(folder)
+        write_sealed(folder / STATE, entry)
 
 
 def seconds_of(folder: Path) -> float:
@@ -174,17 +170,14 @@ def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _read_state(path: Path, step: int) -> dict[str, Any]:
     try:
-        data = read_small(path / STATE)
-        outer = parse_json(data)
-        entry = outer["entry"]
-        intact = canonical_json(outer) == data and outer["sha256"] == hashlib.sha256(canonical_json(entry)).hexdigest()
+        entry = read_sealed(path / STATE)
     except OSError as error:
         raise _unread(error, path / STATE) from None
-    except (ValueError, TypeError, KeyError):
+    except ValueError:
         raise Damaged(f"{STATE} is not as written") from None
-    if not intact or not isinstance(entry, dict) or entry.get("step") != step or not {"fingerprint", "state"} <= entry.keys():
+    if not isinstance(entry, dict) or entry.get("step") != step or not {"fingerprint", "state"} <= entry.keys():
         raise Damaged(f"{STATE} is not as written")
-    return dict(entry)
+    return entry
 
 
 def _read_tensors(path: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -212,49 +205,35 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[
 
     For optimizers whose state is tensors and numbers per parameter (AdamW, SGD, ...).
     """
+    packed = optimizer.state_dict()
+    count = sum(len(group["params"]) for group in packed["param_groups"])
+    if len(set(names)) != count or len(names) != count:
+        raise ValueError(f"{len(names)} names, some equal perhaps, for {count} parameters")
     tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for name, parameter in _named(optimizer, names):
-        values[name] = {}
-        for slot, value in optimizer.state.get(parameter, {}).items():
+    values: dict[str, dict[str, Any]] = {name: {} for name in names}  # slot -> its number; None: a tensor
+    for index, slots in packed["state"].items():
+        for slot, value in slots.items():
+            values[names[index]][slot] = None if isinstance(value, torch.Tensor) else value
             if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{name}/{slot}"] = value
-                values[name][slot] = {"tensor": f"optimizer/{name}/{slot}"}
-            else:
-                values[name][slot] = {"value": value}
-    groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+                tensors[f"optimizer/{names[index]}/{slot}"] = value
+    groups = [{k: list(v) if isinstance(v, tuple) else v for k, v in group.items()} for group in packed["param_groups"]]
     return tensors, {"groups": groups, "values": values}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Restores the state of `pack_optimizer` into an optimizer over the same parameters, bit for bit."""
-    named = _named(optimizer, names)
-    if set(state["values"]) != set(names) or len(state["groups"]) != len(optimizer.param_groups):
+    if state["values"].keys() != set(names) or len(state["groups"]) != len(optimizer.param_groups):
         raise ValueError("the packed optimizer has other parameters or groups")
-    slots: dict[int, dict[str, Any]] = {}
-    for index, (name, _) in enumerate(named):
-        saved = state["values"][name]
-        if saved:
-            slots[index] = {s: tensors[v["tensor"]].clone() if "tensor" in v else v["value"] for s, v in saved.items()}
-    groups, first = [], 0
-    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        settings = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()}
-        groups.append(settings | {"params": list(range(first, first + len(group["params"])))})
-        first += len(group["params"])
+    saved = ({s: tensors[f"optimizer/{name}/{s}"].clone() if v is None else v for s, v in state["values"][name].items()} for name in names)
+    slots = {index: values for index, values in enumerate(saved) if values}
+    groups = [
+        {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in packed.items()}
+        for group, packed in zip(optimizer.param_groups, state["groups"], strict=True)
+    ]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    for index, (_, parameter) in enumerate(named):  # load_state_dict casts to the parameter's type
-        for slot, value in slots.get(index, {}).items():
-            loaded = optimizer.state[parameter][slot]
-            if isinstance(value, torch.Tensor) and loaded.dtype != value.dtype:
-                optimizer.state[parameter][slot] = value.to(loaded.device)
-
-
-def _named(optimizer: torch.optim.Optimizer, names: list[str]) -> list[tuple[str, torch.Tensor]]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(set(names)) != len(parameters) or len(names) != len(parameters):
-        raise ValueError(f"{len(names)} names, some equal perhaps, for {len(parameters)} parameters")
-    return list(zip(names, parameters, strict=True))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in slots.items():  # load_state_dict casts to the parameter's type
+        loaded = optimizer.state[parameters[index]]
+        for slot, value in values.items():
+            if isinstance(value, torch.Tensor) and loaded[slot].dtype != value.dtype:
+                loaded[slot] = value.to(loaded[slot].device)

@@ -1,82 +1,90 @@
-"""Runs a function ahead of the loop that uses its results, in worker processes or threads."""
+"""Runs a function ahead of the loop that uses its results, in worker processes or a thread."""
 
+import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
+import torch
 
 from pipeline.core.errors import ENVIRONMENT, UserError
+from pipeline.core.process import end_with
 
 T = TypeVar("T")
-
-
-class Jobs(Dataset[T | UserError]):
-    """A data set whose items are the results of `work(number)`."""
-
-    def __init__(self, work: Callable[[int], T], numbers: Sequence[int]) -> None:
-        self.work, self.numbers = work, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, position: int) -> T | UserError:
-        try:
-            return self.work(self.numbers[position])
-        except UserError as error:  # PyTorch would raise it as another exception
-            return error
-
-
-def loaded_ahead(work: Callable[[int], T], numbers: Sequence[int], workers: int) -> Iterator[T]:
-    """Yields `work(number)` of each number, in order, computed by `workers` processes (0: by this one).
-
-    The processes are forks, so `work` needs no pickling.
-    """
-    context = "fork" if workers else None
-    for result in DataLoader(Jobs(work, numbers), batch_size=None, num_workers=workers, multiprocessing_context=context):
-        if isinstance(result, UserError):
-            raise result
-        yield result
-
-
-@contextmanager
-def telling_of_dead_workers() -> Iterator[None]:
-    """Turns the death of a worker in the body into `UserError` (5); PyTorch raises it at any point of the loop."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "a worker process died, perhaps for want of memory (distill.workers); lower it, or set it to 0", ENVIRONMENT
-        ) from None
-
-
 K = TypeVar("K")
-R = TypeVar("R")
+
+_held: Any = None  # in a worker: what its jobs work with
+
+
+def workers_on(held: Any, workers: int) -> Executor:
+    """Starts `workers` processes for jobs of `ahead` that work with `held`; 0: a thread of this one.
+
+    The processes are forks, so `held` needs no pickling.
+    """
+    if workers == 0:
+        return ThreadPoolExecutor(1, initializer=_begin, initargs=(held, None))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (held, os.getpid()))
+    pool.submit(int).result()  # forks them now, before a device is in use
+    return pool
+
+
+def _begin(held: Any, parent: int | None) -> None:
+    global _held
+    _held = held
+    if parent is not None:
+        torch.set_num_threads(1)
+        end_with(parent)
+
+
+def _run(work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    return work(_held, *arguments)
 
 
 def ahead(
     pool: Executor,
-    work: Callable[..., R],
+    work: Callable[..., T],
     jobs: Iterable[tuple[K, tuple[Any, ...]]],
     depth: int,
     idle: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[K, R]]:
-    """Yields (key, work(*arguments)) of each job, in order, with up to `depth` jobs running while an earlier result is used.
+) -> Iterator[tuple[K, T]]:
+    """Yields (key, work(held, *arguments)) of each job, in order, with up to `depth` jobs running while an earlier result is used.
 
-    A finished result is yielded sooner while the consumer is `idle`, since the next job may be slow to arrive.
+    `pool` is that of `workers_on`. A finished result is yielded sooner while the consumer is `idle`, as the next job may be slow to arrive.
     """
-    pending: deque[tuple[K, Any]] = deque()
-    try:
-        for key, arguments in jobs:
-            pending.append((key, pool.submit(work, *arguments)))
-            while len(pending) > depth or (pending and pending[0][1].done() and idle()):
-                key, future = pending.popleft()
-                yield key, future.result()
-        for key, future in pending:
+    pending: deque[tuple[K, Future[T]]] = deque()
+    for key, arguments in jobs:
+        pending.append((key, pool.submit(_run, work, arguments)))
+        while len(pending) > depth or (pending and pending[0][1].done() and idle()):
+            key, future = pending.popleft()
             yield key, future.result()
+    for key, future in pending:
+        yield key, future.result()
+
+
+def loaded_ahead(work: Callable[[int], T], numbers: Sequence[int], workers: int) -> Iterator[T]:
+    """Yields `work(number)` of each number, in order, computed by `workers` processes (0: by this one)."""
+    if workers == 0:
+        yield from map(work, numbers)
+        return
+    pool = workers_on(work, workers)
+    try:
+        for _, result in ahead(pool, _apply, ((None, (number,)) for number in numbers), 2 * workers):
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _apply(work: Callable[[int], T], number: int) -> T:
+    return work(number)
+
+
+@contextmanager
+def telling_of_dead_workers(setting: str = "distill.workers") -> Iterator[None]:
+    """Turns the death of a worker in the body into `UserError` (5)."""
+    try:
+        yield
     except BrokenExecutor:
-        raise UserError("a worker process died, perhaps for want of memory (export.workers); set it to 0", ENVIRONMENT) from None
+        raise UserError(f"a worker process died, perhaps for want of memory ({setting}); lower it, or set it to 0", ENVIRONMENT) from None

@@ -8,7 +8,7 @@ from pipeline.core.config import Config
 from pipeline.core.errors import note
 from pipeline.distill.process_group import Group
 from pipeline.mllm.backbone import Backbone
-from pipeline.mllm.item_images import ItemImages
+from pipeline.mllm.item_images import ModelImages
 from pipeline.mllm.prompts import Prompts
 from pipeline.mllm.vision_cache import VisionCache
 from pipeline.mllm.vision_tower import ImageInput, is_frozen
@@ -21,7 +21,7 @@ def fill_vision_cache(config: Config, run: Path, backbone: Backbone, prompts: Pr
             note("note: the vision tower trains, so its output is not cached (distill.vision_cache_gb)")
         return None
     cache = VisionCache(run / "vision", backbone, config.backbone.max_pixels)
-    images = ItemImages(config.backbone, backbone, prompts.catalog, memory_bytes=0)
+    images = ModelImages(config.backbone, backbone, prompts.catalog, memory_bytes=0)
     rows = group.share(np.array([row for row in range(len(prompts)) if prompts.catalog.has_image(row)], np.int64))
     if group.rank == 0:
         cache.clear_others()

@@ -61,8 +61,6 @@ class Exported:
     """The result of an export."""
 
     version: Version | None  # None: parts are left, for other --shard runs
-    rows: int
-    dim: int
     made: bool  # False: the published version was up to date
     work: ExportStats = field(default_factory=ExportStats)
     left: int = 0  # parts that do not exist yet
@@ -80,13 +78,17 @@ class Plan:
     data: DataConfig  # as in training
     catalog: Catalog
     neighbours: Neighbours | None
-    halves: list[str]
     layers: int | None
     facts: dict[str, Any]  # manifest entries that identify the version, with its fingerprint
     pointer: bytes  # the file `current` before anything was read
     previous: PreviousVersion | None  # the version to update
     parts: dict[str, np.ndarray]  # file name -> rows
     notes: list[str]
+
+    @property
+    def halves(self) -> list[str]:
+        """The halves of the embedding; an ablation may have one."""
+        return [half for half in HALVES if half in self.settings["heads"]]
 
 
 def export(
@@ -99,17 +101,13 @@ def export(
     """
     keep_freed_memory()
     root = run / "embeddings"
-    (number, count), waits = share or own_share(), share is None
+    number, count = share or own_share()
     while True:
         plan = plan_export(config, run, data, update, engine)
         if isinstance(plan, Version):
-            return Exported(plan, plan.manifest["rows"], plan.manifest["dim"], made=False)
-        skips = config.data.on_bad_image == "skip"
-        names = list(plan.parts)
-        with (
-            environment(root),
-            PartFolder(root, "embeddings", plan.facts["fingerprint"], count > 1, partial(_is_complete, plan, skips)) as folder,
-        ):
+            return Exported(plan, made=False)
+        names, is_complete = list(plan.parts), partial(_is_complete, plan, config.data.on_bad_image == "skip")
+        with environment(root), PartFolder(root, "embeddings", plan.facts["fingerprint"], count > 1, is_complete) as folder:
             if not folder.begin(plan.pointer):
                 continue  # another process published meanwhile: plan again, from its version
             missing = folder.missing(names[number - 1 :: count])
@@ -124,12 +122,10 @@ def export(
                 exporter = open_exporter(config, run, plan, folder.add, engine)
                 exporter.run(missing)
                 stats = exporter.stats
-            while waits and (left := folder.missing(names)):
+            while (left := folder.missing(names)) and share is None:
                 time.sleep(WAIT_SECONDS)
-            if left := folder.missing(names):
-                return Exported(None, len(plan.catalog), plan.settings["dim"], True, stats, len(left), len(names), plan.notes)
-            version = folder.publish(partial(_finish, config, plan, folder.staging.path), config.export.keep)
-            return Exported(version, version.manifest["rows"], plan.settings["dim"], True, stats, 0, len(names), plan.notes)
+            version = None if left else folder.publish(partial(_finish, config, plan, folder.staging.path), config.export.keep)
+            return Exported(version, True, stats, len(left), len(names), plan.notes)
 
 
 def _is_complete(plan: Plan, skips: bool, path: Path, name: str) -> bool:
@@ -139,39 +135,15 @@ def _is_complete(plan: Plan, skips: bool, path: Path, name: str) -> bool:
 def plan_export(config: Config, run: Path, data: Path, update: bool, engine: str | None = None) -> Plan | Version:
     """Decides what must be computed. Returns the published version if it is up to date. Raises `UserError`."""
     root = run / "embeddings"
-    model = open_verified(run / "mllm", "mllm", HINT)
+    model, catalog = open_verified(run / "mllm", "mllm", HINT), load_catalog(data, stream=True)
     with decoding(model.path, HINT):
-        return _plan(config, root, model, load_catalog(data, stream=True), update, engine)
-
-
-def _plan(config: Config, root: Path, model: Version, catalog: Catalog, update: bool, engine: str | None) -> Plan | Version:
-    settings = read_json(model.path / "mllm.json")
-    if settings["prompts"] != prompts.VERSION:
-        raise UserError(
-            f"the MLLM was trained with prompts of version {settings['prompts']} ({model.path}); run `tpad distill` again", ARTIFACT
-        )
-    trained = BackboneConfig.model_validate(settings["backbone"])
-    backbone = trained.model_copy(
-        update={
-            "max_pixels": config.export.max_pixels or trained.max_pixels,
-            "attention": config.export.attention or trained.attention,
-            "path": config.backbone.path or trained.path,
-            # the folder may have moved; `load_mllm` compares its content
-            "name": config.backbone.name if settings.get("backbone_sha256") and Path(config.backbone.name).is_dir() else trained.name,
-            "kernels": config.backbone.kernels,  # this machine need not be that of the training
-        }
-    )
-    halves = [half for half in HALVES if half in settings["heads"]]  # an ablation may have one
-    layers = layers_run(config.export.layers, model.path)
-    neighbours_run = config.data.neighbours.run
-    if neighbours_run is not None and settings.get("neighbours") is None:
-        raise UserError(
-            f"the MLLM was trained without neighbours (data.neighbours.run = {neighbours_run}); set null, or run `tpad distill` with them",
-            USAGE,
-        )
-    data_config = DataConfig.model_validate(settings["data"])
-    near = data_config.neighbours.model_copy(update={"run": neighbours_run})
-    neighbours = load_neighbours(near, catalog, model.manifest["sessions_sha256"])
+        settings = read_settings(model)
+        backbone = backbone_of(config, settings)
+        layers = layers_run(config.export.layers, model.path)
+        data_config = DataConfig.model_validate(settings["data"])
+        neighbours = neighbours_of(config, settings, data_config, catalog, model)
+        new_items = model.manifest["catalogue_sha256"] != catalog.sha256  # they need no new MLLM: their content is enough
+        beside = {"distilled_on_catalogue_sha256": model.manifest["catalogue_sha256"]} if new_items else {}
     recipe = {
         "mllm_sha256": model.manifest_sha256,
         "prompts_version": prompts.VERSION,
@@ -181,41 +153,67 @@ def _plan(config: Config, root: Path, model: Version, catalog: Catalog, update: 
         "on_bad_image": config.data.on_bad_image,
         "neighbours": neighbours and neighbours.sha256,
     }
-    layout = {
-        "shard_rows": config.export.shard_rows,
-        "token_budget": config.export.token_budget,
-        "format": config.export.format,
-        "attention": backbone.attention,
-        "compile": config.export.compile,
-    }
-    facts: dict[str, Any] = recipe | layout | {"catalogue_sha256": catalog.sha256}
+    layout = {name: getattr(config.export, name) for name in ("shard_rows", "token_budget", "format", "compile")}
+    facts: dict[str, Any] = recipe | layout | {"attention": backbone.attention, "catalogue_sha256": catalog.sha256}
     if engine not in (None, "ray"):
         facts["engine"] = "server"  # whose sums may be in another order
     if backbone.name == VECTORS:
         facts["vectors_sha256"] = table_sha256(backbone)
     pointer = current_pointer(root)
     current = published(root, "embeddings", config.export.keep)
-    unchanged = current is not None and all(current.manifest.get(key) == value for key, value in facts.items())
-    if current is not None and unchanged and not (update and catalog.by_path):
+    if current is not None and not (update and catalog.by_path) and all(current.manifest.get(key) == fact for key, fact in facts.items()):
         clear_parts(root)
         return current
-    notes, previous = [], None
-    if update and current is not None:
-        changed = [name for key, name in RECIPE.items() if current.manifest.get(key) != recipe[key]]
-        if changed:
-            notes.append(f"a full export, not an update: {' and '.join(changed)} changed")
-        else:
-            with decoding(current.path, "run `tpad export-embeddings` without --update first"):
-                previous = PreviousVersion(current, catalog.item_ids)
-    elif update:
-        notes.append("a full export: there is nothing to update yet")
+    previous, notes = version_to_update(current, recipe, catalog) if update else (None, [])
     base = previous and previous.version.manifest_sha256
-    facts["fingerprint"] = hashlib.sha256(canonical_json(facts | {"base": base})).hexdigest()
-    if model.manifest["catalogue_sha256"] != catalog.sha256:  # new items need no new MLLM: their content is enough
-        facts["distilled_on_catalogue_sha256"] = model.manifest["catalogue_sha256"]
+    facts |= {"fingerprint": hashlib.sha256(canonical_json(facts | {"base": base})).hexdigest()} | beside
     bounds = range(0, len(catalog), config.export.shard_rows)
     parts = {f"part-{n:05d}.parquet": np.arange(first, min(first + bounds.step, len(catalog))) for n, first in enumerate(bounds)}
-    return Plan(model, settings, backbone, data_config, catalog, neighbours, halves, layers, facts, pointer, previous, parts, notes)
+    return Plan(model, settings, backbone, data_config, catalog, neighbours, layers, facts, pointer, previous, parts, notes)
+
+
+def read_settings(model: Version) -> dict[str, Any]:
+    """Returns the settings of a published MLLM. Raises `UserError` (4) for one of other prompts."""
+    settings: dict[str, Any] = read_json(model.path / "mllm.json")
+    if settings["prompts"] != prompts.VERSION:
+        raise UserError(
+            f"the MLLM was trained with prompts of version {settings['prompts']} ({model.path}); run `tpad distill` again", ARTIFACT
+        )
+    return settings
+
+
+def backbone_of(config: Config, settings: dict[str, Any]) -> BackboneConfig:
+    """Returns the backbone of the training, with what may differ in the export: this machine need not be that of the training."""
+    trained = BackboneConfig.model_validate(settings["backbone"])
+    changed = {
+        "max_pixels": config.export.max_pixels or trained.max_pixels,
+        "attention": config.export.attention or trained.attention,
+        "path": config.backbone.path or trained.path,
+        "kernels": config.backbone.kernels,
+    }
+    if settings.get("backbone_sha256") and Path(config.backbone.name).is_dir():
+        changed["name"] = config.backbone.name  # the folder may have moved; `load_mllm` compares its content
+    return trained.model_copy(update=changed)
+
+
+def neighbours_of(config: Config, settings: dict[str, Any], data: DataConfig, catalog: Catalog, model: Version) -> Neighbours | None:
+    """Loads the neighbours that `config` names, to be shown as in the training. Raises `UserError` (2 or 4)."""
+    run = config.data.neighbours.run
+    if run is not None and settings.get("neighbours") is None:
+        raise UserError(
+            f"the MLLM was trained without neighbours (data.neighbours.run = {run}); set null, or run `tpad distill` with them", USAGE
+        )
+    return load_neighbours(data.neighbours.model_copy(update={"run": run}), catalog, model.manifest["sessions_sha256"])
+
+
+def version_to_update(current: Version | None, recipe: dict[str, Any], catalog: Catalog) -> tuple[PreviousVersion | None, list[str]]:
+    """Returns the published version whose unchanged rows can be kept; None and why not, where nothing can."""
+    if current is None:
+        return None, ["a full export: there is nothing to update yet"]
+    if changed := [name for key, name in RECIPE.items() if current.manifest.get(key) != recipe[key]]:
+        return None, [f"a full export, not an update: {' and '.join(changed)} changed"]
+    with decoding(current.path, "run `tpad export-embeddings` without --update first"):
+        return PreviousVersion(current, catalog.item_ids), []
 
 
 class PartWorker:

@@ -1,21 +1,19 @@
 """Computes the parts of an export: batches of items in, one Parquet file of vectors for each part out.
 
-Worker processes load batches ahead of the model (`item_batches.py`), and a thread behind it copies the vectors off the device and
-writes them. On a CPU the model computes several batches at a time, one a core, since cores that share a batch mostly wait for each
-other; on a GPU two, each in its own stream. In an update, rows of unchanged content are copied from the previous version, bit for
-bit (`unchanged_rows.py`). With a server (`server_engine.py`) a batch is a request, and several are under way.
+Worker processes load batches ahead of the model (`item_batches.py`). On a CPU the model computes several batches at a time, one a core,
+since cores that share a batch mostly wait for each other; on a GPU two, each in its own stream. In an update, rows of unchanged content
+are copied from the previous version, bit for bit (`unchanged_rows.py`). With a server (`server_engine.py`) a batch is a request, and
+several are under way.
 """
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +23,11 @@ from torch import Tensor
 
 from pipeline.core.config import ExportConfig
 from pipeline.core.errors import ARTIFACT, UserError, note
-from pipeline.core.prefetch import ahead
+from pipeline.core.prefetch import ahead, telling_of_dead_workers, workers_on
 from pipeline.core.progress import Steps
 from pipeline.data.catalog import Catalog
 from pipeline.data.embeddings import HALVES, embeddings_schema, vector_columns
-from pipeline.export.item_batches import Batch, ItemBatches, load, loader, measure
+from pipeline.export.item_batches import Batch, ItemBatches
 from pipeline.export.server_engine import EmbeddingServer
 from pipeline.export.unchanged_rows import PreviousVersion
 from pipeline.mllm.model import Mllm, SideBySide
@@ -92,62 +90,15 @@ class PartInProgress:
     computed: np.ndarray  # (n,) bool: neither unchanged nor skipped
 
 
-class Writer:
-    """Runs jobs in a thread behind the model. `put` blocks while more than `behind` jobs are unfinished, and raises their errors."""
+class Computed(NamedTuple):
+    """The vectors of a batch, by "items.HALF", and when they were begun and are ready: seconds, or events in the stream of a GPU."""
 
-    def __init__(self, behind: int, device: torch.device) -> None:
-        self.pool, self.behind = ThreadPoolExecutor(1, initializer=own_stream, initargs=(device,)), behind
-        self.jobs: deque[Future[None]] = deque()
-
-    def put(self, work: Callable[..., None], *arguments: Any) -> None:
-        self.jobs.append(self.pool.submit(work, *arguments))
-        while len(self.jobs) > self.behind or (self.jobs and self.jobs[0].done()):
-            self.jobs.popleft().result()
-
-    def waiting(self) -> int:
-        """Returns the number of unfinished jobs."""
-        return sum(not job.done() for job in self.jobs)
-
-    def drain(self) -> None:
-        """Waits for all jobs."""
-        while self.jobs:
-            self.jobs.popleft().result()
+    out: dict[str, Tensor]
+    began: Any
+    ended: Any
 
 
-class ModelClock:
-    """Measures how long the model ran, on average over the lanes; on a GPU by events in the streams, which run behind their threads."""
-
-    def __init__(self, device: torch.device, lanes: int) -> None:
-        self.spans: list[tuple[Any, Any]] = []
-        self.device, self.lanes, self.counted = device, lanes, 0.0
-        self.lock = threading.Lock()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        start = self._now()
-        yield
-        with self.lock:
-            self.spans.append((start, self._now()))
-            if len(self.spans) > 1000:  # the early ones are over by now
-                self.counted += self._sum(self.spans[:500])
-                self.spans = self.spans[500:]
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def _sum(self, spans: list[tuple[Any, Any]]) -> float:
-        if self.device.type != "cuda":
-            return float(sum(end - begin for begin, end in spans))
-        return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1000
-
-    def seconds(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return (self.counted + self._sum(self.spans)) / self.lanes
+Running = tuple[PartInProgress, Batch, "Future[Computed]"]
 
 
 class Exporter:
@@ -184,26 +135,36 @@ class Exporter:
 
     def run(self, names: Sequence[str], show: bool = True) -> None:
         """Computes the parts `names`. `show`: shows the progress."""
-        start, lanes = time.perf_counter(), self.lanes
-        self.clock = ModelClock(self.device, lanes)
-        self.writer = Writer(lanes + BEHIND, self.device)
-        self.model = ThreadPoolExecutor(lanes, initializer=own_stream, initargs=(self.device,))
-        pool = loader(self.source, self.workers)
-        torch.set_num_threads(max(1, self.threads // lanes))  # of each lane
+        start = time.perf_counter()
+        model = ThreadPoolExecutor(self.lanes, initializer=own_stream, initargs=(self.device,))
+        pool = workers_on(self.source, self.workers)
+        torch.set_num_threads(max(1, self.threads // self.lanes))  # of each lane
         try:
-            with Steps("export", sum(len(self.parts[name]) for name in names), show=show) as progress:
-                for part, batch in self._loaded_batches(pool, names):
-                    self._compute(part, batch)
+            total = sum(len(self.parts[name]) for name in names)
+            with telling_of_dead_workers("export.workers"), Steps("export", total, show=show) as progress:
+                for part, batch, computed in self._running(pool, model, names):
+                    self._collect(part, batch, computed.result())
                     progress.advance(f"{self.stats.padding:.1%} padding", by=len(batch.positions))
-                self.writer.drain()
         finally:
-            for executor in (self.model, self.writer.pool, pool):
+            for executor in (model, pool):
                 executor.shutdown(cancel_futures=True)
             torch.set_num_threads(self.threads)
         self.stats.seconds += time.perf_counter() - start
-        self.stats.computing += self.clock.seconds()
 
-    def _loaded_batches(self, pool: Executor, names: Sequence[str]) -> Iterator[tuple[PartInProgress, Batch]]:
+    def _running(self, pool: Executor, model: Executor, names: Sequence[str]) -> Iterator[Running]:
+        """Yields the batches of the parts `names` in order, each when it is computed or `BEHIND` others have been computed meanwhile."""
+        running: deque[Running] = deque()
+
+        def idle() -> bool:  # the lanes have little work left, so that loaded batches should not be held back
+            return sum(not computed.done() for *_, computed in running) < self.lanes + BEHIND // 2
+
+        for part, batch in self._loaded_batches(pool, names, idle):
+            running.append((part, batch, model.submit(self._forward, part, batch)))
+            while running and (len(running) > self.lanes + BEHIND or running[0][2].done()):
+                yield running.popleft()
+        yield from running
+
+    def _loaded_batches(self, pool: Executor, names: Sequence[str], idle: Callable[[], bool]) -> Iterator[tuple[PartInProgress, Batch]]:
         """Yields the batches of the parts `names`, in two stages, each of which runs ahead of the next one:
 
         1. measure: hash the content of each row and count its tokens, in `pool`, in pieces; cut the measured part into batches;
@@ -219,7 +180,7 @@ class Exporter:
 
         def measured() -> Iterator[tuple[PartInProgress, tuple[np.ndarray, np.ndarray]]]:
             done: list[tuple[np.ndarray, np.ndarray]] = []  # of the current part
-            for (name, last), piece in ahead(pool, measure, pieces(), pieces_ahead):
+            for (name, last), piece in ahead(pool, ItemBatches.measure, pieces(), pieces_ahead):
                 done.append(piece)
                 if last:
                     contents, lengths = map(np.concatenate, zip(*done, strict=True))
@@ -230,7 +191,7 @@ class Exporter:
 
         pieces_ahead = -(-max(map(len, self.parts.values()), default=0) // MEASURED)
         batches_ahead = max(AHEAD // self.source.token_budget, self.workers + self.lanes)
-        yield from ahead(pool, load, measured(), batches_ahead, self._idle)
+        yield from ahead(pool, ItemBatches.load, measured(), batches_ahead, idle)
 
     def _begin_part(self, name: str, contents: np.ndarray, lengths: np.ndarray) -> tuple[PartInProgress, list[np.ndarray]]:
         """Returns a measured part and its batches, as positions (B,) in the part. One without batches is written at once."""
@@ -240,7 +201,7 @@ class Exporter:
         flags = (np.zeros(n, bool) for _ in range(3))
         part = PartInProgress(name, self.parts[name], contents, lengths == 0, vectors, len(batches), np.zeros(n, np.int32), *flags)
         if not batches:
-            self.writer.put(self._finish, part)
+            self._finish(part)
         return part, batches
 
     def _known_contents(self, name: str) -> np.ndarray:
@@ -248,51 +209,36 @@ class Exporter:
         rows = self.parts[name]
         return np.zeros((len(rows), 32), np.uint8) if self.previous is None else self.previous.contents_of(rows)
 
-    def _idle(self) -> bool:
-        """Returns whether the lanes have little work left, so that loaded batches should not be held back."""
-        return self.writer.waiting() < self.lanes + BEHIND // 2
+    def _forward(self, part: PartInProgress, batch: Batch) -> Computed:
+        """Computes the vectors of a batch, in a lane."""
+        began, out = moment(self.device), {}
+        with torch.inference_mode():
+            if self.server and len(batch.positions):
+                out = self.server.vectors(part.rows[batch.positions], batch)
+            elif len(batch.positions):
+                tensors = {name: on_device(group, self.device) for name, group in batch.tensors.items()}
+                out = self.mllm(tensors, {"items": self.halves})
+        return Computed(out, began, moment(self.device))
 
-    def _compute(self, part: PartInProgress, batch: Batch) -> None:
-        """Starts the forward pass of a batch in a lane, and the collection of its vectors in the writer's thread."""
+    def _collect(self, part: PartInProgress, batch: Batch, computed: Computed) -> None:
+        """Copies the vectors of a batch into its part, and writes the part after its last batch."""
+        out = computed.out
         self.stats.items += len(batch.positions)
         self.stats.tokens += int(batch.n_tokens.sum())
         self.stats.padded += batch.tensors["items"]["input_ids"].numel() if len(batch.positions) else 0
+        self.stats.computing += seconds_between(computed.began, computed.ended) / self.lanes
         self.stats.encoding += batch.seconds
         self.stats.decoding += batch.decoding
         for fault in batch.faults:
             note(f"warning: {fault}; {'left out' if self.source.on_bad_image == 'skip' else 'shown as text only'}")
-        self.writer.put(self._collect, part, batch, self.model.submit(self._forward, part, batch))
-
-    def _forward(self, part: PartInProgress, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Returns the vectors, and on a GPU the event after which they are computed."""
-        if not len(batch.positions):
-            return {}, None
-        with self.clock.running(), torch.inference_mode():
-            if self.server:
-                return self.server.vectors(part.rows[batch.positions], batch), None
-            tensors = {name: on_device(group, self.device) for name, group in batch.tensors.items()}
-            out: dict[str, Tensor] = self.mllm(tensors, {"items": self.halves})
-        return out, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-
-    # --- in the writer's thread
-
-    def _collect(self, part: PartInProgress, batch: Batch, computed: "Future[tuple[dict[str, Tensor], Any]]") -> None:
-        """Copies the vectors of a batch into its part, and writes the part after its last batch."""
-        out, event = computed.result()
-        if event is not None:
-            event.synchronize()
         for half in self.halves if out else ():
             values = out[f"items.{half}"].cpu().numpy()
             if not (finite := np.isfinite(values).all(1)).all():
                 item = self.source.catalog.item_ids[part.rows[batch.positions[int(np.argmin(finite))]]]
                 raise UserError(f"the MLLM gives features that are not finite (item {item}); run `tpad distill --fresh`", ARTIFACT)
             part.vectors[half][batch.positions] = values
-        part.n_tokens[batch.positions], part.has_image[batch.positions], part.has_text[batch.positions] = (
-            batch.n_tokens,
-            batch.has_image,
-            batch.has_text,
-        )
-        part.computed[batch.positions] = True
+        part.n_tokens[batch.positions], part.computed[batch.positions] = batch.n_tokens, True
+        part.has_image[batch.positions], part.has_text[batch.positions] = batch.has_image, batch.has_text
         part.left -= 1
         if not part.left:
             self._finish(part)
@@ -342,6 +288,23 @@ def own_stream(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # until the weights are loaded
         torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def moment(device: torch.device) -> Any:
+    """Returns the time in seconds; on a GPU an event in the current stream, which runs behind its thread."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds_between(began: Any, ended: Any) -> float:
+    """Returns the seconds between two moments; waits for an event to come."""
+    if isinstance(began, float):
+        return float(ended - began)
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / 1000
 
 
 def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -6,18 +6,13 @@ functions of the rows alone, whichever process runs them, and so the bytes of a 
 """
 
 import hashlib
-import multiprocessing
-import os
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from pipeline.core.process import end_with
 from pipeline.data.catalog import Catalog
 from pipeline.data.images import ImageError
 from pipeline.mllm.processor import Encoded, PromptProcessor
@@ -104,38 +99,3 @@ class ItemBatches:
         n_tokens = np.array([len(sequence) for sequence in sequences], np.int32)
         seconds, decoding = time.perf_counter() - start, self.processor.images.seconds - before
         return Batch(np.array(shown), tensors, n_tokens, np.array(has_image), np.array(has_text), faults, seconds, decoding)
-
-
-# --- in the workers
-
-
-_source: ItemBatches | None = None  # set in each worker when it starts
-
-
-def measure(rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs `ItemBatches.measure` in a worker."""
-    assert _source is not None
-    return _source.measure(rows, known)
-
-
-def load(rows: np.ndarray, positions: np.ndarray) -> Batch:
-    """Runs `ItemBatches.load` in a worker."""
-    assert _source is not None
-    return _source.load(rows, positions)
-
-
-def _begin(source: ItemBatches, parent: int | None) -> None:
-    global _source
-    _source = source
-    if parent is not None:
-        torch.set_num_threads(1)
-        end_with(parent)
-
-
-def loader(source: ItemBatches, workers: int) -> Executor:
-    """Starts the workers that run `measure` and `load`: `workers` processes, or with 0 a thread of this one."""
-    if workers == 0:
-        return ThreadPoolExecutor(1, initializer=_begin, initargs=(source, None))
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (source, os.getpid()))
-    pool.submit(int).result()  # forks them now, before the device is in use
-    return pool

@@ -55,7 +55,7 @@ class EmbeddingServer:
             if not cosines.min() >= LEAST_COSINE:
                 item = self.source.catalog.item_ids[rows[batch.positions[int(cosines.argmin())]]]
                 fault = f"the server gives other vectors than the MLLM: {half} of item {item} has cosine {cosines.min():.4f}"
-                raise self._refused(f"{fault}; start it with the folder of `tpad export-model`, its pooling, and no normalising")
+                raise self._refused(fault, "start it with the folder of `tpad export-model`, its pooling, and no normalising")
 
     def vectors(self, rows: np.ndarray, batch: Batch) -> dict[str, Tensor]:
         """Returns what `Mllm.forward` returns for the items `rows` (B,) of a loaded batch, on the CPU."""
@@ -70,19 +70,15 @@ class EmbeddingServer:
         texts = np.flatnonzero(~batch.has_image)
         found: dict[int, list[float]] = {}
         if len(texts):
-            found |= zip(texts.tolist(), self._embed({"input": [ids[n] for n in texts]}, len(texts)), strict=True)
+            found = dict(zip(texts.tolist(), self._embed({"input": [ids[n] for n in texts]}, len(texts)), strict=True))
         for n in np.flatnonzero(batch.has_image).tolist():
             (found[n],) = self._embed({"messages": [{"role": "user", "content": self._content(int(rows[n]), bool(batch.has_text[n]))}]}, 1)
         states = torch.tensor([found[n] for n in range(len(rows))])
         if states.shape[1] != (width := self.mllm.backbone.config.get_text_config().hidden_size):
-            raise UserError(
-                f"the server gives {states.shape[1]} numbers, the MLLM's states have {width} ({self.url}); serve its folder", ENVIRONMENT
-            )
+            raise self._refused(f"the server gives {states.shape[1]} numbers, the MLLM's states have {width}", "serve its folder")
         if (states.norm(dim=1) - 1).abs().max() < 1e-3:
             if self.head:
-                raise UserError(
-                    f"the server gives vectors of length one, not the mean itself ({self.url}); switch its normalising off", ENVIRONMENT
-                )
+                raise self._refused("the server gives vectors of length one, not the mean itself", "switch its normalising off")
             states = states * width**0.5  # about their length before; the heads' LayerNorm undoes the rest
         return states
 
@@ -105,13 +101,12 @@ class EmbeddingServer:
         try:
             vectors = [entry["embedding"] for entry in sorted(answer["data"], key=lambda entry: entry["index"])]
         except (KeyError, TypeError):
-            raise self._refused("the server's answer has no embeddings; give --engine one that has /v1/embeddings") from None
+            raise self._refused("the server's answer has no embeddings", "give --engine one that has /v1/embeddings") from None
         if len(vectors) != count:
-            raise self._refused(f"the server gives {len(vectors)} embeddings for {count} items; give --engine another one")
+            raise self._refused(f"the server gives {len(vectors)} embeddings for {count} items", "give --engine another one")
         return vectors
 
-    def _refused(self, reason: str) -> UserError:
-        fault, _, remedy = reason.partition("; ")
+    def _refused(self, fault: str, remedy: str) -> UserError:
         return UserError(f"{fault} ({self.url}); {remedy}", ENVIRONMENT)
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:

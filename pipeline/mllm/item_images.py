@@ -1,6 +1,6 @@
 """Gives the image of an item, ready for the model: cached vision features if there are any, else preprocessed pixels.
 
-`ItemImages.get` is the only place that decides which of the two it is. Its sources are, in this order: the vision cache on the disk
+`ModelImages.get` is the only place that decides which of the two it is. Its sources are, in this order: the vision cache on the disk
 (`vision_cache.py`, given when the object is built), images preprocessed earlier and held in memory, and the catalogue's file.
 
 A file is opened up to three times before its image is used: for its key (a hash of its bytes), for its size (the header alone, to
@@ -24,7 +24,7 @@ from pipeline.mllm.vision_tower import ImageInput
 IMAGE_CACHE_BYTES = 1 << 30  # of preprocessed images held in memory, so that epochs after the first decode nothing
 
 
-class ItemImages:
+class ModelImages:
     """The images of one catalogue's items, as one backbone takes them.
 
     `memory_bytes` bounds the preprocessed images held in memory; 0: each image is used once and nothing is held. The `model_type` of

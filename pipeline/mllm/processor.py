@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from pipeline.core.config import BackboneConfig
 from pipeline.data.catalog import Catalog
 from pipeline.mllm.backbone import Backbone
-from pipeline.mllm.item_images import IMAGE_CACHE_BYTES, ItemImages
+from pipeline.mllm.item_images import IMAGE_CACHE_BYTES, ModelImages
 from pipeline.mllm.prompts import PromptPart
 from pipeline.mllm.vision_cache import VisionCache
 from pipeline.mllm.vision_tower import ImageInput, join
@@ -73,7 +73,7 @@ class PromptProcessor:
     ) -> None:
         self.config, self.catalog = config, catalog
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
-        self.images = ItemImages(config, backbone, catalog, cache_bytes, vision_cache)
+        self.images = ModelImages(config, backbone, catalog, cache_bytes, vision_cache)
         self.backbone_processor, self.family = self.images.backbone_processor, self.images.family
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         self._words: dict[str, list[int]] = {}
@@ -187,29 +187,15 @@ class PromptProcessor:
         length = math.ceil(max(map(len, sequences)) / round_to) * round_to
         ids = np.full((len(sequences), length), self.pad, np.int64)
         mask = np.zeros((len(sequences), length), np.int64)
-        reads: list[int] = []
-        averaged: list[int] = []
-        before, answers, before_intents, intents = [], [], [], []
-        for b, s in enumerate(sequences):
-            ids[b, : len(s)], mask[b, : len(s)] = s.ids, 1
-            reads += [b * length + position for read in s.reads for position in read]
-            averaged += map(len, s.reads)
-            before += [b * length + position - 1 for position in s.answers]
-            answers += [s.ids[position] for position in s.answers]
-            before_intents += [b * length + position - 1 for position in s.intents]
-            intents += [s.ids[position] for position in s.intents]
-        images = [numbers[image.key] for s in sequences for image in s.images]
-        arrays = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "read_at": reads,
-            "read_over": averaged,
-            "answer_at": before,
-            "answers": answers,
-            "intent_at": before_intents,
-            "intents": intents,
-            "image_at": images,
-        }
+        for line, sequence in enumerate(sequences):
+            ids[line, : len(sequence)], mask[line, : len(sequence)] = sequence.ids, 1
+        arrays: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        arrays["read_at"] = [b * length + position for b, s in enumerate(sequences) for read in s.reads for position in read]
+        arrays["read_over"] = [len(read) for s in sequences for read in s.reads]
+        for name, before in (("answers", "answer_at"), ("intents", "intent_at")):
+            arrays[name] = [s.ids[position] for s in sequences for position in getattr(s, name)]
+            arrays[before] = [b * length + position - 1 for b, s in enumerate(sequences) for position in getattr(s, name)]
+        images = arrays["image_at"] = [numbers[image.key] for s in sequences for image in s.images]
         if self.family.types:
             arrays[self.family.types] = ids == self.backbone_processor.config.image_token_id
         batch = {name: torch.as_tensor(np.asarray(value, np.int64)) for name, value in arrays.items()}

@@ -142,7 +142,7 @@ def markdown(
             "",
         ]
         differences = {
-            name: {metric: format_difference(row[metric].values, rows[reference][metric].values) for metric in TESTED}
+            name: {metric: format_mean_difference(row[metric].values, rows[reference][metric].values) for metric in TESTED}
             for name, row in rows.items()
             if name != reference
         }
@@ -151,7 +151,7 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def format_difference(values: list[float], reference: list[float]) -> str:
+def format_mean_difference(values: list[float], reference: list[float]) -> str:
     """Formats the mean difference of two models over the windows, with its standard error."""
     difference = np.subtract(values, reference)
     error = f" ± {difference.std(ddof=1) / len(difference) ** 0.5:.4f}" if len(difference) > 1 else ""

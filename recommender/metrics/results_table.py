@@ -1,24 +1,22 @@
 """Formats tables of results, for a terminal and in Markdown."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.core.errors import printable
+from pipeline.core.printed_table import print_table
 from recommender.baselines.registry import BASELINES, MODELS
 from recommender.metrics.evaluator import REFIT_NOTE, BucketMetrics
 from recommender.metrics.significance import Difference
 
-WIDTH = 140  # characters of a table that is written to a file or a pipe
 COLUMNS = (("all", "HR@10"), ("all", "HR@20"), ("all", "MRR@20"), ("all", "NDCG@20"), ("warm", "HR@20"), ("cold", "HR@20"))
 ROWS = (*BASELINES, *MODELS, "ceiling")
 
 
-def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
+def print_models(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Prints a table of results, its rows in the order of `ROWS`.
 
     `results`: name -> {"mean": BucketMetrics, "std": BucketMetrics, "seeds": n}."""
@@ -32,7 +30,7 @@ def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
         )
     for name in sorted(results, key=ROWS.index):
         table.add_row(name, *(_cell(results[name], bucket, metric) for bucket, metric in COLUMNS))
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    print_table(table)
 
 
 def _cell(result: Mapping[str, Any], bucket: str, metric: str) -> str:
@@ -54,7 +52,7 @@ def print_results(metrics: dict[str, Any]) -> None:
     )
     if (calibration := facts.get("calibration")) is not None and calibration["told"]:
         print(printable(calibration["told"]))
-    print_table(metrics["results"], "Next item, every test position, all items ranked")
+    print_models(metrics["results"], "Next item, every test position, all items ranked")
     if facts.get("refit"):
         print(REFIT_NOTE)
 

@@ -57,7 +57,7 @@ pre{background:#f6f7f9;padding:12px;overflow-x:auto;font-size:12.5px;line-height
 """
 
 
-class ItemImages:
+class Drawings:
     """Draws items as SVG: the image of an item, else the beginning of its title. Each drawing is stored once, in `definitions`."""
 
     def __init__(self, catalog: Catalog | None, recommender: Recommender) -> None:
@@ -103,14 +103,14 @@ def write_report(run: Path, data: Path | None, config: str) -> Path:
     except UserError as error:  # the report is written without images
         note(f"no images: {error}")
     with decoding(recommender.version.path, HINT):
-        page = render(run, recommender, ItemImages(catalog, recommender), config)
+        page = render(run, recommender, Drawings(catalog, recommender), config)
     path = run / "report.html"
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def render(run: Path, recommender: Recommender, images: ItemImages, config: str) -> str:
+def render(run: Path, recommender: Recommender, images: Drawings, config: str) -> str:
     """Returns the page."""
     metrics = read_json(recommender.version.path / "metrics.json")
     manifest = recommender.version.manifest
@@ -220,7 +220,7 @@ def training(path: Path) -> Iterator[str]:
 # --- catalogue, index, sessions
 
 
-def maps(recommender: Recommender, images: ItemImages) -> Iterator[str]:
+def maps(recommender: Recommender, images: Drawings) -> Iterator[str]:
     """Yields a map of the items for each half of the vectors: their first two principal components."""
     if not recommender.halves:
         return
@@ -266,7 +266,7 @@ def index(recommender: Recommender) -> Iterator[str]:
     yield f'<div class="one">{chart(f"recall@{CHECK_K}", curves, "ms", dots=True)}</div>'
 
 
-def sessions(recommender: Recommender, images: ItemImages) -> Iterator[str]:
+def sessions(recommender: Recommender, images: Drawings) -> Iterator[str]:
     """Yields test sessions with their recommendations."""
     yield f"<p>Left: the last {SEEN} items seen. Right: the first {SHOWN} recommended; the true next item is framed in green.</p>"
     for session in [s for s in recommender.sample_rows() if len(s) > 1][:SESSIONS]:

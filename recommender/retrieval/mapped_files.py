@@ -8,6 +8,7 @@ import json
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,11 @@ from recommender.session_model.numpy_model import LARGE_ITEMS
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 ORDER = "items-by-id.npy"
+CHECKED_AT_ONCE = 2**20  # bytes
 
 
 def mapped_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a safetensors file, read-only and mapped. Raises ValueError if it is none.
+    """Returns the tensors of a safetensors file, read-only and mapped. Raises ValueError if it is none, or has numbers that are not finite.
 
     The format: 8 bytes for the length of the header, which is JSON with the type, shape and place of each tensor, then the numbers.
     """
@@ -35,7 +37,21 @@ def mapped_tensors(path: Path) -> dict[str, np.ndarray]:
             dtype = np.dtype(DTYPES[entry["dtype"]])
             flat = np.frombuffer(content, dtype, (last - first) // dtype.itemsize, begin + first) if last > first else np.empty(0, dtype)
             tensors[name] = flat.reshape(entry["shape"])
+            if dtype.kind == "f":
+                _check_finite(path, name, dtype, begin + first, last - first)
     return tensors
+
+
+def _check_finite(path: Path, name: str, dtype: np.dtype[Any], begin: int, size: int) -> None:
+    """Raises ValueError for numbers that are not finite in `size` bytes of a file. They are read in pieces and not through the map, all of
+    whose pages would then be resident."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin)
+        piece = memoryview(bytearray(CHECKED_AT_ONCE))
+        while size and (count := file.readinto(piece[:size])):
+            if not np.isfinite(np.frombuffer(piece[:count], dtype)).all():
+                raise ValueError(f"{name} has numbers that are not finite")
+            size -= count
 
 
 def write_mapped_items(folder: Path, tables: Mapping[str, pa.Table]) -> None:

@@ -1,21 +1,19 @@
 """Prints the answer of `tpad recommend` for one session: the session, a table of ranked items, and the figures of the model."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.core.artifact import decoding
 from pipeline.core.errors import printable
 from pipeline.core.files import read_json
+from pipeline.core.printed_table import print_table
 
 if TYPE_CHECKING:
     from recommender.serving.recommender import Item, Recommender
 
-WIDTH = 140  # of a table that goes to a file or a pipe
 FIGURES = {"full": "session model", "popularity": "popularity", "ID-only": "ID-only", "ceiling": "ceiling"}
 
 
@@ -37,11 +35,6 @@ def print_items(recommender: "Recommender", items: "list[Item]") -> None:
         reasons = ("" if item_id is None else recommender.titles[recommender.row[item_id]] for item_id in (item.similar_to, item.after))
         table.add_row(str(item.rank), *(escape(printable(text)) for text in (item.item_id, item.title, *reasons)), f"{item.score:.4f}")
     print_table(table)
-
-
-def print_table(table: Table, markup: bool = True) -> None:
-    """Prints a table to stdout, as wide as the terminal, or `WIDTH` characters where there is none."""
-    Console(highlight=False, markup=markup, width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def figures_line(recommender: "Recommender") -> str:

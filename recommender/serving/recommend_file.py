@@ -23,12 +23,12 @@ from pipeline.core.errors import DATA, USAGE, UserError, note
 from pipeline.core.files import environment_error, replacing
 from pipeline.core.progress import Steps
 from pipeline.core.ray_workers import in_order, on_ray
-from pipeline.data.prepare.database import database
+from pipeline.data.prepare.database import Database, database
 from pipeline.data.prepare.events import SessionRules, load_events
 from pipeline.data.prepare.open_tables import open_tables
 from pipeline.data.prepare.sessionizer import order_sessions
 from pipeline.data.prepare.table_options import Paths, Report, TableOptions
-from recommender.serving.recommender import Filters, Recommender
+from recommender.serving.recommender import Recommender
 from recommender.serving.session_vectors import vectors_schema, vectors_table
 
 PIECE = 32_768  # events read at a time
@@ -53,32 +53,27 @@ class ChunkAnswer(NamedTuple):
     unknown_events: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchSummary:
     """The counts of a written file, of this process."""
 
     out: Path | None
     vectors: Path | None
     sessions: int
-    popular: int  # sessions without a known item: they got the popular items
-    unknown_events: int
-    rows: int  # written to `out`
+    popular: int = 0  # sessions without a known item: they got the popular items
+    unknown_events: int = 0
+    rows: int = 0  # written to `out`
 
 
 def recommend_file(
     recommender: Recommender,
     sessions: Paths,
     out: Path | None,
-    k: int = 10,
-    exclude_seen: bool = False,
-    filters: Filters | None = None,
-    diversify: float = 0.0,
-    new_items: float | None = None,
-    at: int | None = None,
     share: tuple[int, int] = (0, 1),
     tables: TableOptions | None = None,
     vectors: Path | None = None,
     ray_run: Path | None = None,
+    **ranking: Any,
 ) -> BatchSummary:
     """Writes the k best items of every session in `sessions` to `out`, and their vectors to `vectors`; None: not. Each file is replaced
     atomically at the end.
@@ -86,77 +81,81 @@ def recommend_file(
     Sessions are in the order of their first event, the events of a session in that of their times. `share` (number, count):
     only the sessions of this process, to a file named after both; files of another count in the same folder are refused, as a reader
     would get each session twice. `ray_run`: the run of `recommender`, whose model ranks on a cluster of Ray; reading and writing stay
-    here, so the file has the same bytes. The other parameters are those of `Recommender.recommend`. Raises `UserError`."""
+    here, so the file has the same bytes. `ranking`: parameters of `Recommender.recommend`. Raises `UserError`."""
     number, processes = share
     if out is not None and vectors is not None and out.resolve() == vectors.resolve():
         raise UserError(f"--out and --vectors are the same file ({out}); give another --vectors", USAGE)
     out = destination(out, sessions, number, processes, "--out")
     vectors = destination(vectors, sessions, number, processes, "--vectors")
-    main, tables, report = out or vectors, tables or TableOptions(), Report()
+    main = out or vectors
     assert main is not None
-    popular = unknown = rows = 0
-    options = (k, exclude_seen, filters, diversify, new_items, at)
     try:
-        with database(main.parent, tables.memory) as data:
-            try:
-                log, _ = open_tables(data, sessions, None, tables, report)
-                count, sql = order_sessions(load_events(data, log, SessionRules(), tables, report))
-            finally:
-                if number == 0:
-                    note("\n".join(report.read_lines()))
+        with database(main.parent, (tables or TableOptions()).memory) as data:
+            count, sql = ordered_events(data, sessions, tables or TableOptions(), show=number == 0)
             first, last = (count * n // processes for n in (number, number + 1))
+            chunks = session_range(complete_sessions(data.batches(sql, PIECE), recommender), first, last)
+            if ray_run is None:
+                answers: Iterable[ChunkAnswer] = map(ChunkRanker(recommender, ranking, out is not None, vectors is not None), chunks)
+            else:
+                answers = in_order(on_ray(load_ranker, (ray_run.absolute(), ranking), chunks))
             with (
                 parquet_file(out, SCHEMA) as write_ranking,
                 parquet_file(vectors, vectors_schema(recommender.ranker)) as write_vectors,
                 Steps("recommendations" if out else "sessions", last - first, show=number == 0) as shown,
             ):
-                chunks = session_range(complete_sessions(data.batches(sql, PIECE), recommender), first, last)
-                if ray_run is None:
-                    answers: Iterable[ChunkAnswer] = map(ChunkRanker(recommender, options, out is not None, vectors is not None), chunks)
-                else:
-                    answers = in_order(on_ray(load_ranker, (ray_run.absolute(), options), chunks))
+                summary = BatchSummary(out, vectors, last - first)
                 for answer in answers:
-                    popular, unknown = popular + answer.popular, unknown + answer.unknown_events
-                    if answer.ranked is not None:
-                        rows += write_ranking(answer.ranked)
-                    if answer.vectors is not None:
-                        write_vectors(answer.vectors)
+                    summary.popular += answer.popular
+                    summary.unknown_events += answer.unknown_events
+                    summary.rows += write_ranking(answer.ranked)
+                    write_vectors(answer.vectors)
                     shown.advance(by=answer.sessions)
     except OSError as error:
         written = " and ".join(str(path) for path in (out, vectors) if path is not None)
         raise environment_error(error, main) or UserError(
             f"cannot write: {error.strerror or error} ({written}); give another file", DATA
         ) from None
-    return BatchSummary(out, vectors, last - first, popular, unknown, rows)
+    return summary
+
+
+def ordered_events(data: Database, sessions: Paths, tables: TableOptions, show: bool) -> tuple[int, str]:
+    """Reads the user's log, and says how. Returns the number of its sessions, and the query of their events, session after session."""
+    report = Report()
+    try:
+        log, _ = open_tables(data, sessions, None, tables, report)
+        return order_sessions(load_events(data, log, SessionRules(), tables, report))
+    finally:
+        if show:
+            note("\n".join(report.read_lines()))
 
 
 class ChunkRanker:
-    """Answers chunks of sessions: `options` are the arguments of `Recommender.rank` after the sessions."""
+    """Answers chunks of sessions: `ranking` are the arguments of `Recommender.rank` beside the sessions."""
 
-    def __init__(self, recommender: Recommender, options: tuple[Any, ...], ranks: bool, encodes: bool) -> None:
-        self.recommender, self.options, self.ranks, self.encodes = recommender, options, ranks, encodes
+    def __init__(self, recommender: Recommender, ranking: dict[str, Any], ranks: bool, encodes: bool) -> None:
+        self.recommender, self.options, self.ranks, self.encodes = recommender, ranking, ranks, encodes
         self.item_ids = recommender.items["item_id"].combine_chunks()
 
     def __call__(self, chunk: Chunk) -> ChunkAnswer:
         prefixes = [_known(chunk.rows[begin:end]) for begin, end in itertools.pairwise(chunk.offsets)]
         ranked = vectors = None
         if self.ranks:
-            ranked = _ranked_table(self.item_ids, chunk.names, self.recommender.rank(prefixes, *self.options))
+            ranked = _ranked_table(self.item_ids, chunk.names, self.recommender.rank(prefixes, **self.options))
         if self.encodes:
             vectors = vectors_table(self.recommender.ranker, self.item_ids, chunk.names, prefixes)
         return ChunkAnswer(ranked, vectors, len(chunk.names), sum(not prefix for prefix in prefixes), int((chunk.rows < 0).sum()))
 
 
-def load_ranker(run: Path, options: tuple[Any, ...]) -> ChunkRanker:
+def load_ranker(run: Path, ranking: dict[str, Any]) -> ChunkRanker:
     """Loads the model of a run in a worker of Ray."""
-    return ChunkRanker(Recommender.load(run), options, ranks=True, encodes=False)
+    return ChunkRanker(Recommender.load(run), ranking, ranks=True, encodes=False)
 
 
 @contextmanager
-def parquet_file(path: Path | None, schema: pa.Schema) -> Iterator[Callable[[pa.Table], int]]:
+def parquet_file(path: Path | None, schema: pa.Schema) -> Iterator[Callable[[Any], int]]:
     """Opens a Parquet file, which replaces `path` at the end: yields what writes a table to it and returns its rows. None: no file."""
     if path is None:
-        yield len
+        yield lambda _: 0
         return
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
 

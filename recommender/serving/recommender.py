@@ -24,7 +24,7 @@ from pipeline.core.errors import ARTIFACT, USAGE, UserError
 from pipeline.core.files import read_json
 from pipeline.data.availability import ALWAYS, NEVER, read_availability
 from pipeline.data.embeddings import HALVES
-from recommender.retrieval.index import ItemIndex, load_indexes
+from recommender.retrieval.index import ItemIndex, load_indexes, padded
 from recommender.retrieval.mapped_files import mapped_tensors, names_and_rows, read_items
 from recommender.serving.session_vectors import SessionVectors, session_vectors
 from recommender.session_model.config import ModelConfig, config_of
@@ -118,18 +118,15 @@ class Recommender:
         return recommender
 
     def check(self) -> None:
-        """Raises ValueError for files of a version that do not fit each other, or hold no finite numbers: sums say nothing of that."""
+        """Raises ValueError for files of a version that do not fit each other: sums say nothing of that."""
         items = len(self.item_ids)
         lengths = {len(self.attributes) if self.attributes.num_columns else items, self.config.items, len(self.row), items}
         if len(lengths) > 1 or self.items["item_id"].null_count:
             raise ValueError(f"files of different items: {sorted(lengths)}")
-        for name, array in self.arrays.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ValueError(f"{name} has numbers that are not finite")
         for name, index in self.index.indexes.items():
-            wanted = (len(self.index.rows[name]), self.ranker.vectors[name].shape[1] + 1)
-            if (index.ntotal, index.d) != wanted:
-                raise ValueError(f"the index of {name} has {index.ntotal} vectors of {index.d} numbers, not {wanted}")
+            count, width = len(self.index.rows[name]), self.ranker.vectors[name].shape[1] + 1
+            if index.ntotal != count or index.d not in (width, padded(width, "PQ")):
+                raise ValueError(f"the index of {name} has {index.ntotal} vectors of {index.d} numbers, not {count} of {width}")
         if self.index.indexes.keys() != self.ranker.vectors.keys():
             raise ValueError("indexes of other channels")
         for session in self.samples[:1]:
@@ -197,7 +194,7 @@ class Recommender:
     def rank(
         self,
         sessions: list[list[int]],
-        k: int,
+        k: int = 10,
         exclude_seen: bool = False,
         filters: Filters | None = None,
         diversify: float = 0.0,

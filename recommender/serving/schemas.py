@@ -9,6 +9,7 @@ from recommender.serving.live_version import Refused
 from recommender.serving.recommender import MAX_SHIFT
 
 MAX_SESSION, MAX_BATCH, MAX_K, MAX_PAGE = 1000, 64, 500, 100
+LIMITS = {"session": MAX_SESSION, "batch": MAX_BATCH, "k": MAX_K, "page": MAX_PAGE}  # that `/info` names
 MAX_FILTERS, MAX_TEXT = 20, 1000  # columns; characters of a value
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]  # without a limit, text that is not valid Unicode would pass
