@@ -15,6 +15,7 @@ than the tiny one, `--side` larger pictures. What a GPU makes of it: benchmarks/
 import argparse
 import io
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -226,7 +227,8 @@ def measured(name: str, run: Path, data: Path, *more: str, processes: int = 1) -
     """One measurement, by `processes` of them at once (which share the work of an export)."""
     command = [sys.executable, __file__, "measure", "--method", name, "--run", str(run), "--data", str(data), *more]
     began = time.perf_counter()
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    shares = [os.environ | {"RANK": str(number), "WORLD_SIZE": str(processes)} for number in range(processes)]  # as a launcher gives them
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=share) for share in shares]
     answers = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit(f"{name} failed")

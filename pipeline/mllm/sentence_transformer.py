@@ -20,10 +20,10 @@ from tokenizers import normalizers, processors
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from pipeline.core.artifact import environment, open_verified
+from pipeline.core.artifact import Version, environment, open_verified
 from pipeline.core.config import BackboneConfig, DataConfig
 from pipeline.core.errors import ENVIRONMENT, USAGE, UserError
-from pipeline.core.files import remove
+from pipeline.core.files import read_json, remove, temporary_folder
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import HALVES
 from pipeline.mllm.backbone import Backbone
@@ -33,7 +33,7 @@ from pipeline.mllm.model import Mllm, embed, summed_states
 from pipeline.mllm.processor import PromptProcessor, frame, turn
 from pipeline.mllm.prompt_templates import Templates
 from pipeline.mllm.prompts import PromptPart, Prompts, View, filled
-from pipeline.mllm.saved_mllm import load_mllm
+from pipeline.mllm.saved_mllm import HINT, load_mllm
 
 SAMPLE = 16  # items on which the folder is compared with this package
 LEAST_COSINE = 0.999
@@ -54,13 +54,7 @@ def export_model(run: Path, data: Path, to: Path, text_only: bool) -> float:
         raise UserError(f"{error.name} is not installed (tpad export-model); install the extra `export`", ENVIRONMENT) from None
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"something is there already ({to}); give --to a new folder", USAGE)
-    version = open_verified(run / "mllm", "mllm", "run `tpad distill` first")
-    settings = json.loads((version.path / "mllm.json").read_text(encoding="utf-8"))
-    config = BackboneConfig.model_validate(settings["backbone"])
-    fault = "the backbone `vectors` has no model" if config.name == VECTORS else ""
-    fault = fault or ("it is two models" if settings.get("side_by_side") else "its weights have 4 bits" if config.quantize else "")
-    if fault:
-        raise UserError(f"this MLLM cannot be written for sentence-transformers: {fault} ({version.path}); distil another one", USAGE)
+    version, settings, config = exportable(run)
     mllm, backbone, _ = load_mllm(version.path, config, merge=True)
     assert isinstance(mllm, Mllm)
     mllm.eval()
@@ -72,36 +66,44 @@ def export_model(run: Path, data: Path, to: Path, text_only: bool) -> float:
     head, _ = frame(backbone.tokenizer)
     before = without_head(summed_states(mllm, head), len(head)) if head and config.pooling == "mean" else []
     routes: dict[str, Any] = {half: [*before, *dense_head(mllm.heads[half])] for half in halves}  # type: ignore[arg-type]
-    base, whole = (to.with_name(f".{to.name}-{name}.tmp") for name in ("model", "folder"))
+    to = to.absolute()
     with environment(to):
-        try:
-            remove(base)
-            remove(whole)
-            save_base(backbone, version.path, templates, config, text_only, base)
-            way = {"method": "forward", "method_output_name": "last_hidden_state"}
-            message = {} if text_only else {"image": way, "message": way | {"format": "structured"}}
-            transformer = Transformer(str(base), modality_config={"text": way, **message}, module_output_name="token_embeddings")  # type: ignore[arg-type]
-            pooling = Pooling(width, {"last": "lasttoken", "mean": "mean"}[config.pooling])  # type: ignore[arg-type]
-            SentenceTransformer(modules=[transformer, pooling, Router(routes, default_route=halves[0])]).save(
-                str(whole), create_model_card=False
+        to.parent.mkdir(parents=True, exist_ok=True)
+    with environment(to), temporary_folder(to.parent, f".{to.name}-") as temporary:
+        base, whole = temporary / "model", temporary / "folder"
+        save_base(backbone, version.path, templates, config, text_only, base)
+        way = {"method": "forward", "method_output_name": "last_hidden_state"}
+        message = {} if text_only else {"image": way, "message": way | {"format": "structured"}}
+        transformer = Transformer(str(base), modality_config={"text": way, **message}, module_output_name="token_embeddings")  # type: ignore[arg-type]
+        pooling = Pooling(width, {"last": "lasttoken", "mean": "mean"}[config.pooling])  # type: ignore[arg-type]
+        modules = [transformer, pooling, Router(routes, default_route=halves[0])]
+        SentenceTransformer(modules=modules).save(str(whole), create_model_card=False)
+        types = whole / "modules.json"  # by the names of these modules that older versions and servers know too
+        types.write_text(re.sub(r"sentence_transformers\.[\w.]+\.(\w+)\"", r'sentence_transformers.models.\1"', types.read_text()))
+        (whole / "README.md").write_text(card(halves, text_only), encoding="utf-8")
+        theirs = SentenceTransformer(str(whole), device="cpu", local_files_only=True)
+        cosines = [(ours[half] * theirs.encode(items, task=half)).sum(1).min() for half in halves]  # type: ignore[call-overload]
+        if not min(cosines) >= LEAST_COSINE:
+            raise UserError(
+                f"sentence-transformers would give other vectors, of cosine {min(cosines):.4f} (backbone.name = {config.name}); "
+                "try --text-only, or another backbone",
+                ENVIRONMENT,
             )
-            types = whole / "modules.json"  # by the names of these modules that older versions and servers know too
-            types.write_text(re.sub(r"sentence_transformers\.[\w.]+\.(\w+)\"", r'sentence_transformers.models.\1"', types.read_text()))
-            (whole / "README.md").write_text(card(halves, text_only), encoding="utf-8")
-            theirs = SentenceTransformer(str(whole), device="cpu", local_files_only=True)
-            cosines = [(ours[half] * theirs.encode(items, task=half)).sum(1).min() for half in halves]  # type: ignore[call-overload]
-            if not min(cosines) >= LEAST_COSINE:
-                raise UserError(
-                    f"sentence-transformers would give other vectors, of cosine {min(cosines):.4f} (backbone.name = {config.name}); "
-                    "try --text-only, or another backbone",
-                    ENVIRONMENT,
-                )
-            remove(to)
-            whole.rename(to)
-        finally:
-            remove(base)
-            remove(whole)
+        remove(to)
+        whole.rename(to)
     return float(min(cosines))
+
+
+def exportable(run: Path) -> tuple[Version, dict[str, Any], BackboneConfig]:
+    """Opens the MLLM of `run/mllm`: its version, settings and backbone. Raises `UserError` (2) if it is not one plain model."""
+    version = open_verified(run / "mllm", "mllm", HINT)
+    settings = read_json(version.path / "mllm.json")
+    config = BackboneConfig.model_validate(settings["backbone"])
+    fault = "the backbone `vectors` has no model" if config.name == VECTORS else ""
+    fault = fault or ("it is two models" if settings.get("side_by_side") else "its weights have 4 bits" if config.quantize else "")
+    if fault:
+        raise UserError(f"this MLLM cannot be written for sentence-transformers: {fault} ({version.path}); distil another one", USAGE)
+    return version, settings, config
 
 
 def sample(mllm: Mllm, processor: PromptProcessor, prompts: Prompts, text_only: bool) -> tuple[list[Any], dict[str, np.ndarray]]:

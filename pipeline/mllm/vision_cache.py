@@ -9,14 +9,16 @@ mistaken for the old one. Images that are no longer in the catalogue keep their 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -26,8 +28,9 @@ from pipeline.core.files import canonical_json, remove, replacing, sha256_file
 from pipeline.core.prefetch import loaded_ahead
 from pipeline.core.progress import Steps
 from pipeline.mllm.backbone import Backbone
-from pipeline.mllm.vision_tower import ImageInput, join, level_names, run_vision_tower, tower
+from pipeline.mllm.vision_tower import ImageInput, run_vision_tower, tower
 
+FORM = 2  # of the files; raise it when they change
 SHARD_BYTES = 64 << 20
 TOGETHER = 8  # images through the tower at a time, when the cache is filled
 
@@ -36,7 +39,8 @@ class VisionCache:
     """The cached vision features of one backbone and one image budget. Several processes may read it while others add to it."""
 
     def __init__(self, root: Path, backbone: Backbone, max_pixels: int | None) -> None:
-        digest = hashlib.sha256(canonical_json({"max_pixels": max_pixels, "transformers": transformers.__version__}))
+        facts = {"form": FORM, "max_pixels": max_pixels, "transformers": transformers.__version__}
+        digest = hashlib.sha256(canonical_json(facts))
         digest.update(backbone.image_processor.to_json_string().encode())
         for name, weight in sorted(tower(backbone.model).items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -46,15 +50,16 @@ class VisionCache:
 
     def refresh(self) -> None:
         """Reads again which images the files in the folder hold."""
-        self.place: dict[bytes, tuple[Path, int]] = {}  # key of an image -> its file, and its number in the file
-        self._open: dict[Path, CacheFile] = {}  # verified files
+        self.place: dict[bytes, tuple[Path, list[str]]] = {}  # key of an image -> its file, and its tensors there
+        self._open: dict[Path, dict[str, Tensor]] = {}  # verified files, mapped into memory
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                keys = load_file(path)["keys"].numpy()
-            except (OSError, SafetensorError, KeyError, ValueError):
+                with safe_open(path, "pt") as file:
+                    entries = [(bytes.fromhex(entry.partition("/")[0]), entry) for entry in sorted(file.keys())]
+            except (OSError, SafetensorError, ValueError):
                 self._drop(path)
                 continue
-            self.place |= {key.tobytes(): (path, n) for n, key in enumerate(keys)}
+            self.place |= {key: (path, [entry for _, entry in group]) for key, group in groupby(entries, itemgetter(0))}
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.place
@@ -65,15 +70,16 @@ class VisionCache:
 
     def find(self, key: bytes) -> ImageInput | None:
         """Returns the image with its features, or None if they are not cached. Verifies a file when it is first used."""
-        path, number = self.place.get(key, (None, 0))
-        if path is None:
+        if key not in self.place:
             return None
+        path, entries = self.place[key]
         if path not in self._open:
             if not path.exists() or sha256_file(path) != path.stem:  # missing: another process has dropped it
                 self._drop(path)
                 return None
-            self._open[path] = CacheFile(path)
-        return self._open[path].image(key, number)
+            self._open[path] = load_file(path)
+        tensors = {entry.partition("/")[2]: self._open[path][entry] for entry in entries}
+        return ImageInput(key, tensors.pop("ids").tolist(), {}, tensors)
 
     def _drop(self, path: Path) -> None:
         note(f"warning: cached vision features are damaged and left out ({path})")
@@ -101,7 +107,7 @@ class VisionCache:
         device, done = next(model.parameters()).device, set(self.place)
         groups = [[int(row) for row in rows[first : first + TOGETHER]] for first in range(0, len(rows), TOGETHER)]
         loader = loaded_ahead(lambda n: [load(row) for row in groups[n]], range(len(groups)), workers)
-        shard: list[dict[str, Tensor]] = []
+        shard: dict[str, Tensor] = {}
         size = 0
         with Steps("vision", len(rows), show=show) as progress, torch.inference_mode():
             for group, loaded in zip(groups, loader, strict=True):
@@ -110,49 +116,25 @@ class VisionCache:
                     tensors = {name: t.to(device) for name, t in stack([image.tensors for image in fresh]).items()}
                     features = run_vision_tower(model, {"images": tensors})
                     assert features is not None
-                    shard.append({name: t.cpu() for name, t in features.pack().items()} | _names(fresh))
-                    grown = sum(t.nbytes for t in shard[-1].values())
+                    entries: dict[str, Tensor] = {}
+                    for n, image in enumerate(fresh):
+                        packed = features.select(torch.tensor([n])).pack() | {"ids": torch.tensor(image.ids)}
+                        entries |= {f"{image.key.hex()}/{name}": t.cpu().contiguous() for name, t in packed.items()}
+                    grown = len(save(entries))
                     if grown > room:
                         note(f"note: the vision cache is full after {progress.done} of {len(rows)} images")
-                        shard.pop()
                         break
+                    shard |= entries
                     room, size = room - grown, size + grown
                     done |= {image.key for image in fresh}
                 if size >= SHARD_BYTES:
                     self._write(shard)
-                    shard, size = [], 0
+                    shard, size = {}, 0
                 progress.advance(by=len(group))
         if shard:
             self._write(shard)
 
-    def _write(self, shard: list[dict[str, Tensor]]) -> None:
-        data = save({name: t.contiguous() for name, t in join(shard).items()})
+    def _write(self, shard: dict[str, Tensor]) -> None:
+        data = save(shard)
         with environment(self.folder), replacing(self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors") as temporary:
             temporary.write_bytes(data)
-
-
-def _names(images: Sequence[ImageInput]) -> dict[str, Tensor]:
-    """Returns what else is needed to use an image without decoding it: keys (n, 32), token ids, and how many ids each image has."""
-    return {
-        "keys": torch.from_numpy(np.frombuffer(b"".join(image.key for image in images), np.uint8).reshape(-1, 32).copy()),
-        "ids": torch.tensor([token for image in images for token in image.ids]),
-        "lengths": torch.tensor([len(image.ids) for image in images]),
-    }
-
-
-class CacheFile:
-    """One file of cached features, mapped into memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.tensors = load_file(path)
-        self.tokens, self.ids = (np.cumsum([0, *self.tensors.pop(name).tolist()]) for name in ("counts", "lengths"))
-
-    def image(self, key: bytes, n: int) -> ImageInput:
-        """Returns the n-th image of the file, whose key is `key`."""
-        features = {"counts": torch.tensor([self.tokens[n + 1] - self.tokens[n]])}
-        for name in ("pooled", *level_names(self.tensors)):
-            flat = self.tensors[name]
-            features[name] = flat[n : n + 1] if flat.ndim == 3 else flat[self.tokens[n] : self.tokens[n + 1]]
-        if "grid" in self.tensors:
-            features["grid"] = self.tensors["grid"][n : n + 1]
-        return ImageInput(key, self.tensors["ids"][self.ids[n] : self.ids[n + 1]].tolist(), {}, features)

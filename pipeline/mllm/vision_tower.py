@@ -54,7 +54,8 @@ class VisionFeatures(NamedTuple):
     def unpack(packed: dict[str, Tensor]) -> "VisionFeatures":
         """Restores the features from the tensors of `pack`."""
         counts = packed["counts"].tolist()
-        pooled, *levels = (_split(packed[name], counts) for name in ("pooled", *level_names(packed)))
+        names = ["pooled", *(f"level.{n}" for n in range(sum(name.startswith("level.") for name in packed)))]
+        pooled, *levels = (_split(packed[name], counts) for name in names)
         return VisionFeatures(pooled, levels, packed.get("grid"))
 
 
@@ -64,11 +65,6 @@ def _flat(features: Any) -> Tensor:
 
 def _split(flat: Tensor, counts: list[int]) -> Any:
     return flat if flat.ndim == 3 else list(torch.split(flat, counts))
-
-
-def level_names(packed: dict[str, Tensor]) -> list[str]:
-    """Returns the names of the DeepStack levels in the tensors of `VisionFeatures.pack`."""
-    return [f"level.{n}" for n in range(sum(name.startswith("level.") for name in packed))]
 
 
 def join(packed: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

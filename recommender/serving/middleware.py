@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -169,11 +170,8 @@ class ServiceMiddleware:
             for places in (self.arriving, self.answering):
                 places.pop(body, None)
         if status == 0:
-            problem = Problem(error=refusal.detail, request_id=scope["request_id"]).model_dump_json().encode()
-            described = {"content-type": "application/json", "content-length": str(len(problem)), **(refusal.headers or {})}
-            start = [(name.encode(), value.encode()) for name, value in described.items()]
-            await send_marked({"type": "http.response.start", "status": refusal.status_code, "headers": start})
-            await send_marked({"type": "http.response.body", "body": problem})
+            problem = Problem(error=refusal.detail, request_id=scope["request_id"]).model_dump()
+            await JSONResponse(problem, refusal.status_code, refusal.headers)(scope, receive, send_marked)
         return Outcome(status, failure)
 
     def authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
@@ -265,15 +263,15 @@ class Body:
 class JsonLines(logging.Formatter):
     """Formats a log record as one line of JSON."""
 
+    converter = time.gmtime  # type: ignore[assignment]
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
         line |= getattr(record, "facts", {})
         if record.exc_info and record.exc_info[1]:
             line["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
         return json.dumps(line).replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
 
 
 def log_to_stderr() -> None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from pipeline.data.embeddings import HALVES
 from recommender.retrieval.index import ItemIndex, load_indexes, padded
 from recommender.retrieval.mapped_files import mapped_tensors, names_and_rows, read_items
 from recommender.serving.session_vectors import SessionVectors, session_vectors
-from recommender.session_model.config import ModelConfig, config_of
+from recommender.session_model.config import config_of
 from recommender.session_model.numpy_model import NumpySessionModel, SessionState, unit
 from recommender.session_model.top_k import first
 
@@ -70,17 +70,15 @@ class Recommendation:
 class Recommender:
     """Holds a published session model with its indexes and items, and ranks by it."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        arrays: Mapping[str, np.ndarray],
-        indexes: dict[str, Any],
-        items: pa.Table,
-        attributes: pa.Table,
-        version: Version,
-    ) -> None:
-        self.config, self.arrays = config, arrays
-        self.items = items
+    def __init__(self, run: Path, version: Version) -> None:
+        """Reads a verified version of a run's session model. Raises `UserError` (4), or any error for content that is none."""
+        check_embeddings(run, version)
+        if "index" not in version.manifest:
+            raise UserError(f"index of an older tpad ({version.path}); run `tpad index`", ARTIFACT)
+        self.version, self.config = version, config_of(version.path)
+        self.arrays = mapped_tensors(version.path / "model.safetensors")
+        self.items = items = read_items(version.path, "items")
+        self.attributes = read_items(version.path, "attributes")  # columns for filters: text, or lists of texts
         self.item_ids, self.titles, self.row = names_and_rows(version.path, items)
         # training events, which the model's popularity prior need not follow; not by `to_numpy`, for which pyarrow imports pandas
         counts: np.ndarray = np.from_dlpack(items["count"].combine_chunks())
@@ -89,35 +87,22 @@ class Recommender:
         self.new_items = float(version.manifest["settings"].get("new_items", 0.0))  # default of a request
         self.availability = read_availability(version.path / "items.parquet", items)
         self.cached_availability = (NEVER, NEVER, np.empty(0, bool))  # from when, until when, and (N,) which items are available then
-        self.attributes = attributes  # columns for filters: text, or lists of texts
-        self.version = version
         self.samples: list[list[str]] = read_json(version.path / "samples.json")  # sessions of the test split
         with safe_open(version.path / "whitening.safetensors", "numpy") as file:
             halves = [half for half in HALVES if f"{half}.mean" in file.keys()]  # noqa: SIM118
-        content = np.split(arrays["content"], len(halves), axis=1) if halves else ()
+        content = np.split(self.arrays["content"], len(halves), axis=1) if halves else ()
         self.halves = dict(zip(halves, content, strict=True))  # (N, D) each, whitened; none of a model of ids alone
-        self.ranker = NumpySessionModel(config, arrays)
-        self.index = ItemIndex(indexes, self.ranker, version.manifest["index"].get("effort", 1.0))
+        self.ranker = NumpySessionModel(self.config, self.arrays)
+        self.index = ItemIndex(load_indexes(version.path), self.ranker, version.manifest["index"].get("effort", 1.0))
+        self._check()
 
     @classmethod
     def load(cls, run: Path | str) -> "Recommender":
         """Opens the published session model of a run. Raises `UserError` (4) if it is missing, damaged or of other embeddings."""
         run = Path(run)
-        return following(run / "sbr", "sbr", HINT, lambda version: cls._read(run, version))
+        return following(run / "sbr", "sbr", HINT, lambda version: cls(run, version))
 
-    @classmethod
-    def _read(cls, run: Path, version: Version) -> "Recommender":
-        config = config_of(version.path)
-        check_embeddings(run, version)
-        if "index" not in version.manifest:
-            raise UserError(f"index of an older tpad ({version.path}); run `tpad index`", ARTIFACT)
-        items, attributes = (read_items(version.path, name) for name in ("items", "attributes"))
-        arrays = mapped_tensors(version.path / "model.safetensors")
-        recommender = cls(config, arrays, load_indexes(version.path), items, attributes, version)
-        recommender.check()
-        return recommender
-
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises ValueError for files of a version that do not fit each other: sums say nothing of that."""
         items = len(self.item_ids)
         lengths = {len(self.attributes) if self.attributes.num_columns else items, self.config.items, len(self.row), items}
