@@ -37,8 +37,10 @@ class DataConfig(Section):
     )
     test: Share = Field(default=0.1, description="share of the sessions held out for the test; with protocol time the latest ones")
     max_prefix: Prefix = Field(default=20, description="longest prefix in events: only the last events of a longer session are used")
-    text: list[str] = Field(
-        default=["title", "description"], description="item columns shown to the MLLM as the item's text, in this order"
+    text: list[str] | None = Field(
+        default=None,
+        description="item columns shown to the MLLM as the item's text, in this order; null: title, columns whose values several items "
+        "share (categories, brands, people), a year, and description",
     )
     attributes: list[str] | None = Field(
         default=None, description="item columns the MLLM learns to generate; null: every other column of type text or list of texts"
@@ -205,7 +207,7 @@ class PartsConfig(Section):
     )
     popularity: bool = Field(default=True, description="popularity prior: training count of an item, and its count predicted from content")
     directions: bool = Field(
-        default=True, description="in ID-only, id vectors start from the main directions of the items' co-occurrence (PPMI), not at random"
+        default=True, description="id vectors start from the main directions of the items' co-occurrence (PPMI), not at random"
     )
     whitening: bool = Field(
         default=True, description="PCA whitening of the exported vectors, fitted on training items; false: only centred and scaled"

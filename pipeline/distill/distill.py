@@ -313,7 +313,7 @@ def publish(
     settings = {
         "backbone": config.backbone.model_dump() | {"revision": config.backbone.revision or commit},
         "backbone_sha256": backbone_sha256,
-        "data": config.data.model_dump(exclude={"neighbours": {"run"}, "prompts": True}),
+        "data": config.data.model_dump(exclude={"neighbours": {"run"}, "prompts": True}) | {"text": prompts.shown},
         "neighbours": prompts.neighbours and prompts.neighbours.sha256,
         "dim": config.distill.dim,
         "heads": list(mllm.heads if isinstance(mllm, Mllm) else mllm.halves),

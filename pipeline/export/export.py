@@ -268,7 +268,7 @@ def open_exporter(config: Config, run: Path, plan: Plan, add: Callable[[str, pa.
 
 def _finish(config: Config, plan: Plan, folder: Path) -> dict[str, Any]:
     """Writes what is published beside the parts, and returns the manifest. Raises `UserError` (3)."""
-    shown = [column for column in plan.data.text if column in plan.catalog.columns]
+    shown = [column for column in plan.data.text or [] if column in plan.catalog.columns]
     catalog = plan.catalog if config.data.on_bad_image == "skip" else None
     manifest = manifest_of(folder, list(plan.parts), plan.facts, plan.settings, plan.model, shown, catalog)
     if not manifest["rows"]:

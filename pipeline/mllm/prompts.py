@@ -18,6 +18,7 @@ from pipeline.data.catalog import Catalog
 from pipeline.data.images import ImageError
 from pipeline.mllm.neighbour_titles import Neighbours
 from pipeline.mllm.prompt_templates import Templates, load_templates
+from pipeline.mllm.shown_columns import shown_columns
 
 VERSION = "2"  # part of fingerprints and manifests; raise it whenever prompts change other than by the templates
 
@@ -43,7 +44,7 @@ FULL = View(True, True)
 
 def check_columns(catalog: Catalog, config: DataConfig) -> None:
     """Raises `UserError` (2) if the training catalogue lacks a column of the settings. Catalogues exported later may lack them."""
-    for key, names in (("text", config.text), ("attributes", config.attributes or [])):
+    for key, names in (("text", config.text or []), ("attributes", config.attributes or [])):
         unknown = [c for c in names if c not in catalog.columns and (key, c) != ("text", "description")]  # description is optional
         if unknown:
             raise UserError(f"no column `{unknown[0]}` in items.parquet (data.{key}); columns: {', '.join(catalog.columns)}", USAGE)
@@ -57,7 +58,7 @@ class Prompts:
     ) -> None:
         self.catalog, self.on_bad_image, self.neighbours = catalog, config.on_bad_image, neighbours
         self.templates = templates or load_templates(config.prompts)
-        self.shown = [c for c in config.text if c in catalog.columns]
+        self.shown = shown_columns(catalog) if config.text is None else [c for c in config.text if c in catalog.columns]
         generated = catalog.text_columns if config.attributes is None else [c for c in config.attributes if c in catalog.columns]
         self.columns = list(dict.fromkeys([*self.shown, *generated]))
         self.attributes = [c for c in self.columns if c not in self.shown]

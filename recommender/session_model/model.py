@@ -37,7 +37,7 @@ from recommender.session_model.co_occurrence import directions
 from recommender.session_model.config import LEAST_MASS, LOG_ZERO, REPEAT_DISCOUNT_RATE, ModelConfig, Parts
 from recommender.session_model.losses import log_partition
 from recommender.session_model.negative_sampling import Candidates
-from recommender.session_model.ops import causal, find, packed, padded, steps_back
+from recommender.session_model.ops import causal, find, last_occurrences, packed, padded, steps_back
 from recommender.session_model.pair_counts import PairCounts
 from recommender.session_model.popularity_prior import fit_popularity_prior
 from recommender.session_model.windows import PAD
@@ -130,7 +130,7 @@ class SessionModel(nn.Module):
         if config.ids:
             self.ids = nn.Embedding(config.items, config.dim)
             nn.init.normal_(self.ids.weight, std=0.1)
-            if config.parts.directions and not config.content_dim and len(rows) > 1:  # beside content they cost: docs/experiments.md
+            if config.parts.directions and len(rows) > 1:
                 start = torch.as_tensor(directions(rows, offsets, config.items, config.dim))
                 with torch.no_grad():  # of the same length as the random ones, which items without pairs keep
                     self.ids.weight.copy_(torch.where(start.any(1, keepdim=True), 0.1 * config.dim**0.5 * start, self.ids.weight))
@@ -171,7 +171,7 @@ class SessionModel(nn.Module):
 
     def learning(self, rows: np.ndarray, offsets: np.ndarray, counts: np.ndarray, seed: int) -> "SessionModel":
         """Builds the same model with the sessions `rows`, `offsets` added to its counts, to be trained further: `counts` (N,) are the
-        events of each item in all sessions. The calibrated weights, of repeats and of cold items, are frozen."""
+        events of each item in all sessions. The calibrated weights are frozen."""
         tensors = dict(self.state_dict())
         known = torch.as_tensor(counts > 0)
         events = torch.as_tensor(counts, dtype=torch.float32)
@@ -186,9 +186,11 @@ class SessionModel(nn.Module):
             for name, pairs in self.pair_counts():
                 tensors |= {f"pairs.{name}.{key}": value for key, value in pairs.plus(rows, offsets).items()}
         model = SessionModel.restored(self.config, tensors)
-        for calibrated in (model.repeat_weights, model.cold_weights if self.config.content_dim else None):
-            if calibrated is not None:
-                calibrated.requires_grad_(False)
+        calibrated = [model.repeat_weights] if model.repeat_weights is not None else []
+        calibrated += [model.channel("id").weight_bias.bias] if self.config.ids else []
+        calibrated += [model.cold_weights] if self.config.content_dim else []
+        for weight in calibrated:
+            weight.requires_grad_(False)
         return model
 
     def tables(self, known: Tensor | None = None, items: Tensor | None = None) -> Tables:
@@ -393,11 +395,3 @@ def log_denominator(logits: ComponentLogits, targets: Tensor) -> Tensor:
     """Sums the masses of all components over all candidates and the target, before the repeat discount: (cases, 1), as a log."""
     case = targets != PAD
     return torch.cat([logits.total, *(missing[case] for missing in logits.missing)], -1).logsumexp(-1, keepdim=True)
-
-
-def last_occurrences(rows: Tensor) -> Tensor:
-    """Tells at (t, s), rows (B, L) -> (B, L, L) bool, whether no event after s and up to t has the item of s."""
-    place = torch.arange(rows.shape[1], device=rows.device)
-    later = (rows[:, :, None] == rows[:, None, :]) & (place > place[:, None])
-    following = torch.where(later, place, rows.shape[1]).amin(2)  # (B, s) next position of s's item
-    return place[:, None] < following[:, None, :]

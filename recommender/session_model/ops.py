@@ -40,3 +40,11 @@ def steps_back(length: int, device: torch.device) -> Tensor:
     """Returns the distances (L, L) t - s in steps, 0 where s > t."""
     position = torch.arange(length, device=device)
     return (position[:, None] - position[None, :]).clamp(min=0)
+
+
+def last_occurrences(rows: Tensor) -> Tensor:
+    """Tells at (t, s), rows (B, L) -> (B, L, L) bool, whether no event after s and up to t has the item of s."""
+    place = torch.arange(rows.shape[1], device=rows.device)
+    later = (rows[:, :, None] == rows[:, None, :]) & (place > place[:, None])
+    following = torch.where(later, place, rows.shape[1]).amin(2)  # (B, s) next position of s's item
+    return place[:, None] < following[:, None, :]

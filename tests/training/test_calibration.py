@@ -31,6 +31,21 @@ def test_the_weight_of_repeats_is_calibrated_on_validation() -> None:
         assert bool((model.repeat_weights >= 0).all() if repeats else (model.repeat_weights <= -1).all())
 
 
+def test_the_weight_of_ids_is_lowered_where_content_ranks_better_on_validation_and_never_raised() -> None:
+    """Ids of random vectors and a high weight, as of a channel that has memorised its sessions; content of what goes together."""
+    for useful in (True, False):
+        model = random_model()
+        bias = model.channel("id").weight_bias.bias
+        bias.fill_(3.0)
+        model.content.copy_(torch.randn(ITEMS // 2, model.config.content_dim).repeat_interleave(2, 0) if useful else model.content)
+        before = bias.item()
+        sessions = [[2 * n, 2 * n + 1] for n in range(ITEMS // 2 - COLD)] * 12
+        valid = pack(np.concatenate(sessions).astype(np.int32), np.arange(0, 2 * len(sessions) + 1, 2), 8)
+        calibration = calibrate(model, valid, partial(model_ranks, model, valid))
+        assert bias.item() == pytest.approx(before + calibration.ids)
+        assert calibration.ids < 0 if useful else calibration.ids <= 0
+
+
 def cold_sessions(together: bool, count: int) -> Windows:
     """Validation sessions in which cold items follow each other, or only warm ones, and `count` cold targets or a few more."""
     warm, cold = range(0, 20), range(ITEMS - COLD, ITEMS)
