@@ -51,12 +51,10 @@ class _Https(http.client.HTTPSConnection):
         self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)  # type: ignore[attr-defined]
 
 
-class _HttpHandler(urllib.request.HTTPHandler):
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_Http, request)
 
-
-class _HttpsHandler(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_Https, request)
 
@@ -66,7 +64,7 @@ class Downloads:
 
     def __init__(self, folder: Path, allow_private: bool) -> None:
         self.folder, self.failed = folder, dict[str, str]()
-        handlers = () if allow_private else (urllib.request.ProxyHandler({}), _HttpHandler(), _HttpsHandler())
+        handlers = () if allow_private else (urllib.request.ProxyHandler({}), _Handler())
         self.opener = urllib.request.build_opener(*handlers)
         self.opener.addheaders = [("User-Agent", "tpad"), ("Accept", "image/*")]
 

@@ -1,20 +1,18 @@
 """Reads a log of events into the table `log`, and settles what groups and orders them."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from pipeline.core.errors import DATA, UserError
-from pipeline.data.parquet_checks import MAX_ID_BYTES
-from pipeline.data.prepare.columns import NOT_IDS, Columns
-from pipeline.data.prepare.database import BAD, Database, quoted
+from pipeline.data.prepare.columns import Columns
+from pipeline.data.prepare.database import Database
+from pipeline.data.prepare.ids import check_ids_sql, id_sql
 from pipeline.data.prepare.table_options import Report, TableOptions
 from pipeline.data.prepare.timestamps import AHEAD, EARLIEST, FEW, LARGEST_SECOND, Clock, find_clock, settle_unit, shown
 
 DEFAULT_GAP = 30 * 60.0  # seconds
-CONTROL = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{2028}\x{2029}]"
 
 
 @dataclass(frozen=True)
@@ -34,213 +32,155 @@ class Events:
 
     data: Database
     columns: Columns
-    say: Callable[[str], None]
-    drop: Callable[[str, int], None]
-    group: str = ""  # session_id or user_id
+    report: Report
+    group: str  # session_id or user_id
+    gap: float | None  # longest pause inside a session
     clock: str = ""  # SQL of the time, in `unit` ticks a second; empty: no time
     unit: int = 1
     usable: str = ""  # SQL: whether an event has all that is needed but a known item
-    order: str = "p"  # SQL
-    gap: float | None = None
-    several: bool = False  # some session ids have several users
-    dropped_times: str = ""
     fields: set[str] = field(default_factory=set)
 
     @property
-    def timed(self) -> bool:
-        return bool(self.clock)
-
-
-def id_sql(columns: Columns, role: str) -> str:
-    """Returns SQL of an id as a text, or as the whole number that it is in Parquet. Raises `UserError` (3) for another type."""
-    source, column = columns.source, columns.need(role)
-    kind, raw = source.kinds.get(column, "text"), source.ref(column)
-    if kind in NOT_IDS:
-        kinds = f"column `{column}` has the wrong type, {source.arrow_type(column)} ({source.path}); ids are strings or whole numbers"
-        raise UserError(kinds, DATA)
-    if kind in ("integer", "null"):
-        return raw if kind == "integer" else "cast(null as varchar)"
-    number = kind == "float" or source.kind == "json"
-    return f"{'number_id' if number else 'plain_id'}(cell(cast({raw} as varchar)))"
-
-
-def check_ids_sql(data: Database, table: str, column: str, role: str, columns: Columns) -> None:
-    """Raises `UserError` (3) for the first id that is damaged, long or unprintable."""
-    if data.one(f"select typeof({column}) from {table} limit 1")[0] != "VARCHAR":
-        return
-    nested = f"(regexp_matches({column}, '^[\\[{{]') and json_valid({column}))" if columns.source.kind == "json" else "false"
-    faults = (
-        f"{column} is not null and (starts_with({column}, {BAD}) or strlen({column}) > {MAX_ID_BYTES} or regexp_matches({column}, "
-        f"{quoted(CONTROL)}) or {nested})"
-    )
-    row, text = data.one(f"select min(rowid), arg_min({column}, rowid) from {table} where {faults}")
-    if row is None:
-        return
-    place, theirs = columns.source.where(row), columns.need(role)
-    if columns.source.kind == "json" and text[0] in "[{":
-        raise UserError(f"`{theirs}` is a list or an object ({place}); ids are strings or whole numbers", DATA)
-    if not text.startswith("\1"):
-        fault = f"is longer than {MAX_ID_BYTES} bytes" if len(text.encode()) > MAX_ID_BYTES else "has a control character"
-        raise UserError(f"{role} {fault} ({place}); every row needs a short, printable {role}", DATA)
-    number = float(text[1:])
-    if number != int(number):
-        raise UserError(f"`{theirs}` {text[1:]} is not an id ({place}); ids are strings or whole numbers", DATA)
-    raise UserError(
-        f"`{theirs}` {number:.15g} is too large for a number with a point, and has lost digits ({place}); give the ids as strings", DATA
-    )
+    def order(self) -> str:
+        """SQL of the order inside a session; p is the row."""
+        return f"{'t, ' if self.clock else ''}{'o nulls last, ' if 'o' in self.fields else ''}p"
 
 
 def load_events(
     data: Database, columns: Columns, rules: SessionRules, tables: TableOptions, report: Report, limit: int | None = None
 ) -> Events:
     """Reads the log, or its first `limit` rows. Raises `UserError` (2, 3)."""
-    source = columns.source
-    events = Events(data, columns, report.say, report.drop)
-    events.group = "session_id" if columns.get("session_id") else "user_id"
-    if not columns.get("session_id") and not (columns.get("user_id") and columns.get("timestamp")):
-        if columns.get("user_id"):
-            fault = (
-                f"column `timestamp` is missing ({source.path} has {source.some()}); name it with --column timestamp=NAME, or take all of a"
-            )
-            raise UserError(f"{fault} user's events as one session with --column session_id={columns.need('user_id')}", DATA)
-        if not columns.get("session_id"):
-            names = f"no column names the sessions or the users ({source.path} has {source.some()})"
-            raise UserError(f"{names}; give --column user_id=NAME (cut at pauses) or --column session_id=NAME{columns.headless}", DATA)
+    source, group = columns.source, _group(columns)
+    events = Events(data, columns, report, group, rules.gap if rules.gap is not None or group == "session_id" else DEFAULT_GAP)
     time_format = tables.time_format or columns.side.time_format
     clock = _load(events, time_format, tables.where or columns.side.where, limit)
     if not source.rows:
         raise UserError(f"no events ({source.path}); a session log needs sessions of two events or more", DATA)
     columns.describe()
-    for column, role in (("g", events.group), ("u", "user_id"), ("i", "item_id")):
-        if column in events.fields and (role != "item_id" or columns.get("item_id")):
-            check_ids_sql(data, "log", column, role, columns)
+    for column, role in (("g", group), ("u", "user_id"), ("i", "item_id")):
+        if column in events.fields and columns.get(role):
+            check_ids_sql(columns, "log", column, role)
     if words := data.rows("select w, count(*) from log where w is not null group by w order by w"):
-        report.say(f"{source.path}: {', '.join(f'{count:,} cells say {word}' for word, count in words)}: taken as missing")
-    if "bad" in events.fields:
-        _check_times(events, time_format)
-    if "ob" in events.fields and (row := data.one("select min(rowid) from log where ob")[0]) is not None:
-        raise UserError(f"`{columns.need('position')}` is not a number ({source.where(row)}); give numbers", DATA)
-    _settle(events, clock)
-    events.gap = rules.gap if rules.gap is not None or events.group == "session_id" else DEFAULT_GAP
-    if events.gap is not None and not events.timed:
+        source.say(f"{', '.join(f'{count:,} cells say {word}' for word, count in words)}: taken as missing")
+    _check_values(events, time_format)
+    if clock is not None:
+        _settle_times(events, clock)
+    else:
+        by = f"column `{columns.need('position')}`" if "o" in events.fields and columns.get("position") else "order of the file"
+        source.say(f"no time; events are in the {by}, sessions in that of the file, and numbered instead of timed")
+        events.usable = "g is not null" + (" and o is not null" if "o" in events.fields else "")
+        _count_losses(events, "o" if "o" in events.fields else "g", "")
+    if events.gap is not None and clock is None:
         raise UserError(f"a session gap needs a time ({source.path} has {source.some()}); name it with --column timestamp=NAME", DATA)
     return events
 
 
+def _group(columns: Columns) -> str:
+    """Returns what the sessions are made of, session_id or user_id. Raises `UserError` (3) if a log has neither."""
+    has = f"({columns.source.path} has {columns.source.some()})"
+    if columns.get("session_id"):
+        return "session_id"
+    if not columns.get("user_id"):
+        remedy = f"give --column user_id=NAME (cut at pauses) or --column session_id=NAME{columns.headless}"
+        raise UserError(f"no column names the sessions or the users {has}; {remedy}", DATA)
+    if not columns.get("timestamp"):
+        remedy = f"take all of a user's events as one session with --column session_id={columns.need('user_id')}"
+        raise UserError(f"column `timestamp` is missing {has}; name it with --column timestamp=NAME, or {remedy}", DATA)
+    return "user_id"
+
+
 def _load(events: Events, time_format: str | None, where: str | None, limit: int | None) -> Clock | None:
-    columns, data = events.columns, events.data
-    source = columns.source
-    select = {"g": id_sql(columns, events.group)}
-    if events.group == "session_id" and columns.get("user_id"):
-        select["u"] = id_sql(columns, "user_id")
-    unnest = None
-    if (history := columns.get("history")) is not None:
-        last = f"cell({source.ref(columns.need('item_id'))})" if columns.get("item_id") else "cast(null as varchar)"
-        earlier = f"cell_list(cell({source.ref(history)}))"
-        both = f"list_concat(coalesce({earlier}, []), case when {last} is null then [] else [{last}] end)"
-        select["i"], unnest = f"list_transform({both}, lambda x: plain_id(cell(bare(x))))", "i"
-    else:
-        select["i"] = id_sql(columns, "item_id")
+    """Makes the table `log`, and returns how its times are read."""
+    columns, source = events.columns, events.columns.source
     words = [
         source.ref(column)
         for role in ("session_id", "user_id", "item_id", "timestamp")
         if (column := columns.get(role)) and source.kinds.get(column, "text") == "text"
     ]
-    select["w"] = "case " + " ".join(f"when is_word({raw}) then {raw}" for raw in words) + " end" if words else "cast(null as varchar)"
-    clock, finish = None, "*"
+    select = {"w": f"case {' '.join(f'when is_word({word}) then {word}' for word in words)} end" if words else "cast(null as varchar)"}
+    select["g"] = id_sql(columns, events.group)
+    if events.group == "session_id" and columns.get("user_id"):
+        select["u"] = id_sql(columns, "user_id")
+    if (history := columns.get("history")) is not None:
+        last = f"cell({source.ref(columns.need('item_id'))})" if columns.get("item_id") else "cast(null as varchar)"
+        both = f"list_concat(coalesce(cell_list(cell({source.ref(history)})), []), case when {last} is null then [] else [{last}] end)"
+        items = f"list_transform({both}, lambda x: plain_id(cell(bare(x))))"
+        select |= {"i": f"unnest({items})", "o": f"generate_subscripts({items}, 1)"}
+    else:
+        select["i"] = id_sql(columns, "item_id")
+        if (column := columns.get("position")) is not None:
+            numeric, text = source.kinds.get(column) in ("integer", "float"), source.text(column)
+            value = f"try_cast({source.ref(column) if numeric else text} as double)"
+            select["o"] = f"case when isnan({value}) then null else {value} end"
+            select["odd_o"] = "false" if numeric else f"{text} is not null and {value} is null"
+    clock = None
     if (column := columns.get("timestamp")) is not None:
-        clock = find_clock(data, source, column, time_format)
+        clock = find_clock(source, column, time_format)
         select["t"] = clock.sql
         if source.kinds.get(column) not in ("time", "integer") or source.arrow_type(column) == pa.uint64():
-            select["raw_t"] = f"cell(cast({source.ref(column)} as varchar))"
-            finish = "* exclude (raw_t), case when t is null then raw_t end as bad"
-    if (column := columns.get("position")) is not None and unnest is None:
-        raw = source.ref(column)
-        if source.kinds.get(column) in ("integer", "float"):
-            select["o"] = f"case when isnan(cast({raw} as double)) then null else cast({raw} as double) end"
-        else:
-            select["o"] = f"try_cast(cell(cast({raw} as varchar)) as double)"
-            select["ob"] = f"(cell(cast({raw} as varchar)) is not null and {select['o']} is null)"
-    if time_format is not None and clock is None:
+            select["odd_t"] = f"case when {clock.sql} is null then {source.text(column)} end"
+    elif time_format is not None:
         raise UserError(f"--time-format has no effect: no column of times ({source.path}); name it with --column timestamp=NAME", DATA)
-    source.load("log", select, where, limit, unnest=unnest, finish=finish)
-    events.fields = {*select, *(["o"] if unnest else []), *(["bad"] if "raw_t" in select else [])}
+    source.load("log", select, where, limit)
+    events.fields = {*select}
     if where is not None and not source.rows:
         raise UserError(f"no event fits --where {where} ({source.path}); check its values", DATA)
     return clock
 
 
-def _check_times(events: Events, time_format: str | None) -> None:
-    """Raises `UserError` (3) for the first time that cannot be read."""
-    source, column = events.columns.source, events.columns.need("timestamp")
-    row, text = events.data.one("select min(rowid), arg_min(bad, rowid) from log where bad is not null")
-    if row is None:
-        return
-    if text.lower().lstrip("+-") in ("inf", "infinity"):
-        raise UserError(f"a time is not finite, `{column}` ({source.where(row)}); fix it, or leave the cell empty", DATA)
-    forms = f"its notation is not {time_format}" if time_format else "give seconds or ISO 8601, or say the notation with --time-format"
-    raise UserError(f"`{column}` {text[:40]!r} is not a time ({source.where(row)}); {forms}", DATA)
+def _check_values(events: Events, time_format: str | None) -> None:
+    """Raises `UserError` (3) for the first time or position that cannot be read."""
+    columns, source = events.columns, events.columns.source
+    if "odd_t" in events.fields:
+        row, text = events.data.one("select min(rowid), arg_min(odd_t, rowid) from log where odd_t is not null")
+        if row is not None and text.lower().lstrip("+-") in ("inf", "infinity"):
+            fault = f"a time is not finite, `{columns.need('timestamp')}` ({source.where(row)})"
+            raise UserError(f"{fault}; fix it, or leave the cell empty", DATA)
+        if row is not None:
+            forms = (
+                f"its notation is not {time_format}" if time_format else "give seconds or ISO 8601, or say the notation with --time-format"
+            )
+            raise UserError(f"`{columns.need('timestamp')}` {text[:40]!r} is not a time ({source.where(row)}); {forms}", DATA)
+    if "odd_o" in events.fields and (row := events.data.one("select min(rowid) from log where odd_o")[0]) is not None:
+        raise UserError(f"`{columns.need('position')}` is not a number ({source.where(row)}); give numbers", DATA)
 
 
-def _settle(events: Events, clock: Clock | None) -> None:
-    """Finds the unit of the times, drops those that cannot be meant, and decides what orders the events."""
-    data, source, say = events.data, events.columns.source, events.say
-    order = []
-    if clock is None:
-        by = (
-            f"column `{events.columns.need('position')}`"
-            if "o" in events.fields and events.columns.get("position")
-            else "order of the file"
-        )
-        say(f"{source.path}: no time; events are in the {by}, sessions in that of the file, and numbered instead of timed")
-        events.usable = "g is not null" + (" and o is not null" if "o" in events.fields else "")
-    else:
-        theirs = events.columns.need("timestamp")
-        events.clock, events.unit, notation = settle_unit(data, "log", "t", clock, source, theirs)
-        say(f"{source.path}: times are {notation}" + ("" if notation == "in seconds" or events.unit == 1 else ", written in seconds"))
-        low, high = EARLIEST * events.unit, int((time.time() + AHEAD) * events.unit)
-        most = LARGEST_SECOND * events.unit
-        count, odd, huge, row = data.one(
-            f"select count(x), count(*) filter (x not between {low} and {high}), count(*) filter (x not between {-most} and {most}), "
-            f"min(r) filter (x not between {low} and {high}) from (select {events.clock} x, rowid r from log where g is not null)"
-        )
-        limits = (low, high)
-        if odd:
-            raw, value = data.one(f"select t, {events.clock} from log where rowid = {row}")
-            number = f" {raw / clock.scale:.15g}," if not clock.unit else ""
-            example = f"`{theirs}`{number} read as {shown(value / events.unit)}"
-            if odd > count * FEW or odd == count:
-                if events.group != "session_id" and not clock.given:
-                    fault = (
-                        f"most times are before 1990 or in the future: {example} ({source.where(row)})"
-                        if odd > count / 2
-                        else f"many times are before 1990 or in the future: {example} ({source.where(row)})"
-                    )
-                    raise UserError(
-                        f"{fault}; say what they are with --time-format excel, days, hours, minutes, seconds, ... or a pattern", DATA
-                    )
-                say(f"{source.path}: {odd:,} times are before 1990 or in the future ({example}): they order the events, but are no dates")
-                limits = (-most, most)
-                odd = huge
-            if odd:
-                events.dropped_times = f"events with a time before 1990 or in the future ({example}, {source.where(row)})"
-        events.usable = f"g is not null and t is not null and {events.clock} between {limits[0]} and {limits[1]}"
-        order.append(events.clock)
-    if "o" in events.fields:
-        order.append("o nulls last")
-    events.order = ", ".join([*order, "p"])
-    missing = data.one(
-        f"select count(*) filter (g is null), count(*) filter (g is not null and "
-        f"{'t' if clock else 'o' if 'o' in events.fields else 'g'} is null) from log"
+def _settle_times(events: Events, clock: Clock) -> None:
+    """Finds the unit of the times, and drops those that cannot be meant."""
+    data, source, theirs = events.data, events.columns.source, events.columns.need("timestamp")
+    events.clock, events.unit, notation = settle_unit(source, "log", "t", clock, theirs)
+    source.say(f"times are {notation}" + ("" if notation == "in seconds" or events.unit == 1 else ", written in seconds"))
+    low, high, most = EARLIEST * events.unit, int((time.time() + AHEAD) * events.unit), LARGEST_SECOND * events.unit
+    odd = f"filter (x not between {low} and {high})"
+    count, some, huge, row = data.one(
+        f"select count(x), count(*) {odd}, count(*) filter (x not between {-most} and {most}), min(r) {odd} "
+        f"from (select {events.clock} x, rowid r from log where g is not null)"
     )
-    events.drop(f"events without {events.group}", missing[0])
-    events.drop("events without a time or position", missing[1])
-    usable = data.one(f"select count(*) from log where {events.usable}")[0]
-    if events.dropped_times:
-        events.drop(events.dropped_times, source.rows - usable - sum(missing))
+    example = ""
+    if some:
+        raw, value = data.one(f"select t, {events.clock} from log where rowid = {row}")
+        number = f" {raw / clock.scale:.15g}," if not clock.unit else ""
+        example = f"`{theirs}`{number} read as {shown(value / events.unit)}"
+    if some > count * FEW:
+        if events.group != "session_id" and not clock.given:
+            fault = f"{'most' if some > count / 2 else 'many'} times are before 1990 or in the future: {example} ({source.where(row)})"
+            remedy = "say what they are with --time-format excel, days, hours, minutes, seconds, ... or a pattern"
+            raise UserError(f"{fault}; {remedy}", DATA)
+        source.say(f"{some:,} times are before 1990 or in the future ({example}): they order the events, but are no dates")
+        low, high, some = -most, most, huge
+    events.usable = f"g is not null and t is not null and {events.clock} between {low} and {high}"
+    _count_losses(events, "t", f"events with a time before 1990 or in the future ({example}, {source.where(row)})" if some else "")
+
+
+def _count_losses(events: Events, orders: str, others: str) -> None:
+    """Counts the events without a group, or without the field `orders`, and those that are not usable for another reason."""
+    rows, grouped, ordered, usable = events.data.one(
+        f"select count(*), count(g), count(*) filter (g is not null and {orders} is not null), count(*) filter ({events.usable}) from log"
+    )
+    events.report.drop(f"events without {events.group}", rows - grouped)
+    events.report.drop("events without a time or position", grouped - ordered)
+    if others:
+        events.report.drop(others, ordered - usable)
     if not usable:
-        raise UserError(
-            f"no event has both {events.group} and a time or position ({source.path}); check --column {events.group}=NAME, --column "
-            f"timestamp=NAME",
-            DATA,
-        )
+        fault = f"no event has both {events.group} and a time or position ({events.columns.source.path})"
+        raise UserError(f"{fault}; check --column {events.group}=NAME, --column timestamp=NAME", DATA)

@@ -40,14 +40,22 @@ PARTS = 100_000  # most files of a folder
 
 @dataclass
 class Part:
-    """One file of a table."""
+    """One file of a table, and how it is laid out."""
 
     path: str  # as people know it
     kind: str  # csv, json or parquet
     file: Path  # what to read
     hive: dict[str, str] = field(default_factory=dict)  # columns that the folders' names give: day=2024-03-01
     tabs: bool = False  # by its name a file with tabs
-    quotes: int = 0  # number of quotation marks
+    quotes: bool = False  # it has quotation marks
+    names: list[str] = field(default_factory=list)  # of the columns; this and what follows is found by `layouts`
+    effects: set[str] = field(default_factory=set)  # options that had an effect
+    relation: str = ""  # SQL after FROM, of text files
+    delimiter: str = ""
+    quote: str = ""
+    skip: int = 0  # lines before the first row
+    lists: set[str] = field(default_factory=set)  # columns whose typed header says that they hold lists, parted by blanks
+    types: dict[str, pa.DataType] = field(default_factory=dict)  # of Parquet
 
 
 def find_parts(paths: list[str], folder: Path, encoding: str | None, say: Callable[[str], None]) -> list[Part]:
@@ -76,24 +84,21 @@ def _expand(text: str, folder: Path, say: Callable[[str], None]) -> Iterator[tup
     if "://" in text:
         yield from _remote(text, folder)
         return
-    path = Path(text)
+    path, unused = Path(text), list[str]()
     if path.is_dir():
         files = sorted(itertools.islice((file for file in path.rglob("*") if not file.is_dir()), PARTS))
-        hidden = [file for file in files if any(part.startswith(("_", ".")) for part in file.relative_to(path).parts)]
-        files = [file for file in files if file not in set(hidden)]
-        used = [file for file in files if _kind(file.name)[0] or not file.is_file()]
+        hidden = {file for file in files if any(part.startswith(("_", ".")) for part in file.relative_to(path).parts)}
+        used = [file for file in files if file not in hidden and (_kind(file.name)[0] or not file.is_file())]
         if not used:
             raise UserError(f"no table in the folder ({text}); give a folder of CSV, TSV, JSON lines or Parquet files", DATA)
-        if unused := [file.name for file in (*files, *hidden) if file not in set(used)]:
-            say(f"{text}: {len(used)} files; left out: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}")
-        elif len(used) > 1:
-            say(f"{text}: {len(used)} files")
+        unused = [file.name for file in set(files) - set(used)]
     elif path.exists() or not glob.has_magic(text):
         used = [path]
     elif not (used := [Path(name) for name in sorted(glob.glob(text, recursive=True)) if not Path(name).is_dir()]):
         raise UserError(f"no file matches ({text}); give an existing file, folder or pattern", DATA)
-    else:
-        say(f"{text}: {len(used)} files")
+    if used != [path] and (unused or len(used) > 1):
+        left_out = f"; left out: {', '.join(sorted(unused)[:5])}{' ...' if len(unused) > 5 else ''}" if unused else ""
+        say(f"{text}: {len(used)} files{left_out}")
     for file in used:
         parents = file.relative_to(path).parts[:-1] if path.is_dir() else file.parts[:-1] if file != path else ()
         yield str(file), file, {key: value for key, sign, value in (part.partition("=") for part in parents) if sign}
@@ -173,38 +178,31 @@ def _decompressed(path: Path, suffix: str | None) -> Iterator[IO[bytes]]:
 
 
 def _make_text(part: Part, encoding: str | None) -> None:
-    """Replaces a file that is not UTF-8, or whose line ends differ, by a copy; counts its quotation marks."""
-    ends = {b"\r": 0, b"\n": 0, b"\r\n": 0}
-    decoder, fault, begin, before = codecs.getincrementaldecoder("utf-8")(), None, b"", b""
+    """Replaces a file that is not UTF-8, or whose line ends differ, by a copy; looks for quotation marks."""
+    returns = newlines = pairs = 0
+    decoder, begin, before, readable = codecs.getincrementaldecoder("utf-8")(), b"", b"", True
     with part.file.open("rb") as stream:
         while block := stream.read(BLOCK):
             begin = begin or block[:4]
-            part.quotes += block.count(b'"')
-            for end in ends:
-                ends[end] += block.count(end)
-            ends[b"\r\n"] += before == b"\r" and block[:1] == b"\n"
+            part.quotes = part.quotes or b'"' in block
+            returns, newlines, pairs = returns + block.count(b"\r"), newlines + block.count(b"\n"), pairs + block.count(b"\r\n")
+            pairs += before == b"\r" and block[:1] == b"\n"
             before = block[-1:]
-            if fault is None:
-                try:
-                    decoder.decode(block)
-                except UnicodeDecodeError:
-                    fault = "utf-8"
-            if fault is None and b"\0" in block:
-                fault = "nul"
-    seven_bit = encoding is not None and codecs.lookup(encoding).name.startswith(SEVEN_BIT)
+            try:
+                readable = readable and b"\0" not in block and bool(decoder.decode(block) or True)
+            except UnicodeDecodeError:
+                readable = False
     source = next((codec for bom, codec in BOMS.items() if begin.startswith(bom)), None)
-    if source is None and (fault or seven_bit):
+    seven_bit = encoding is not None and codecs.lookup(encoding).name.startswith(SEVEN_BIT)
+    if source is None and (seven_bit or not readable):
         if encoding is None:
             raise UserError(_not_text(part), DATA)
         source = encoding
-    if source is None and not (ends[b"\r"] and (ends[b"\n"] != ends[b"\r\n"] or ends[b"\r"] != ends[b"\r\n"])):
+    if source is None and (not returns or returns == newlines == pairs):
         return
     copy = part.file.with_name(part.file.name + "-text")
     try:
-        with (
-            open(part.file, encoding=source or "utf-8", newline=None) as reader,
-            open(copy, "w", encoding="utf-8", newline="\n") as writer,
-        ):
+        with part.file.open(encoding=source or "utf-8") as reader, copy.open("w", encoding="utf-8", newline="\n") as writer:
             shutil.copyfileobj(reader, writer, BLOCK)
     except (UnicodeError, LookupError) as error:
         raise UserError(f"not text in {source}: {str(error)[:120]} ({part.path}); give another --encoding", DATA) from None
@@ -214,12 +212,14 @@ def _make_text(part: Part, encoding: str | None) -> None:
 
 def _not_text(part: Part) -> str:
     """Says on which line a file is not UTF-8."""
+    place = part.path
     with part.file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
+            place = f"{part.path} line {number}"
             if b"\0" in line:
-                return f"not text: a byte 0 ({part.path} line {number}); fix the file, or give its encoding, such as --encoding utf-16-le"
+                return f"not text: a byte 0 ({place}); fix the file, or give its encoding, such as --encoding utf-16-le"
             try:
                 line.decode()
             except UnicodeDecodeError:
-                return f"not text in UTF-8 ({part.path} line {number}); give its encoding, such as --encoding cp1252"
-    return f"not text in UTF-8 ({part.path}); give its encoding, such as --encoding cp1252"
+                break
+    return f"not text in UTF-8 ({place}); give its encoding, such as --encoding cp1252"

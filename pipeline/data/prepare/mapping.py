@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pipeline.core import strict_yaml
 from pipeline.core.errors import USAGE, UserError
+from pipeline.data.prepare.table_options import TableOptions
 
 FOLDERS = (Path(__file__).parents[3] / "configs" / "data", Path(sysconfig.get_path("data")) / "share" / "tpad" / "configs" / "data")
 
@@ -26,10 +27,15 @@ class Side(BaseModel):
     names: Annotated[list[list[str]], BeforeValidator(_several)] = []  # of the columns of files without a header
     delimiter: str | None = None
     quotes: Literal["cells", "letters"] | None = None  # quotation marks enclose cells, or have no meaning
-    encoding: str | None = None
+    encoding: str | None = None  # of files that are not UTF-8
     explode: str | None = None  # a column with a JSON list of events
     time_format: str | None = None
-    where: str | None = None
+    where: str | None = None  # SQL over the columns of the log
+
+    def overridden(self, options: TableOptions) -> "Side":
+        """Returns the side with what the user's options say instead; columns apart, which are checked one by one."""
+        single = {key: getattr(options, key) or getattr(self, key) for key in ("delimiter", "quotes", "encoding", "time_format", "where")}
+        return self.model_copy(update={**single, "names": [*options.names, *self.names]})
 
 
 class Mapping(BaseModel):
@@ -50,20 +56,18 @@ def read_mapping(preset: str | None, file: Path | None) -> Mapping:
     """Reads a preset by name, or a mapping by its path. Raises `UserError` (2)."""
     if preset is not None and file is not None:
         raise UserError("--preset and --mapping (command line); give one of them", USAGE)
-    if preset is not None:
-        known = presets()
-        if preset not in known:
-            raise UserError(f"no preset {preset!r} (--preset); known: {', '.join(known) or 'none'}", USAGE)
-        file = known[preset]
-    assert file is not None
-    tree, lines = strict_yaml.read(file)
+    known = presets()
+    path = file or known.get(str(preset))
+    if path is None:
+        raise UserError(f"no preset {preset!r} (--preset); known: {', '.join(known) or 'none'}", USAGE)
+    tree, lines = strict_yaml.read(path)
     try:
         return Mapping.model_validate(tree)
     except ValidationError as error:
         fault = error.errors()[0]
-        path = tuple(str(part) for part in fault["loc"])
-        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
-        raise UserError(f"{'.'.join(path)}: {fault['msg'].lower()} ({file}:{line}); see the presets in configs/data", USAGE) from None
+        key = tuple(str(part) for part in fault["loc"])
+        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), 1)
+        raise UserError(f"{'.'.join(key)}: {fault['msg'].lower()} ({path}:{line}); see the presets in configs/data", USAGE) from None
 
 
 @cache
@@ -71,11 +75,9 @@ def _known() -> dict[str, Mapping]:
     return {preset: read_mapping(preset, None) for preset in presets()}
 
 
-def recognised(names: list[str], side: str) -> tuple[str, Mapping] | None:
-    """Returns the preset whose columns a file has; of several, that with the most."""
-    best: tuple[str, Mapping] | None = None
-    for preset, mapping in _known().items():
-        wanted = getattr(mapping, side).recognise
-        if wanted and set(wanted) <= set(names) and (best is None or len(wanted) > len(getattr(best[1], side).recognise)):
-            best = preset, mapping
-    return best
+def recognised(names: list[str], label: str) -> tuple[str, Side] | None:
+    """Returns the preset whose columns a file of sessions or items has; of several, that with the most."""
+    sides = {preset: getattr(mapping, label) for preset, mapping in _known().items()}
+    fitting = [preset for preset, side in sides.items() if side.recognise and set(side.recognise) <= set(names)]
+    best = max(fitting, key=lambda preset: len(sides[preset].recognise), default=None)
+    return None if best is None else (best, sides[best])

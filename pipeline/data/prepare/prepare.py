@@ -5,7 +5,7 @@ event are kept: they are cold items. Images are copied into the file, so the fol
 items that have nothing but ids.
 """
 
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,18 +20,18 @@ from pipeline.data.data_folder import ITEMS, SESSIONS, publish_pair
 from pipeline.data.prepare.database import Database, database
 from pipeline.data.prepare.download import Downloads
 from pipeline.data.prepare.events import Events, SessionRules, load_events
-from pipeline.data.prepare.item_images import KIND, ItemImages
+from pipeline.data.prepare.item_images import ItemImages
 from pipeline.data.prepare.items import load_items, plain, select_sql
 from pipeline.data.prepare.open_tables import open_tables
-from pipeline.data.prepare.sessionizer import build_sessions
+from pipeline.data.prepare.sessionizer import IN_SESSIONS, build_sessions
 from pipeline.data.prepare.table_options import Paths, Report, TableOptions
 
-LINK = "__link"  # column of the paths and addresses of images, which is not written
-GROUP_ROWS, GROUP_BYTES = 1024, 16 * 1024 * 1024  # largest row group; random access to images reads whole groups
+GROUP_ROWS = 1024  # of a row group of items.parquet
 SESSION_ROWS = 2**20  # rows of a row group of sessions.parquet
 PREVIEW_ROWS = 200_000  # rows of each file that a preview reads
 
 OnBadImage = Literal["error", "text_only"]
+BAD_IMAGES = get_args(OnBadImage)
 
 
 @dataclass(frozen=True)
@@ -84,163 +84,105 @@ def prepare(options: PrepareOptions, summary: PrepareSummary | None = None) -> P
     summary = summary or PrepareSummary()
     summary.out = options.out
     limit = PREVIEW_ROWS if options.dry_run else None
-    tables = options.table
-    with database(options.out, tables.memory) as data:
-        log, items = open_tables(data, options.sessions, options.items, tables, summary)
-        result = load_items(data, items, limit, summary.say) if items is not None else {}
-        downloads = Downloads(options.out / "images-cache", options.allow_private) if options.download_images else None
-        images = (
-            ItemImages(items, options.images, options.on_bad_image, downloads, summary.say, summary.drop) if items is not None else None
-        )
+    with database(options.out, options.table.memory) as data:
+        log, items = open_tables(data, options.sessions, options.items, options.table, summary)
+        columns, images = {"item_id": "item_id", "title": "title"}, None
+        if items is not None:
+            columns = load_items(items, limit)
+            downloads = Downloads(options.out / "images-cache", options.allow_private) if options.download_images else None
+            images = ItemImages(items, options.images, options.on_bad_image == "text_only", downloads, summary)
         gap = None if options.session_gap_minutes is None else options.session_gap_minutes * 60
         rules = SessionRules(gap, options.min_item_count, options.min_session_length, options.max_session_length, options.collapse_repeats)
-        events = load_events(data, log, rules, tables, summary, limit)
+        events = load_events(data, log, rules, options.table, summary, limit)
         sql = build_sessions(events, items is not None, rules)
         if items is None:
-            data.run(
-                "create table items as select known.id as item_id, cast(null as varchar) as title from known join (select i, min(p) as "
-                "first from kept join sessions s on s.k = kept.k and s.n = kept.n group by i) f on f.i = known.i order by first"
-            )
-            result = {"item_id": "item_id", "title": "title"}
+            ids = f"select cast(i as varchar) as item_id, cast(null as varchar) as title from {IN_SESSIONS} group by i order by min(p)"
+            data.run(f"create table items as {ids}")
         summary.sessions, summary.events = data.one("select count(*), sum(length) from sessions")
-        used = data.one("select count(distinct i) from kept join sessions s on s.k = kept.k and s.n = kept.n")[0]
-        summary.items = data.one("select count(*) from items")[0]
-        summary.cold = summary.items - used
+        summary.items = data.count("items")
+        summary.cold = summary.items - data.one(f"select count(distinct i) from {IN_SESSIONS}")[0]
         if options.dry_run:
-            summary.preview = _preview(data, result, sql, events)
+            summary.preview = _preview(data, columns, sql, events)
             return summary
-        if images is not None and images.link:
-            links = data.rows(f"select {images.link} from items where {images.link} is not null order by rowid")
-            images.fetch(link for (link,) in links)
+        if images is not None:
+            images.fetch()
         with publish_pair(options.out) as folder:
-            _write_items(folder / ITEMS, data, result, images, summary)
+            _write_items(folder / ITEMS, data, columns, images, summary)
             _write_sessions(folder / SESSIONS, data, sql, events)
     return summary
 
 
 def _check(options: PrepareOptions) -> None:
-    if options.on_bad_image not in get_args(OnBadImage):
-        raise UserError(f"--on-bad-image {options.on_bad_image} (command line); give {' or '.join(get_args(OnBadImage))}", USAGE)
-    if options.images is not None and options.items is None:
-        raise UserError("--images without --items (command line); give the catalogue of these images", USAGE)
-    if (options.download_images and options.items is None) or (options.allow_private and not options.download_images):
-        fault = "--download-images without --items" if options.download_images else "--allow-private-addresses without --download-images"
-        raise UserError(f"{fault} (command line); give both", USAGE)
-    if options.images is not None and not options.images.is_dir():
-        raise UserError(f"image folder not found ({options.images}); give an existing folder", DATA)
-    gap = options.session_gap_minutes
-    if gap is not None and not gap > 0:
-        raise UserError(f"--session-gap {gap:g} is not positive (command line); give minutes", USAGE)
-    if options.min_item_count < 1:
-        raise UserError(f"--min-item-count {options.min_item_count} is not positive (command line); 1 keeps all items", USAGE)
-    if options.max_session_length < 0:
-        raise UserError(f"--max-session-length {options.max_session_length} is negative (command line); 0 keeps all events", USAGE)
-    if options.min_session_length < 2 or 0 < options.max_session_length < options.min_session_length:
-        raise UserError("--min-session-length is 2 or more, and not above --max-session-length (command line)", USAGE)
+    """Raises `UserError` for options that do not fit each other or are out of range."""
+    gap, images, longest = options.session_gap_minutes, options.images, options.max_session_length
+    lengths_fit = options.min_session_length >= 2 and not 0 < longest < options.min_session_length
+    faults = {
+        "--images without --items|give the catalogue of these images": images is not None and options.items is None,
+        "--download-images without --items|give both": options.download_images and options.items is None,
+        "--allow-private-addresses without --download-images|give both": options.allow_private and not options.download_images,
+        f"--session-gap {gap or 0:g} is not positive|give minutes": gap is not None and not gap > 0,
+        f"--min-item-count {options.min_item_count} is not positive|1 keeps all items": options.min_item_count < 1,
+        f"--max-session-length {longest} is negative|0 keeps all events": longest < 0,
+        "--min-session-length is below 2 or above --max-session-length|give a length between": not lengths_fit,
+        f"--on-bad-image {options.on_bad_image}|give {' or '.join(BAD_IMAGES)}": options.on_bad_image not in BAD_IMAGES,
+    }
+    for fault, made in faults.items():
+        if made:
+            raise UserError(fault.replace("|", " (command line); "), USAGE)
+    if images is not None and not images.is_dir():
+        raise UserError(f"image folder not found ({images}); give an existing folder", DATA)
 
 
-def _write_items(path: Path, data: Database, result: dict[str, str], images: ItemImages | None, summary: PrepareSummary) -> None:
+def _write_items(path: Path, data: Database, columns: dict[str, str], images: ItemImages | None, summary: PrepareSummary) -> None:
     """Writes items.parquet, in small row groups, so that single images are quick to read."""
     wanted = images is not None and images.wanted
-    link = {LINK: images.link} if wanted and images is not None and images.link else {}
-    tables = data.batches(select_sql(result, link), GROUP_ROWS)
-    first = plain(next(tables))
-    schema = first.schema if not wanted else pa.schema([*(one for one in first.schema if one.name != LINK), pa.field("image", KIND)])
-    bare = 0
-    with (
-        pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer,
-        Steps("prepare", summary.items, show=wanted) as steps,
-    ):
-
-        def rows() -> Iterator[pa.Table]:
-            yield first
-            yield from map(plain, tables)
-
-        if not wanted or images is None:
-            for table in rows():
-                bare += _without_text(table).sum()
-                writer.write_table(table)
-                steps.advance(by=len(table))
-        else:
-            bare = _write_with_images(writer, rows(), images, summary, steps)
-            images.finish(str(first["item_id"][0]))
+    links = images.links if images is not None else {}
+    bare, writer = 0, None
+    with ExitStack() as stack:
+        steps = stack.enter_context(Steps("prepare", summary.items, show=wanted))
+        for table in map(plain, data.batches(select_sql({**columns, **links}), GROUP_ROWS)):
+            for piece in images.added_to(table, steps.advance) if images is not None and wanted else [table]:
+                if writer is None:
+                    writer = stack.enter_context(pq.ParquetWriter(path, piece.schema, compression="zstd", write_page_checksum=True))
+                writer.write_table(piece)
+                contents = [piece[name].is_null().to_numpy() for name in ("title", "description", "image") if name in piece.column_names]
+                bare += np.logical_and.reduce(contents).sum()
+        if images is not None and wanted:
+            images.finish()
+            summary.images = images.images
     if bare and images is not None:
         example = data.one("select item_id from items where title is null limit 1")[0]
         summary.say(f"warning: {bare:,} items have neither a text nor an image (e.g. {example!r}): only their ids can be learned")
 
 
-def _without_text(table: pa.Table) -> np.ndarray:
-    """Returns (n,) bool: items without title and description."""
-    bare = np.ones(len(table), bool)
-    for column in ("title", "description"):
-        if column in table.column_names:
-            bare &= table[column].is_null().to_numpy()
-    return bare
-
-
-def _write_with_images(
-    writer: pq.ParquetWriter, tables: Iterator[pa.Table], images: ItemImages, summary: PrepareSummary, steps: Steps
-) -> int:
-    bare = 0
-    waiting: list[bytes | None] = []
-    kept: list[pa.Table] = []
-
-    def ids() -> Iterator[tuple[str, str | None]]:
-        for table in tables:
-            links = table[LINK].to_pylist() if LINK in table.column_names else [None] * len(table)
-            kept.append(table.drop_columns(LINK) if LINK in table.column_names else table)
-            yield from zip(table["item_id"].to_pylist(), links, strict=True)
-
-    size = done = 0
-    for data in images.read(ids()):
-        waiting.append(data)
-        size += len(data or b"")
-        steps.advance()
-        if len(waiting) + done == len(kept[0]) or size > GROUP_BYTES:
-            column = pa.array([data and {"bytes": data, "path": None} for data in waiting], KIND)
-            table = kept[0].slice(done, len(waiting))
-            writer.write_table(table.append_column("image", column))
-            summary.images += len(waiting) - column.null_count
-            bare += int((_without_text(table) & column.is_null().to_numpy(zero_copy_only=False)).sum())
-            done, waiting, size = done + len(waiting), [], 0
-            if done == len(kept[0]):
-                kept.pop(0)
-                done = 0
-    return bare
-
-
 def _write_sessions(path: Path, data: Database, sql: str, events: Events) -> None:
-    kinds = {"timestamp": pa.int64()}
-    writer, done = None, 0
-    try:
+    done = 0
+    with ExitStack() as stack:
         for table in data.batches(sql, SESSION_ROWS):
-            schema = pa.schema([(name, kinds.get(name, pa.string())) for name in table.column_names])
-            table = _seconds(table, events, done).cast(schema)
-            writer = writer or pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+            table = _in_seconds(table, events, done)
+            if not done:
+                writer = stack.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True))
             writer.write_table(table, row_group_size=SESSION_ROWS)
             done += len(table)
-    finally:
-        if writer is not None:
-            writer.close()
 
 
-def _seconds(table: pa.Table, events: Events, done: int) -> pa.Table:
+def _in_seconds(table: pa.Table, events: Events, done: int) -> pa.Table:
     """Returns the events with seconds instead of ticks or, without a time, numbered from `done` on."""
-    ticks = table["timestamp"].to_numpy()
-    seconds = np.floor_divide(ticks, events.unit) if events.timed else np.arange(done, done + len(table))
-    return table.set_column(table.column_names.index("timestamp"), "timestamp", pa.array(seconds.astype(np.int64)))
+    if events.clock:
+        seconds = np.floor_divide(table["timestamp"].to_numpy(), events.unit).astype(np.int64)
+    else:
+        seconds = np.arange(done, done + len(table))
+    table = table.set_column(table.column_names.index("timestamp"), "timestamp", pa.array(seconds))
+    return table.cast(pa.schema([(name, pa.int64() if name == "timestamp" else pa.string()) for name in table.column_names]))
 
 
-def _preview(data: Database, result: dict[str, str], sql: str, events: Events) -> list[str]:
+def _preview(data: Database, columns: dict[str, str], sql: str, events: Events) -> list[str]:
     """Returns the first three items and sessions, as they would be written, as lines of text."""
     lines = []
-    for table in data.batches(f"{select_sql(result, {})} limit 3", 3):
-        lines += [
-            f"item: {', '.join(f'{key}={str(value)[:60]!r}' for key, value in row.items() if value is not None)}"
-            for row in plain(table).to_pylist()
-        ]
+    for row in plain(next(data.batches(f"{select_sql(columns)} limit 3", 3))).to_pylist():
+        lines.append(f"item: {', '.join(f'{key}={str(value)[:60]!r}' for key, value in row.items() if value is not None)}")
     first: dict[str, list[str]] = {}
-    for row in _seconds(next(data.batches(f"{sql} limit 1000", 1000)), events, 0).to_pylist():
+    for row in _in_seconds(next(data.batches(f"{sql} limit 1000", 1000)), events, 0).to_pylist():
         if len(first) < 3 or row["session_id"] in first:
             first.setdefault(row["session_id"], []).append(f"{row['item_id']} at {row['timestamp']}")
     return lines + [f"session {name!r}: {', '.join(steps[:8])}{' ...' if len(steps) > 8 else ''}" for name, steps in first.items()]

@@ -8,14 +8,14 @@ Paths = Path | str | list[Path] | list[str]
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How the tables of a user are read, in `tpad prepare` and `tpad recommend --sessions`."""
+    """How the tables of a user are read, in `tpad prepare` and `tpad recommend --sessions`; `mapping.Side` says what they mean."""
 
-    columns: dict[str, str] = field(default_factory=dict)  # our column -> the file's
-    encoding: str | None = None  # of files that are not UTF-8
+    columns: dict[str, str] = field(default_factory=dict)
+    encoding: str | None = None
     delimiter: str | None = None
-    quotes: str | None = None  # cells or letters
-    names: list[list[str]] = field(default_factory=list)  # of the columns, for files without a header
-    where: str | None = None  # SQL over the columns of the log
+    quotes: str | None = None
+    names: list[list[str]] = field(default_factory=list)
+    where: str | None = None
     time_format: str | None = None
     preset: str | None = None
     mapping: Path | None = None

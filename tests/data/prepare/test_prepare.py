@@ -314,6 +314,17 @@ def test_faulty_files_are_one_line(tmp_path: Path, name: str, data: bytes, words
     assert not (tmp_path / "out").exists()
 
 
+def test_errors_in_a_list_of_json_name_the_row_and_the_file(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.csv", EVENTS)
+    items = tmp_path / "items.json"
+    items.write_text(json.dumps([*ITEMS, ITEMS[0]], indent=1))  # a row has several lines
+    refused(lambda: prepare(PrepareOptions(items, log, tmp_path / "out")), DATA, "'7'", "items.json row 3", "items.json row 0")
+    items.write_text(items.read_text()[:-5])
+    with pytest.raises(UserError) as caught:
+        prepare(PrepareOptions(items, log, tmp_path / "out"))
+    assert str(items) in str(caught.value) and ".prepare-" not in str(caught.value)  # not the name of a temporary copy
+
+
 def test_missing_input_and_unusable_output(tmp_path: Path) -> None:
     log = write(tmp_path / "log.csv", EVENTS)
     refused(lambda: prepare(PrepareOptions(tmp_path / "no.csv", log, tmp_path / "out")), DATA, "no.csv", "not found")
