@@ -24,7 +24,6 @@ from pipeline.core.files import canonical_json, environment_error, fsync_path, r
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 SAVE_SECONDS = 120.0  # between two checkpoints of a long stretch
-FORMAT = 2  # of a checkpoint; one of another format counts as one of other settings
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -39,7 +38,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError("keep < 1")
         self.folder = folder
-        self.fingerprint = f"{FORMAT} {fingerprint}"
+        self.fingerprint = fingerprint
         self.keep = keep
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:

@@ -34,14 +34,18 @@ from torch import Tensor, nn
 
 from recommender.session_model.channel import Channel
 from recommender.session_model.co_occurrence import directions
-from recommender.session_model.config import LEAST_MASS, LOG_ZERO, REPEAT_DISCOUNT_RATE, ModelConfig, Parts
+from recommender.session_model.config import LEAST_MASS, LOG_ZERO, REPEAT_DISCOUNT_RATE, ModelConfig
 from recommender.session_model.losses import log_partition
 from recommender.session_model.negative_sampling import Candidates
 from recommender.session_model.ops import causal, find, last_occurrences, packed, padded, steps_back
-from recommender.session_model.pair_counts import PairCounts
+from recommender.session_model.pair_counts import PairCounts, pair_steps
 from recommender.session_model.popularity_prior import fit_popularity_prior
 from recommender.session_model.windows import PAD
 
+ID_STD = 0.1  # of the numbers of a random id vector
+# Vectors that start from directions are this much longer: only their angles count, and a longer one turns more slowly. Otherwise ids have
+# memorised the training sessions before the content channel has learned
+START_LENGTH = 3.0
 LOG2E = float(np.log2(np.e))  # exp2 takes half the time of exp, and no longer for small numbers
 
 
@@ -129,11 +133,12 @@ class SessionModel(nn.Module):
             self.register_buffer("popularity_prior", torch.as_tensor(predicted))  # (N,) log count predicted from content
         if config.ids:
             self.ids = nn.Embedding(config.items, config.dim)
-            nn.init.normal_(self.ids.weight, std=0.1)
+            nn.init.normal_(self.ids.weight, std=ID_STD)
             if config.parts.directions and len(rows) > 1:
                 start = torch.as_tensor(directions(rows, offsets, config.items, config.dim))
-                with torch.no_grad():  # of the same length as the random ones, which items without pairs keep
-                    self.ids.weight.copy_(torch.where(start.any(1, keepdim=True), 0.1 * config.dim**0.5 * start, self.ids.weight))
+                length = START_LENGTH * ID_STD * config.dim**0.5
+                with torch.no_grad():  # items without pairs keep the random ones
+                    self.ids.weight.copy_(torch.where(start.any(1, keepdim=True), length * start, self.ids.weight))
             self.channels["id"] = Channel(config.dim, config.max_prefix, config.parts)
             for name, steps in pair_steps(config.parts).items():
                 self.pairs[name] = PairCounts(rows, offsets, config.items, config.max_prefix, steps)
@@ -181,7 +186,7 @@ class SessionModel(nn.Module):
             tensors |= {"popularity_prior_projection": torch.as_tensor(projection), "popularity_prior": torch.as_tensor(predicted)}
         if self.config.ids:
             new = known & ~self.known  # their id vectors are untrained: drawn anew
-            drawn = 0.1 * torch.randn(self.ids.weight.shape, generator=torch.Generator().manual_seed(seed))
+            drawn = ID_STD * torch.randn(self.ids.weight.shape, generator=torch.Generator().manual_seed(seed))
             tensors["ids.weight"] = torch.where(new[:, None], drawn, self.ids.weight)
             for name, pairs in self.pair_counts():
                 tensors |= {f"pairs.{name}.{key}": value for key, value in pairs.plus(rows, offsets).items()}
@@ -382,13 +387,6 @@ class SessionModel(nn.Module):
         total.scatter_reduce_(2, event, 1 - discount * scored[:, None], "prod")
         total.scatter_add_(2, event, weights["repeat"] * scored[:, None])
         return total.flatten(0, 1)
-
-
-def pair_steps(parts: Parts) -> dict[str, list[int]]:
-    """Lists the distances in steps that the next-item counts and the co-occurrence counts count; those that are switched on."""
-    steps = {"next_item_counts": [1]} if parts.followers else {}
-    nearby = [step for step in range(-parts.companions, parts.companions + 1) if step not in (0, *steps.get("next_item_counts", []))]
-    return steps | ({"cooccurrence_counts": nearby} if nearby else {})
 
 
 def log_denominator(logits: ComponentLogits, targets: Tensor) -> Tensor:

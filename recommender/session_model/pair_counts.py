@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recommender.session_model.config import LOG_ZERO
+from recommender.session_model.config import LOG_ZERO, Parts
 from recommender.session_model.ops import causal, find, steps_back
 from recommender.session_model.windows import PAD
 
@@ -161,3 +161,10 @@ def pair_totals(keys: Tensor, counts: Tensor, items: int) -> tuple[Tensor, Tenso
     """Sums the pairs of each item, and counts its different others: (N,) both."""
     source = keys // items
     return torch.bincount(source, weights=counts, minlength=items).float(), torch.bincount(source, minlength=items).float()
+
+
+def pair_steps(parts: Parts) -> dict[str, list[int]]:
+    """Lists the distances in steps that the next-item counts and the co-occurrence counts count; those that are switched on."""
+    steps = {"next_item_counts": [1]} if parts.followers else {}
+    nearby = [step for step in range(-parts.companions, parts.companions + 1) if step not in (0, *steps.get("next_item_counts", []))]
+    return steps | ({"cooccurrence_counts": nearby} if nearby else {})

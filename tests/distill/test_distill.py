@@ -1,6 +1,5 @@
 """`distill` on a small shop: it learns, a kill costs nothing, only training sessions count, and processes share the work."""
 
-import json
 import os
 import shutil
 import signal
@@ -40,6 +39,7 @@ from pipeline.core.artifact import locked
 from pipeline.core.checkpoint import Checkpoints
 from pipeline.core.config import Config
 from pipeline.core.errors import ARTIFACT, DATA, ENVIRONMENT, USAGE, UserError
+from pipeline.core.files import read_sealed
 from pipeline.core.prefetch import loaded_ahead, telling_of_dead_workers
 from pipeline.data.catalog import load_catalog
 from pipeline.data.embeddings import read_embeddings
@@ -127,7 +127,7 @@ def test_heads_of_a_published_backbone_start_where_items_differ(tiny_data: Path,
 def test_features_that_hardly_differ_are_told_of(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = range(pq.read_metadata(tiny_data / "items.parquet").num_rows)
     equal = change_items(tiny_data, tmp_path / "equal", dict.fromkeys(rows), dict.fromkeys(rows, "a mug"))
-    distill_run(tmp_path / "run", equal)
+    distill_run(tmp_path / "run", equal, "data.text=[title]")
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert [line.split()[2] for line in warned] == ["knowledge", "transition"]
 
@@ -268,7 +268,7 @@ def test_a_table_of_features_is_made_once_and_goes_on_where_it_was(
     run = without_align(tiny_run, tmp_path / "run")
     folder = run / "distill" / "transfer" / "table"
     (whole,) = folder.iterdir()
-    state = json.loads((whole / "state.json").read_bytes())["entry"]
+    state = read_sealed(whole / "state.json")
     features = load_file(whole / "tensors.safetensors")["transition"]
     shutil.rmtree(whole)
     Checkpoints(folder, state["fingerprint"]).save(10, {"transition": features[:10]}, {})

@@ -278,7 +278,7 @@ def test_scores_that_are_nan_are_one_clear_line(run: Path, capsys: pytest.Captur
     work = run / "evaluation-train" / "time"
     train_model("ID-only", 7, config, inputs, inputs.windows(20)[:2], Accelerator(), work, False)
     folder = work / "checkpoints" / "ID-only-7"
-    checkpoints = Checkpoints(folder, json.loads(next(folder.glob("step-*/state.json")).read_bytes())["entry"]["fingerprint"])
+    checkpoints = Checkpoints(folder, read_sealed(next(folder.glob("step-*/state.json")))["fingerprint"])
     step, tensors, state = checkpoints.newest() or pytest.fail("no checkpoint")
     checkpoints.save(step, {name: torch.full_like(of, torch.nan) for name, of in tensors.items()}, state)
     with pytest.raises(UserError, match=r"NaN \(ID-only, seed 7\).*sbr\.lr") as error:

@@ -51,7 +51,7 @@ def test_id_vectors_start_from_the_directions_and_others_at_random() -> None:
     content, paired = np.random.default_rng(0).normal(size=(ITEMS, 4)), start.any(1)
     for model in (SessionModel(ModelConfig(ITEMS, dim, True, 16), content if dim else None, rows, offsets) for dim in (0, 4)):
         weights = model.ids.weight.detach().numpy()
-        assert np.allclose(weights[paired], 0.4 * start[paired], atol=1e-6)
+        assert np.allclose(weights[paired], 1.2 * start[paired], atol=1e-6)
         assert (np.linalg.norm(weights[~paired], axis=1) > 0.05).all()
     torch.manual_seed(0)
     random = SessionModel(ModelConfig(ITEMS, 0, True, 16, parts=Parts(directions=False)), None, rows, offsets)
