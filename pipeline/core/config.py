@@ -38,7 +38,7 @@ class DataConfig(Section):
     test: Share = Field(default=0.1, description="share of the sessions held out for the test; with protocol time the latest ones")
     max_prefix: Prefix = Field(default=20, description="longest prefix in events: only the last events of a longer session are used")
     text: list[str] | None = Field(
-        default=None,
+        default=["title", "description"],
         description="item columns shown to the MLLM as the item's text, in this order; null: title, columns whose values several items "
         "share (categories, brands, people), a year, and description",
     )

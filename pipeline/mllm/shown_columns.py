@@ -1,4 +1,4 @@
-"""Chooses the item columns that the MLLM reads, where `data.text` names none."""
+"""Chooses the item columns that the MLLM reads, where `data.text` is null."""
 
 import re
 from collections.abc import Sequence

@@ -85,7 +85,7 @@ def test_texts_of_every_kind_read_as_text(tmp_path: Path) -> None:
     assert catalog.columns == ["title", "year", "price", "tags", "sizes", "colour", "new"]
     assert catalog.text_columns == ["title", "tags", "colour"]
     assert Prompts(catalog, DataConfig()).columns == ["title", "tags", "colour"]
-    assert Prompts(catalog, DataConfig(text=["title"], attributes=["year"])).columns == ["title", "year"]
+    assert Prompts(catalog, DataConfig(attributes=["year"])).columns == ["title", "year"]
     assert [catalog.text(0, name) for name in catalog.columns] == ["Ümlaut", "1999", "2.5", "x, y", "1.5, 2", "red", "yes"]
     assert [catalog.text(1, name) for name in catalog.columns] == ["", "", "", "", "", "", "no"]
     assert (catalog.titles, catalog.row, len(catalog)) == (["Ümlaut", ""], {"a": 0, "b": 1}, 2)

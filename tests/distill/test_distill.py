@@ -127,7 +127,7 @@ def test_heads_of_a_published_backbone_start_where_items_differ(tiny_data: Path,
 def test_features_that_hardly_differ_are_told_of(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = range(pq.read_metadata(tiny_data / "items.parquet").num_rows)
     equal = change_items(tiny_data, tmp_path / "equal", dict.fromkeys(rows), dict.fromkeys(rows, "a mug"))
-    distill_run(tmp_path / "run", equal, "data.text=[title]")
+    distill_run(tmp_path / "run", equal)
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert [line.split()[2] for line in warned] == ["knowledge", "transition"]
 

@@ -55,7 +55,7 @@ class Setup:
 
 def make(data: Path, folders: Path, family: str, *more: str) -> Setup:
     name = [] if family == "tiny" else [f"backbone.name={folders / family}", "backbone.lora.rank=2", "backbone.lora.dropout=0.0"]
-    config = load_config(None, [*TINY, "data.text=[title]", *name, *more])
+    config = load_config(None, [*TINY, *name, *more])
     catalog = load_catalog(data)
     prompts = Prompts(catalog, config.data)
     backbone = build_backbone(config.backbone, prompts, config.seed)

@@ -30,7 +30,7 @@ STEPS = 6
 TRAINING = ["distill.dim=16", "distill.checkpoint_every=2", "distill.critic.warmup=2", "distill.probe.every=3"]
 TRAINING += ["export.shard_rows=16", "export.workers=0"]
 TRAINING += [f"distill.{phase}.{setting}" for phase in PHASES for setting in (f"steps={STEPS}", "batch=8")]
-SETTINGS = [*SHOP, *TINY, *TRAINING, "data.text=[title, description]"]  # so that there are attributes to write
+SETTINGS = [*SHOP, *TINY, *TRAINING]
 
 
 def settings(*more: str) -> Config:

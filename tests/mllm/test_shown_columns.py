@@ -1,4 +1,4 @@
-"""The columns that the MLLM reads where `data.text` names none."""
+"""The columns that the MLLM reads where `data.text` is null."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pipeline.mllm.prompts import Prompts
 def read_by_default(folder: Path, **columns: object) -> list[str]:
     table = pa.table({"item_id": [f"i{n}" for n in range(12)], **columns})
     pq.write_table(table, folder / "items.parquet")
-    return Prompts(load_catalog(folder), DataConfig()).shown
+    return Prompts(load_catalog(folder), DataConfig(text=None)).shown
 
 
 TITLES = [f"thing {n}" for n in range(12)]
@@ -45,5 +45,5 @@ def test_it_need_not_have_a_description(tmp_path: Path) -> None:
 
 def test_an_item_shows_what_it_has(tmp_path: Path) -> None:
     read_by_default(tmp_path, title=TITLES, brand=["A", "B", None] * 4, description=["long"] * 12)
-    prompts = Prompts(load_catalog(tmp_path), DataConfig())
+    prompts = Prompts(load_catalog(tmp_path), DataConfig(text=None))
     assert [prompts.text(row) for row in (0, 2)] == ["thing 0. A. long", "thing 2. long"]
