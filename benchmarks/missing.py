@@ -49,7 +49,8 @@ def drawn(count: int, share: float, seed: int) -> np.ndarray:
 def without(items: pa.Table, what: str, share: float, config: Config, seed: int) -> pa.Table:
     """The catalogue, where `share` of the items have no picture (`what`: images) or none of the shown columns (texts)."""
     gone = pa.array(drawn(len(items), share, seed))
-    columns = ["image"] if what == "images" else [name for name in items.column_names if name not in ("item_id", "image")]
+    shown = config.data.text or [name for name in items.column_names if name not in ("item_id", "image")]
+    columns = ["image"] if what == "images" else [name for name in shown if name in items.column_names]
     for name in columns:
         column = items[name].combine_chunks()
         items = items.set_column(items.column_names.index(name), name, pc.if_else(gone, pa.scalar(None, column.type), column))
